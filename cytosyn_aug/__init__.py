@@ -1,0 +1,1 @@
+"""Synthetic H&E inside a training loop."""

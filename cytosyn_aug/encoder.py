@@ -1,0 +1,95 @@
+"""The tile encoder: a timm vision transformer that turns images into features.
+
+One class serves both H0-mini's shape (ViT-B/14, SwiGLU, four registers) and the small encoder of
+`tiny`. Its CLS token conditions the transformer; its patch tokens are what training aligns to.
+Each encoder carries its own pixel statistics. It refuses to know how the features are used.
+
+Source: Filiot et al. (2025), "Distilling foundation models for robust and efficient models in
+digital pathology" (H0-mini); timm `vit_base_patch14_reg4_dinov2`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from timm.layers.mlp import SwiGLUPacked
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+H0_MINI_MEAN = (0.707223, 0.578729, 0.703617)
+H0_MINI_STD = (0.211883, 0.230117, 0.177517)
+
+
+class Features(NamedTuple):
+    """What an encoder sees in tiles.
+
+    Attributes:
+        cls: [B, D], one vector a tile; the transformer's condition.
+        patches: [B, N, D], N = 256 tokens in rows of 16 for 224 px; alignment target.
+    """
+
+    cls: Tensor
+    patches: Tensor
+
+
+class TileEncoder(ModelMixin, ConfigMixin):
+    """Vision transformer with CLS and register tokens over 14-px patches.
+
+    The default arguments are H0-mini's (85,739,520 parameters).
+
+    Args:
+        input_px: Side of the tiles.
+        patch_px: Side of a patch.
+        embed_dim: Width D of the features.
+        depth: Number of blocks.
+        num_heads: Attention heads.
+        mlp_ratio: Packed SwiGLU width over `embed_dim`; 5.33334 for H0-mini.
+        num_registers: Register tokens, dropped from the output.
+        init_values: Initial layer scale; None for none.
+        mean: RGB mean in [0, 1] subtracted from the tiles.
+        std: RGB standard deviation the tiles are divided by.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        input_px: int = 224,
+        patch_px: int = 14,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 5.33334,
+        num_registers: int = 4,
+        init_values: float | None = 1e-5,
+        mean: tuple[float, float, float] = H0_MINI_MEAN,
+        std: tuple[float, float, float] = H0_MINI_STD,
+    ) -> None:
+        super().__init__()
+        self.vit = VisionTransformer(
+            img_size=input_px,
+            patch_size=patch_px,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            mlp_layer=SwiGLUPacked,
+            act_layer=nn.SiLU,
+            init_values=init_values,
+            reg_tokens=num_registers,
+            no_embed_class=True,
+            num_classes=0,
+            global_pool="",
+        )
+
+    def forward(self, images: Tensor) -> Features:
+        """Return the features of uint8 images [B, 3, input_px, input_px]."""
+        weight = self.vit.patch_embed.proj.weight
+        shape = (1, 3, 1, 1)
+        mean = torch.tensor(self.config["mean"], device=images.device).view(shape)
+        std = torch.tensor(self.config["std"], device=images.device).view(shape)
+        tokens = self.vit((images.float().div(255.0).sub(mean).div(std)).to(weight.dtype))
+        return Features(tokens[:, 0], tokens[:, self.vit.num_prefix_tokens :])

@@ -1,0 +1,273 @@
+"""The loaded model: encode, decode, features, velocity and sampling on one device and dtype.
+
+It holds no policy about what to edit and draws no randomness of its own: seeds come in.
+Everything runs under `torch.no_grad()`, not inference mode, so that results can enter the
+backward pass of a user's own model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cytosyn_aug.checkpoint import EMBEDDED_MODEL, ModelParts, load_model
+from cytosyn_aug.encoder import Features
+from cytosyn_aug.images import images_to_pixels, pixels_to_images
+from cytosyn_aug.sampling import (
+    adams_bashforth2,
+    euler_maruyama,
+    guide,
+    polynomial_grid,
+    sample_noise,
+)
+
+Sampler = Literal["ab2", "euler_maruyama"]
+
+
+class Moments(NamedTuple):
+    """Posterior of the VAE, in its own latent space: mean and std, float32 [B, C, h, w]."""
+
+    mean: Tensor
+    std: Tensor
+
+
+class TileGenerator:
+    """A CytoSyn-class model, ready to use.
+
+    Attributes:
+        tile: Side and scale of the tiles it was trained on.
+        digest: 16 hexadecimal digits that identify all its weights.
+        device: Where it runs.
+        dtype: Floating type of the networks; the state of the samplers is float32 or wider.
+
+    Example:
+        >>> generator = TileGenerator.from_pretrained()
+        >>> generator.sample(per_condition=2, steps=4, seed=0).shape
+        torch.Size([2, 3, 224, 224])
+    """
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 16,
+    ) -> None:
+        self.tile, self.digest = parts.tile, parts.digest
+        self.device, self.dtype = torch.device(device), dtype
+        self.batch_size = batch_size
+        self.vae = parts.vae.to(self.device, dtype, memory_format=torch.channels_last)
+        self.transformer = parts.transformer.to(self.device, dtype)
+        self.encoder = None if parts.encoder is None else parts.encoder.to(self.device, dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: Path | str | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 16,
+    ) -> TileGenerator:
+        """Load a model folder; without one, the embedded `tiny`.
+
+        Args:
+            folder: Model folder in diffusers' layout.
+            device: Device of the networks.
+            dtype: Floating type of the networks: float32 or bfloat16.
+            batch_size: Largest number of tiles in the networks at once.
+
+        Raises:
+            FileNotFoundError: The folder or a file in it is missing.
+            ValueError: The folder does not hold a model of this release; every difference named.
+        """
+        parts = load_model(EMBEDDED_MODEL if folder is None else folder)
+        return cls(parts, device=device, dtype=dtype, batch_size=batch_size)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape [C, h, w] of one tile's latents."""
+        side = self.transformer.config["input_size"]
+        return self.transformer.config["in_channels"], side, side
+
+    @property
+    def null_condition(self) -> Tensor:
+        """The condition that stands for none: the zero vector, float32 [D]."""
+        return torch.zeros(self.transformer.config["conditioning_dim"], device=self.device)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Moments:
+        """Return the posterior moments of uint8 images [B, 3, size, size]."""
+        self.check_images(images)
+        means, stds = [], []
+        for part in self._batches(images):
+            pixels = images_to_pixels(part, self.dtype).contiguous(
+                memory_format=torch.channels_last
+            )
+            posterior = self.vae.encode(pixels).latent_dist  # type: ignore[union-attr]
+            means.append(posterior.mean.float())
+            stds.append(posterior.std.float())
+        return Moments(torch.cat(means), torch.cat(stds))
+
+    def whiten(self, latents: Tensor) -> Tensor:
+        """Translate VAE latents to the whitened ones that samplers work on, float32."""
+        return self.transformer.whiten(latents.float())
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return uint8 images [B, 3, size, size] of whitened latents [B, C, h, w]."""
+        return pixels_to_images(self.decode_pixels(latents))
+
+    @torch.no_grad()
+    def decode_pixels(self, latents: Tensor) -> Tensor:
+        """Return float32 pixels [B, 3, size, size], not clipped, of whitened latents."""
+        decoded = []
+        for part in self._batches(latents):
+            raw = self.transformer.unwhiten(part.float()).to(self.dtype)
+            raw = raw.contiguous(memory_format=torch.channels_last)
+            decoded.append(self.vae.decode(raw).sample.float())  # type: ignore[union-attr]
+        return torch.cat(decoded)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Features:
+        """Return the encoder's features of uint8 images [B, 3, size, size], float32.
+
+        Raises:
+            ValueError: The model was loaded without an encoder, or the images do not fit it.
+        """
+        if self.encoder is None:
+            raise ValueError(
+                "this model folder has no encoder, so features must be given; "
+                "pass precomputed CLS vectors or load a folder with encoder/"
+            )
+        self.check_images(images)
+        found = [self.encoder(part) for part in self._batches(images)]
+        return Features(
+            torch.cat([f.cls.float() for f in found]),
+            torch.cat([f.patches.float() for f in found]),
+        )
+
+    @torch.no_grad()
+    def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """Return the transformer's velocity at whitened latents.
+
+        Args:
+            x: float [B, C, h, w] at time t.
+            t: float [B], 1 = noise, 0 = data.
+            condition: float [B, D].
+
+        Returns:
+            Velocity eps - x, shape and dtype of `x`.
+        """
+        return self.transformer(x, t, condition)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        cls: Tensor | None = None,
+        *,
+        per_condition: int = 1,
+        steps: int | None = None,
+        sampler: Sampler = "ab2",
+        guidance_scale: float = 1.0,
+        guidance_low: float = 0.0,
+        guidance_high: float = 0.75,
+        seed: int = 0,
+    ) -> Tensor:
+        """Generate tiles from noise, with or without conditions.
+
+        Args:
+            cls: float [N, D] conditions (encoder CLS vectors); None for unconditional tiles.
+            per_condition: Tiles k for each condition.
+            steps: Velocity evaluations; None for 16 with "ab2" and 250 with "euler_maruyama".
+            sampler: "ab2" (few steps, deterministic) or "euler_maruyama" (the reference).
+            guidance_scale: Classifier-free guidance; 1 for none.
+            guidance_low: Lower end of the guidance interval in t (1 = noise).
+            guidance_high: Upper end; 0.75 means none in the noisiest quarter.
+            seed: Tile i of the result has seed `seed + i`.
+
+        Returns:
+            uint8 [N k, 3, size, size]; the k tiles of a condition follow each other.
+
+        Raises:
+            ValueError: Conditions of another width, or counts below 1.
+        """
+        conditions = self._conditions(cls, per_condition)
+        count = steps if steps is not None else (16 if sampler == "ab2" else 250)
+        if count < 2:
+            raise ValueError(f"steps is {count}, expected at least 2")
+        images = []
+        for start in range(0, len(conditions), self.batch_size):
+            condition = conditions[start : start + self.batch_size]
+            seeds = range(seed + start, seed + start + len(condition))
+            velocity = guide(
+                self.velocity,
+                condition,
+                self.null_condition,
+                guidance_scale,
+                guidance_low,
+                guidance_high,
+            )
+            noise = sample_noise(seeds, self.latent_shape).to(self.device)
+            if sampler == "ab2":
+                latents = adams_bashforth2(velocity, noise, polynomial_grid(count))
+            elif sampler == "euler_maruyama":
+                latents = euler_maruyama(
+                    velocity,
+                    noise.double(),
+                    lambda i, s=seeds: sample_noise(s, self.latent_shape, stream=i + 1),
+                    num_steps=count,
+                )
+            else:
+                raise ValueError(f"sampler is {sampler!r}, expected 'ab2' or 'euler_maruyama'")
+            images.append(self.decode(latents))
+        return torch.cat(images)
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise unless `images` are uint8 [B, 3, size, size] with the model's tile side."""
+        size = self.tile.size_px
+        if images.dtype != torch.uint8:
+            raise TypeError(
+                f"got images of {images.dtype}, expected uint8 RGB in 0 to 255; convert them first"
+            )
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(
+                f"got images of shape {list(images.shape)}, expected [B, 3, {size}, {size}] RGB"
+            )
+        if images.shape[0] == 0:
+            raise ValueError(f"got an empty batch, expected [B, 3, {size}, {size}] with B >= 1")
+        if images.shape[2:] != (size, size):
+            raise ValueError(
+                f"tile is {images.shape[3]}x{images.shape[2]} px, the model expects "
+                f"{self.tile.describe()}; re-tile the slide at that size and scale"
+            )
+
+    def _conditions(self, cls: Tensor | None, per_condition: int) -> Tensor:
+        if per_condition < 1:
+            raise ValueError(f"per_condition is {per_condition}, expected at least 1")
+        width = len(self.null_condition)
+        if cls is None:
+            return self.null_condition.expand(per_condition, width)
+        if cls.ndim != 2 or cls.shape[1] != width or len(cls) == 0:
+            raise ValueError(
+                f"cls has shape {list(cls.shape)}, expected [N, {width}] with N >= 1; "
+                "use the encoder this model was trained with"
+            )
+        if not cls.isfinite().all():
+            raise ValueError("cls holds values that are not finite; recompute the features")
+        return cls.to(self.device, torch.float32).repeat_interleave(per_condition, 0)
+
+    def _batches(self, tensor: Tensor) -> Iterator[Tensor]:
+        for part in tensor.split(self.batch_size):
+            yield part.to(self.device)
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raise unless all seeds are non-negative integers."""
+    if any(s < 0 for s in seeds):
+        raise ValueError(f"seeds must be non-negative, got {min(seeds)}")

@@ -1,0 +1,149 @@
+"""Colour statistics of tissue, and colour changes that cannot move a nucleus.
+
+Optical density is near linear in the amount of stain, so a change of stain is close to an affine
+map there. This module measures weighted moments of tissue pixels, matches moments, and applies
+the resulting map to original pixels, fading out over glass. All of it is batched and blank-safe.
+It refuses to know how the wanted colours were found.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cytosyn_aug.images import density_to_grey, optical_density
+
+# Mean optical density over RGB at which tissue begins to count and counts fully. Pale stroma is
+# about 0.2, glass below 0.08; a hard threshold would draw a rim around pale tissue.
+FADE_FROM, FADE_TO = 0.10, 0.25
+# Tiles with less tissue than this fraction of their area are blank and stay as they are.
+MIN_TISSUE = 0.02
+# Moments are taken after averaging over squares of this side: the VAE blurs and shifts detail by
+# a pixel or two, and a change of stain is not about single pixels.
+POOL_PX = 4
+# Largest stretch or compression of any direction of optical density.
+MAX_GAIN = 3.0
+_RIDGE = 1e-4
+
+
+class DensityMoments(NamedTuple):
+    """Weighted moments of tissue optical density, float64.
+
+    Attributes:
+        mean: [B, 3].
+        covariance: [B, 3, 3].
+        tissue: [B], mean tissue weight in [0, 1], the fraction of the tile that is tissue.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    tissue: Tensor
+
+
+class DensityMap(NamedTuple):
+    """Affine map of optical density: od -> matrix od + offset; [B, 3, 3] and [B, 3], float64."""
+
+    matrix: Tensor
+    offset: Tensor
+
+
+def tissue_weight(density: Tensor) -> Tensor:
+    """Return the weight [B, 1, H, W] in [0, 1] of tissue, smooth in mean optical density."""
+    x = (density.mean(1, keepdim=True) - FADE_FROM) / (FADE_TO - FADE_FROM)
+    x = x.clamp(0, 1)
+    return x * x * (3 - 2 * x)
+
+
+def density_moments(density: Tensor, weight: Tensor) -> DensityMoments:
+    """Return weighted moments of each tile.
+
+    Args:
+        density: float [B, 3, H, W].
+        weight: float [B, 1, H, W].
+    """
+    d, w = density.double().flatten(2), weight.double().flatten(2)
+    total = w.sum(2).clamp_min(1e-9)
+    mean = (d * w).sum(2) / total
+    centred = (d - mean[:, :, None]) * w.sqrt()
+    covariance = centred @ centred.transpose(1, 2) / total[:, :, None]
+    return DensityMoments(mean, covariance, weight.double().mean((1, 2, 3)))
+
+
+def pooled_density(images: Tensor) -> Tensor:
+    """Return optical density of images in grey levels, averaged over POOL_PX squares."""
+    return F.avg_pool2d(optical_density(images), POOL_PX)
+
+
+def tissue_moments(images: Tensor) -> DensityMoments:
+    """Return the moments of tissue in images [B, 3, H, W] given in grey levels."""
+    density = pooled_density(images)
+    return density_moments(density, tissue_weight(density))
+
+
+def pool_moments(moments: DensityMoments) -> DensityMoments:
+    """Combine the moments of many tiles into those of their union, batch size 1."""
+    share = moments.tissue / moments.tissue.sum().clamp_min(1e-9)
+    mean = (share[:, None] * moments.mean).sum(0)
+    apart = moments.mean - mean
+    covariance = moments.covariance + apart[:, :, None] * apart[:, None, :]
+    covariance = (share[:, None, None] * covariance).sum(0)
+    return DensityMoments(mean[None], covariance[None], moments.tissue.mean()[None])
+
+
+def match_moments(source: DensityMoments, target: DensityMoments) -> DensityMap:
+    """Return the optimal-transport map that gives `source` the moments of `target`.
+
+    Moments are matched instead of colours regressed pixel by pixel: edits move detail by a pixel,
+    and least squares would then shrink the colours to their mean. The gain of every direction is
+    bounded, and a small ridge keeps directions without variance where they are.
+
+    Args:
+        source: Moments [B, ...].
+        target: Moments [B, ...] or [1, ...].
+
+    Source: Dowson and Landau (1982), map between normal distributions.
+    """
+    eye = torch.eye(3, dtype=torch.float64, device=source.mean.device)
+    a, b = source.covariance + _RIDGE * eye, target.covariance + _RIDGE * eye
+    root = _power(a, 0.5)
+    inverse = _power(a, -0.5)
+    matrix = inverse @ _power(root @ b @ root, 0.5) @ inverse
+    values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.transpose(1, 2)))
+    values = values.clamp(1 / MAX_GAIN, MAX_GAIN)
+    matrix = (vectors * values[:, None, :]) @ vectors.transpose(1, 2)
+    offset = target.mean - (matrix @ source.mean[:, :, None])[:, :, 0]
+    return DensityMap(matrix, offset)
+
+
+def blend_with_identity(change: DensityMap, strength: Tensor) -> DensityMap:
+    """Return the map moved from the identity (strength 0) to itself (1), strength [B]."""
+    eye = torch.eye(3, dtype=change.matrix.dtype, device=change.matrix.device)
+    s = strength.to(change.matrix)
+    matrix = eye + s[:, None, None] * (change.matrix - eye)
+    return DensityMap(matrix, s[:, None] * change.offset)
+
+
+def apply_density_map(images: Tensor, change: DensityMap) -> Tensor:
+    """Recolour the tissue of images [B, 3, H, W] in grey levels; glass stays.
+
+    Args:
+        images: uint8 or float grey levels in [0, 255], any size.
+        change: One map a tile.
+
+    Returns:
+        float32 grey levels, clipped once, not rounded.
+    """
+    density = optical_density(images)
+    matrix = change.matrix.to(density)
+    mapped = torch.einsum("bij,bjhw->bihw", matrix, density)
+    mapped = mapped + change.offset.to(density)[:, :, None, None]
+    weight = tissue_weight(density)
+    return density_to_grey(torch.lerp(density, mapped, weight).clamp_min(0))
+
+
+def _power(matrix: Tensor, exponent: float) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp_min(1e-8).pow(exponent)[:, None, :]) @ vectors.transpose(1, 2)

@@ -1,0 +1,220 @@
+"""The diffusion transformer: SiT as in REPA-E, conditioned on one feature vector.
+
+State-dict names equal REPA-E's, with `y_embedder.linear` for the condition, so that released
+weights load by name. Time t is 1 for noise and 0 for data, fed to the network as it is.
+
+Shape suffixes: B batch, C latent channels, H W latent sides, N tokens, D width, F features.
+
+Source: Peebles and Xie (2023), DiT; Ma et al. (2024), SiT; Leng et al. (2025), REPA-E.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from timm.layers.mlp import Mlp
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.vision_transformer import Attention
+from torch import Tensor, nn
+
+_NUM_FREQUENCIES = 256
+
+
+class SiT(ModelMixin, ConfigMixin):
+    """Velocity of a latent tile under a condition.
+
+    The default arguments are CytoSyn's: SiT-XL/2 on 28x28x4 latents of 224-px tiles, 682,906,128
+    parameters with the alignment projector. Latents are whitened: `whiten` and `unwhiten` hold
+    the statistics (buffers of `bn`) that translate to and from the VAE's own latents.
+
+    Args:
+        input_size: Side of the latent, tile side / 8.
+        patch_size: Latent positions per token side.
+        in_channels: Latent channels C.
+        hidden_size: Width D.
+        depth: Number of blocks.
+        num_heads: Attention heads.
+        mlp_ratio: Hidden width of the MLP over D.
+        conditioning_dim: Width F of the condition.
+        encoder_depth: Block after which tokens are aligned to the encoder in training.
+        z_dims: Widths of the alignment targets; empty for no projector (inference only).
+        projector_dim: Hidden width of the projector.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        input_size: int = 28,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        conditioning_dim: int = 768,
+        encoder_depth: int = 8,
+        z_dims: tuple[int, ...] = (768,),
+        projector_dim: int = 2048,
+    ) -> None:
+        super().__init__()
+        self.grid_size = input_size // patch_size
+        self.patch_size = patch_size
+        self.encoder_depth = encoder_depth
+        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
+        self.t_embedder = _TimeEmbedder(hidden_size)
+        self.y_embedder = _ConditionEmbedder(conditioning_dim, hidden_size)
+        positions = _sincos_positions(hidden_size, self.grid_size)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.blocks = nn.ModuleList(
+            _Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth)
+        )
+        self.projectors = nn.ModuleList(
+            _projector(hidden_size, projector_dim, width) for width in z_dims
+        )
+        self.final_layer = _FinalLayer(hidden_size, patch_size, in_channels)
+        self.bn = nn.BatchNorm2d(in_channels, eps=1e-4, affine=False)
+        self._initialise()
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, condition_BF: Tensor) -> Tensor:
+        """Return the velocity at whitened latents.
+
+        Args:
+            x_BCHW: Latents at time t, any float dtype; the network's dtype is used inside.
+            t_B: Times in [0, 1], 1 = noise.
+            condition_BF: Encoder CLS vectors; the zero vector is the null condition.
+
+        Returns:
+            Velocity eps - x, shape and dtype of `x_BCHW`.
+        """
+        return self.forward_tokens(x_BCHW, t_B, condition_BF)[0]
+
+    def forward_tokens(
+        self, x_BCHW: Tensor, t_B: Tensor, condition_BF: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the velocity and the tokens [B, N, D] after block `encoder_depth`."""
+        dtype = self.x_embedder.proj.weight.dtype
+        c_BD = self.t_embedder(t_B, dtype) + self.y_embedder(condition_BF.to(dtype))
+        h_BND = self.x_embedder(x_BCHW.to(dtype)) + self.pos_embed
+        aligned_BND = h_BND
+        for number, block in enumerate(self.blocks, start=1):
+            h_BND = block(h_BND, c_BD)
+            if number == self.encoder_depth:
+                aligned_BND = h_BND
+        out = self._unpatchify(self.final_layer(h_BND, c_BD))
+        return out.to(x_BCHW.dtype), aligned_BND
+
+    def whiten(self, latents: Tensor) -> Tensor:
+        """Translate VAE latents [B, C, H, W] to the whitened ones the transformer sees.
+
+        Like REPA-E at inference: the running statistics, without the layer's eps.
+        """
+        bias, scale = self._latent_statistics(latents)
+        return (latents - bias) * scale
+
+    def unwhiten(self, latents: Tensor) -> Tensor:
+        """Invert `whiten`."""
+        bias, scale = self._latent_statistics(latents)
+        return latents / scale + bias
+
+    def _latent_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.bn.running_mean is not None and self.bn.running_var is not None
+        bias = self.bn.running_mean.view(1, -1, 1, 1).to(like)
+        return bias, self.bn.running_var.float().rsqrt().view(1, -1, 1, 1).to(like)
+
+    def _unpatchify(self, tokens: Tensor) -> Tensor:
+        p, g = self.patch_size, self.grid_size
+        x = tokens.reshape(len(tokens), g, g, p, p, -1)
+        return torch.einsum("nhwpqc->nchpwq", x).reshape(len(tokens), -1, g * p, g * p)
+
+    def _initialise(self) -> None:
+        """Initialise as DiT: Xavier, zero modulation and output, so that the start is zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.config["hidden_size"], -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.y_embedder.linear):
+            nn.init.normal_(layer.weight, std=0.02)
+        for block in (*self.blocks, self.final_layer):
+            nn.init.zeros_(block.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+
+class _Block(nn.Module):
+    """Attention and MLP, both shifted, scaled and gated by the condition (adaLN-zero)."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(width, num_heads=num_heads, qkv_bias=True)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        hidden = int(width * mlp_ratio)
+        self.mlp = Mlp(width, hidden, act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, h_BND: Tensor, c_BD: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            self.adaLN_modulation(c_BD).unsqueeze(1).chunk(6, dim=-1)
+        )
+        h_BND = h_BND + gate1 * self.attn(self.norm1(h_BND) * (1 + scale1) + shift1)
+        return h_BND + gate2 * self.mlp(self.norm2(h_BND) * (1 + scale2) + shift2)
+
+
+class _FinalLayer(nn.Module):
+    def __init__(self, width: int, patch_size: int, channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, patch_size * patch_size * channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, h_BND: Tensor, c_BD: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c_BD).unsqueeze(1).chunk(2, dim=-1)
+        return self.linear(self.norm_final(h_BND) * (1 + scale) + shift)
+
+
+class _TimeEmbedder(nn.Module):
+    """256 sinusoids of raw t in [0, 1], then a two-layer MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(_NUM_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width)
+        )
+
+    def forward(self, t_B: Tensor, dtype: torch.dtype) -> Tensor:
+        half = _NUM_FREQUENCIES // 2
+        steps = torch.arange(half, dtype=torch.float32, device=t_B.device)
+        angles = t_B.float()[:, None] * torch.exp(-math.log(10000.0) / half * steps)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
+
+
+class _ConditionEmbedder(nn.Module):
+    """One linear layer; the null condition is the zero vector, hence embedded as the bias."""
+
+    def __init__(self, num_features: int, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(num_features, width)
+
+    def forward(self, condition_BF: Tensor) -> Tensor:
+        return self.linear(condition_BF)
+
+
+def _projector(width: int, hidden: int, out: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
+        nn.Linear(hidden, out),
+    )  # fmt: skip
+
+
+def _sincos_positions(width: int, side: int) -> Tensor:
+    """Return fixed positions [1, side^2, width]; the first half of the width encodes columns."""
+    omega = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    angles = [axis.flatten().double()[:, None] * omega for axis in (columns, rows)]
+    parts = [f(a) for a in angles for f in (torch.sin, torch.cos)]
+    return torch.cat(parts, dim=1).float()[None]

@@ -1,0 +1,1 @@
+"""Build a CytoSyn-class model from tiles: autoencoder, encoder, transformer, evaluation, export."""

@@ -1,0 +1,154 @@
+"""Tiles for training: a folder of tiles held in memory, and batches that depend only on a step.
+
+A batch is a pure function of (tile set, seed, step), so a resumed run sees exactly the batches
+an undisturbed one would. This module refuses to know what is trained on them.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cytosyn_aug.images import density_to_grey, optical_density
+
+TILE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".tif", ".tiff")
+
+
+@dataclass(frozen=True, slots=True)
+class TileSet:
+    """Tiles of one split, in memory.
+
+    Attributes:
+        images: uint8 [N, 3, H, W], RGB.
+        slides: Names of the slides, sorted.
+        slide_index: int64 [N], position in `slides` of each tile's slide.
+    """
+
+    images: Tensor
+    slides: tuple[str, ...]
+    slide_index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def load_tiles(folder: Path, size_px: int = 224) -> TileSet:
+    """Read a folder `<slide>/<tile>.{png,webp,...}` into memory.
+
+    Args:
+        folder: One split; each sub-folder is a slide.
+        size_px: Side that every tile must have.
+
+    Returns:
+        The tiles in sorted order of (slide, file name).
+
+    Raises:
+        ValueError: No tiles, or a tile of another size, named.
+    """
+    files = sorted(f for f in folder.glob("*/*") if f.suffix.lower() in TILE_SUFFIXES)
+    if not files:
+        raise ValueError(f"no tiles under {folder}; expected {folder}/<slide>/<tile>.png")
+
+    def read(file: Path) -> Tensor:
+        with Image.open(file) as image:
+            array = np.asarray(image.convert("RGB"))
+        if array.shape[:2] != (size_px, size_px):
+            raise ValueError(f"{file} is {array.shape[1]}x{array.shape[0]} px, expected {size_px}")
+        return torch.from_numpy(array.copy()).permute(2, 0, 1)
+
+    with ThreadPoolExecutor(4) as pool:
+        images = torch.stack(list(pool.map(read, files)))
+    slides = tuple(sorted({f.parent.name for f in files}))
+    index = torch.tensor([slides.index(f.parent.name) for f in files])
+    return TileSet(images=images, slides=slides, slide_index=index)
+
+
+def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
+    """Return a CPU generator that depends only on (seed, step, stream)."""
+    state = np.random.SeedSequence([seed, step, stream]).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
+
+
+def batch_indices(num_items: int, batch_size: int, seed: int, step: int) -> Tensor:
+    """Return the items of one step: epochs of a seeded permutation, cut into full batches.
+
+    Args:
+        num_items: Size of the data set, at least `batch_size`.
+        batch_size: Items a step.
+        seed: Seed of the run.
+        step: Step, counted from 0 over the whole run.
+
+    Returns:
+        int64 [batch_size].
+    """
+    if num_items < batch_size:
+        raise ValueError(f"{num_items} tiles cannot fill a batch of {batch_size}; add tiles")
+    epoch, position = divmod(step, num_items // batch_size)
+    order = torch.randperm(num_items, generator=step_generator(seed, epoch, stream=1))
+    return order[position * batch_size : (position + 1) * batch_size]
+
+
+def stain_maps(
+    num: int, generator: torch.Generator, *, share: float = 0.75, jitter: float = 1.0
+) -> Tensor:
+    """Draw random changes of laboratory, as linear maps of optical density.
+
+    Haematoxylin and eosin are turned a little and scaled by up to a factor of about 1.7 either
+    way: od' = M od, where M goes to stain amounts (Ruifrok and Johnston 2001), scales them and
+    comes back over the turned stains. Glass stays white.
+
+    Args:
+        num: Maps B to draw.
+        generator: CPU generator that all draws come from.
+        share: Fraction of the maps that are not the identity.
+        jitter: Size of the changes; 0 for none.
+
+    Returns:
+        float32 [B, 3, 3].
+    """
+    stains = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.0, 0.0, 0.0]])
+    stains[2] = torch.linalg.cross(stains[0], stains[1])
+    stains = torch.nn.functional.normalize(stains, dim=1)
+    turned = stains + jitter * 0.06 * torch.randn(num, 3, 3, generator=generator)
+    turned = torch.nn.functional.normalize(turned.abs().copysign(stains), dim=2)
+    gains = torch.exp(jitter * 0.28 * torch.randn(num, 3, generator=generator))
+    gains[:, 2] = 1.0
+    maps = (torch.linalg.inv(stains) @ (gains[:, :, None] * turned)).transpose(1, 2)
+    kept = torch.rand(num, generator=generator) >= share
+    return torch.where(kept[:, None, None], torch.eye(3), maps)
+
+
+def restain(images: Tensor, maps: Tensor) -> Tensor:
+    """Apply linear maps of optical density [B, 3, 3] to uint8 images [B, 3, H, W]."""
+    density = torch.einsum("bij,bjhw->bihw", maps, optical_density(images))
+    return density_to_grey(density.clamp_min(0)).round().to(torch.uint8)
+
+
+def crop_and_turn(images: Tensor, generator: torch.Generator, crop_px: int) -> Tensor:
+    """Crop, turn and mirror each image at random.
+
+    Args:
+        images: uint8 [B, 3, H, W].
+        generator: CPU generator that all draws come from.
+        crop_px: Side of the crop; H for none.
+
+    Returns:
+        uint8 [B, 3, crop_px, crop_px].
+    """
+    out = []
+    for image in images:
+        top, left = (
+            int(torch.randint(0, image.shape[i] - crop_px + 1, (), generator=generator))
+            for i in (1, 2)
+        )
+        turns, mirror = torch.randint(0, 4, (2,), generator=generator).tolist()
+        crop = image[:, top : top + crop_px, left : left + crop_px]
+        crop = torch.rot90(crop, turns, (1, 2))
+        out.append(crop.flip(2) if mirror % 2 else crop)
+    return torch.stack(out)

@@ -1,0 +1,223 @@
+"""The transformer stage: velocity loss on cached latents, with alignment to encoder tokens.
+
+Views of the tiles (turned, mirrored, half of them restained) are encoded once by the frozen VAE
+and encoder and kept beside the run. Every step draws latents from the posterior, times and noise.
+
+Source: Ma et al. (2024), SiT; Yu et al. (2025), REPA (alignment weight 0.5, cosine).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cytosyn_aug.encoder import TileEncoder
+from cytosyn_aug.flow import interpolate, velocity_target
+from cytosyn_aug.images import images_to_pixels, pixels_to_images
+from cytosyn_aug.sampling import adams_bashforth2, polynomial_grid
+from cytosyn_aug.transformer import SiT
+from training.data import (
+    TileSet,
+    batch_indices,
+    crop_and_turn,
+    restain,
+    stain_maps,
+    step_generator,
+)
+from training.loop import LoopConfig
+from training.losses import alignment, velocity_error
+from training.sheets import write_sheet
+
+_CHUNK = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SitRecipe:
+    """A transformer run: shape, views, losses, the loop.
+
+    Attributes:
+        num_views: Augmented views that are encoded, once.
+        condition_dropout: Probability that a sample trains under the null condition.
+        alignment_weight: Weight of the alignment loss.
+        stain_jitter: See `training.data.stain_maps`.
+    """
+
+    loop: LoopConfig
+    hidden_size: int
+    depth: int
+    num_heads: int
+    encoder_depth: int
+    projector_dim: int
+    batch_size: int
+    num_views: int
+    stain_jitter: float
+    condition_dropout: float
+    alignment_weight: float
+    seed: int
+
+
+def build_transformer(recipe: SitRecipe, conditioning_dim: int) -> SiT:
+    """Return an untrained transformer of the recipe's shape."""
+    torch.manual_seed(recipe.seed)
+    return SiT(
+        hidden_size=recipe.hidden_size,
+        depth=recipe.depth,
+        num_heads=recipe.num_heads,
+        conditioning_dim=conditioning_dim,
+        encoder_depth=recipe.encoder_depth,
+        z_dims=(conditioning_dim,),
+        projector_dim=recipe.projector_dim,
+    )
+
+
+class SitStage:
+    """Train a transformer on views of the tiles; see the module."""
+
+    def __init__(
+        self,
+        recipe: SitRecipe,
+        tiles: TileSet,
+        validation: TileSet,
+        vae: AutoencoderKL,
+        encoder: TileEncoder,
+        device: torch.device,
+        cache: Path,
+        compiles: bool = False,
+    ) -> None:
+        self.recipe, self.device = recipe, device
+        self.vae, self.encoder = vae.to(device).eval(), encoder.to(device).eval()
+        self.views = _views(self, tiles, recipe.num_views, cache)
+        shown = validation.images[:: max(1, len(validation) // 16)][:16]
+        self.shown = shown
+        self.held_out = _encode(self, validation.images[:: max(1, len(validation) // 160)])
+        network = build_transformer(recipe, encoder.config["embed_dim"])
+        _set_latent_statistics(network, self.views)
+        self.network: nn.Module = network.to(device)
+        self.compute = torch.compile(self._compute) if compiles else self._compute
+
+    def losses(self, step: int) -> dict[str, Tensor]:
+        """Return velocity and alignment losses of one batch of views."""
+        index = batch_indices(
+            len(self.views["cls"]), self.recipe.batch_size, self.recipe.seed, step
+        )
+        batch = {k: v[index].to(self.device).float() for k, v in self.views.items()}
+        return self.compute(batch, *self._draws(batch, step_generator(self.recipe.seed, step)))
+
+    def _draws(self, batch: dict[str, Tensor], draw: torch.Generator) -> tuple[Tensor, ...]:
+        shape, num = batch["mean"].shape, len(batch["mean"])
+        posterior = torch.randn(shape, generator=draw)
+        eps = torch.randn(shape, generator=draw)
+        # Stratified over the batch: the same uniform distribution, less variance a step.
+        t = (torch.randperm(num, generator=draw) + torch.rand(num, generator=draw)) / num
+        keep = torch.rand(num, generator=draw) >= self.recipe.condition_dropout
+        return tuple(x.to(self.device) for x in (posterior, eps, t, keep.float()))
+
+    def _compute(
+        self, batch: dict[str, Tensor], posterior: Tensor, eps: Tensor, t: Tensor, keep: Tensor
+    ) -> dict[str, Tensor]:
+        return _velocity_losses(
+            self.network, batch, posterior, eps, t, keep, self.recipe.alignment_weight
+        )
+
+    @torch.no_grad()
+    def report(self, network: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        """Write real tiles above tiles sampled from their features; return validation losses."""
+        assert isinstance(network, SiT)
+        batch = {k: v.to(self.device).float() for k, v in self.held_out.items()}
+        draws = self._draws(batch, step_generator(self.recipe.seed, 0, stream=3))
+        found = _velocity_losses(network, batch, *draws, self.recipe.alignment_weight)
+        cls = self.encoder(self.shown.to(self.device)).cls
+        noise = torch.randn(
+            (len(cls), 4, 28, 28), generator=step_generator(self.recipe.seed, 0, stream=4)
+        ).to(self.device)
+
+        def velocity(x: Tensor, t: float) -> Tensor:
+            return network(x, torch.full((len(x),), t, device=x.device), cls)
+
+        with torch.autocast(self.device.type, torch.bfloat16):
+            latents = adams_bashforth2(velocity, noise, polynomial_grid(12))
+            decoded = self.vae.decode(network.unwhiten(latents)).sample
+        images = torch.stack([self.shown, pixels_to_images(decoded.float()).cpu()])
+        rows = images.unflatten(1, (2, 8)).transpose(0, 1).flatten(0, 2)
+        write_sheet(folder / f"samples_{step:06d}.png", rows, columns=8)
+        return {f"val_{k}": float(v) for k, v in found.items()}
+
+
+def _velocity_losses(
+    network: nn.Module,
+    batch: dict[str, Tensor],
+    posterior: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    keep: Tensor,
+    alignment_weight: float,
+) -> dict[str, Tensor]:
+    # network is a SiT, or its compiled wrapper.
+    x = network.whiten(batch["mean"] + batch["std"] * posterior)  # type: ignore[operator]
+    x_t = interpolate(x, eps, t[:, None, None, None])
+    with torch.autocast(x.device.type, torch.bfloat16):
+        condition = batch["cls"] * keep[:, None]
+        v, tokens = network.forward_tokens(x_t, t, condition)  # type: ignore[operator]
+        projected = network.projectors[0](tokens)  # type: ignore[index]
+    parts = {
+        "velocity": velocity_error(v, velocity_target(x, eps)),
+        "alignment": alignment(projected, batch["patches"]),
+    }
+    return {"loss": parts["velocity"] + alignment_weight * parts["alignment"]} | parts
+
+
+@torch.no_grad()
+def _encode(stage: SitStage, images: Tensor) -> dict[str, Tensor]:
+    """Return fp16 posterior mean and std, CLS and patch tokens on the transformer's grid."""
+    rows = []
+    for part in images.split(16):
+        part = part.to(stage.device)
+        pixels = images_to_pixels(part).to(memory_format=torch.channels_last)
+        with torch.autocast(stage.device.type, torch.bfloat16):
+            posterior = stage.vae.encode(pixels).latent_dist
+            features = stage.encoder(part)
+        grid = features.patches.float().transpose(1, 2).unflatten(2, (16, 16))
+        patches = F.interpolate(grid, size=(14, 14), mode="bilinear", antialias=True)
+        row = {
+            "mean": posterior.mean,
+            "std": posterior.std,
+            "cls": features.cls,
+            "patches": patches.flatten(2).transpose(1, 2),
+        }
+        rows.append({k: v.half().cpu().contiguous() for k, v in row.items()})
+    return {k: torch.cat([r[k] for r in rows]) for k in rows[0]}
+
+
+def _views(stage: SitStage, tiles: TileSet, num_views: int, cache: Path) -> dict[str, Tensor]:
+    """Encode augmented views of the training tiles, or read the chunks that are done."""
+    cache.mkdir(parents=True, exist_ok=True)
+    chunks = []
+    for k in range(-(-num_views // _CHUNK)):
+        file = cache / f"{k:05d}.safetensors"
+        if not file.exists():
+            index = batch_indices(len(tiles), _CHUNK, stage.recipe.seed, k)
+            draw = step_generator(stage.recipe.seed, k, stream=2)
+            images = crop_and_turn(tiles.images[index], draw, tiles.images.shape[-1])
+            images = restain(
+                images, stain_maps(len(index), draw, share=0.5, jitter=stage.recipe.stain_jitter)
+            )
+            temporary = file.with_suffix(".tmp")
+            save_file(_encode(stage, images), temporary)
+            temporary.replace(file)
+        chunks.append(load_file(file))
+    return {key: torch.cat([c[key] for c in chunks])[:num_views] for key in chunks[0]}
+
+
+def _set_latent_statistics(network: SiT, views: dict[str, Tensor]) -> None:
+    """Set the whitening buffers: mean and total variance (within and between) per channel."""
+    mean = views["mean"].double().transpose(0, 1).flatten(1)
+    within = views["std"].double().square().transpose(0, 1).flatten(1).mean(1)
+    assert network.bn.running_mean is not None and network.bn.running_var is not None
+    network.bn.running_mean.copy_(mean.mean(1))
+    network.bn.running_var.copy_(mean.var(1) + within)

@@ -1,0 +1,167 @@
+"""The autoencoder stage: diffusers' AutoencoderKL on crops of tiles.
+
+Loss: L1 + pooled colour + LPIPS (VGG) + KL, as REPA-E's without its adversary. With
+`train_encoder=False` only the decoder learns, so that latents computed before stay valid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import Tensor, nn
+
+from cytosyn_aug.images import images_to_pixels, pixels_to_images
+from training.data import (
+    TileSet,
+    batch_indices,
+    crop_and_turn,
+    restain,
+    stain_maps,
+    step_generator,
+)
+from training.loop import LoopConfig
+from training.losses import kl_to_standard_normal, pooled_colour
+from training.perception import PerceptualNetwork
+from training.sheets import write_sheet
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VaeRecipe:
+    """An autoencoder run: shape of the network, weights of the losses, the loop.
+
+    Attributes:
+        perceptual_share: Fraction of each batch that the (costly) perceptual loss sees.
+        stain_jitter: See `training.data.stain_maps`.
+    """
+
+    loop: LoopConfig
+    block_channels: tuple[int, ...]
+    layers_per_block: int
+    norm_groups: int
+    has_attention: bool
+    train_encoder: bool = True
+    batch_size: int
+    crop_px: int
+    stain_jitter: float
+    colour_weight: float
+    perceptual_weight: float
+    perceptual_share: float
+    kl_weight: float
+    seed: int
+
+
+def build_vae(recipe: VaeRecipe) -> AutoencoderKL:
+    """Return an untrained f8d4 autoencoder of the recipe's shape."""
+    num = len(recipe.block_channels)
+    torch.manual_seed(recipe.seed)
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * num,
+        up_block_types=("UpDecoderBlock2D",) * num,
+        block_out_channels=recipe.block_channels,
+        layers_per_block=recipe.layers_per_block,
+        latent_channels=4,
+        norm_num_groups=recipe.norm_groups,
+        sample_size=224,
+        scaling_factor=1.0,
+        mid_block_add_attention=recipe.has_attention,
+    )
+
+
+class VaeStage:
+    """Train an autoencoder on tiles; see the module."""
+
+    def __init__(
+        self,
+        recipe: VaeRecipe,
+        tiles: TileSet,
+        validation: TileSet,
+        device: torch.device,
+        compiles: bool = False,
+    ) -> None:
+        self.recipe, self.tiles, self.device = recipe, tiles, device
+        self.network: nn.Module = build_vae(recipe).to(device, memory_format=torch.channels_last)
+        if not recipe.train_encoder:
+            for part in (self.network.encoder, self.network.quant_conv):
+                part.requires_grad_(False)
+        self.perception = PerceptualNetwork("vgg").to(device)
+        self.compute = torch.compile(self._compute) if compiles else self._compute
+        every = max(1, len(validation) // 48)
+        self.validation = validation.images[::every][:48]
+
+    def losses(self, step: int) -> dict[str, Tensor]:
+        """Return the losses of one batch; the posterior is sampled as in the paper."""
+        r = self.recipe
+        draw = step_generator(r.seed, step)
+        index = batch_indices(len(self.tiles), r.batch_size, r.seed, step)
+        crops = crop_and_turn(self.tiles.images[index], draw, r.crop_px)
+        images = restain(crops, stain_maps(len(crops), draw, jitter=r.stain_jitter))
+        pixels = images_to_pixels(images.to(self.device))
+        pixels = pixels.to(memory_format=torch.channels_last)
+        side = pixels.shape[-1] // 8
+        noise = torch.randn(len(pixels), 4, side, side, generator=draw).to(self.device)
+        return self.compute(pixels, noise)
+
+    def _compute(self, pixels: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        r = self.recipe
+        num_perceived = max(1, round(r.perceptual_share * r.batch_size))
+        with torch.autocast(self.device.type, torch.bfloat16):
+            posterior = self.network.encode(pixels).latent_dist
+            mean, std = posterior.mean.float(), posterior.std.float()
+            decoded = self.network.decode(mean + std * noise).sample.float()
+            perceived = self.perception.distance(
+                decoded[:num_perceived], pixels[:num_perceived], num_stages=4
+            ).mean()
+        parts = {
+            "l1": (decoded - pixels).abs().mean(),
+            "colour": pooled_colour(decoded, pixels),
+            "perceptual": perceived,
+            "kl": kl_to_standard_normal(mean, std),
+        }
+        total = (
+            parts["l1"]
+            + r.colour_weight * parts["colour"]
+            + r.perceptual_weight * parts["perceptual"]
+            + r.kl_weight * parts["kl"]
+        )
+        return {"loss": total} | parts
+
+    @torch.no_grad()
+    def report(self, network: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        """Write originals above round trips; return PSNR over whole validation tiles."""
+        decoded = torch.cat([round_trip(network, part) for part in self.validation.split(8)])
+        show = torch.stack([self.validation[::6], decoded[::6]]).flatten(0, 1)
+        write_sheet(folder / f"samples_{step:06d}.png", show, columns=8)
+        return reconstruction_numbers(self.validation, decoded)
+
+
+@torch.no_grad()
+def round_trip(vae: nn.Module, images: Tensor) -> Tensor:
+    """Encode to the posterior mean and decode: uint8 [B, 3, H, W] to the same, same device."""
+    device = next(vae.parameters()).device
+    pixels = images_to_pixels(images.to(device)).to(memory_format=torch.channels_last)
+    with torch.autocast(device.type, torch.bfloat16):
+        # Any: diffusers types decode() as a union of tuple and output class.
+        decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample  # type: ignore[operator]
+    return pixels_to_images(decoded.float()).to(images.device)
+
+
+def reconstruction_numbers(images: Tensor, decoded: Tensor) -> dict[str, float]:
+    """Return mean per-tile PSNR in dB, at full resolution and on 8x8-pooled colour.
+
+    Args:
+        images: uint8 [N, 3, H, W], originals.
+        decoded: uint8 [N, 3, H, W], round trips.
+    """
+    difference = images.double() - decoded.double()
+    pooled = nn.functional.avg_pool2d(difference, 8)
+
+    def psnr(error: Tensor) -> float:
+        mse = error.square().flatten(1).mean(1).clamp_min(1e-6)
+        return float((10 * torch.log10(255.0**2 / mse)).mean())
+
+    return {"psnr_db": psnr(difference), "pooled_psnr_db": psnr(pooled)}
