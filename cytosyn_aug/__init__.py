@@ -1,1 +1,43 @@
-"""Synthetic H&E inside a training loop."""
+"""Synthetic H&E inside a training loop: the public names, loaded on first use.
+
+Importing the package imports no torch, so that `cytosyn-aug --help` answers at once.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cytosyn_aug.editing import EditRecipe
+    from cytosyn_aug.encoder import Features
+    from cytosyn_aug.generator import TileGenerator
+    from cytosyn_aug.reference import StainReference
+    from cytosyn_aug.transforms import ConditionedResample, StainNormalize, StainTransfer
+
+_HOMES = {
+    "ConditionedResample": "transforms",
+    "EditRecipe": "editing",
+    "Features": "encoder",
+    "StainNormalize": "transforms",
+    "StainReference": "reference",
+    "StainTransfer": "transforms",
+    "TileGenerator": "generator",
+}
+
+__all__ = [
+    "ConditionedResample",
+    "EditRecipe",
+    "Features",
+    "StainNormalize",
+    "StainReference",
+    "StainTransfer",
+    "TileGenerator",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from its module."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cytosyn_aug' has no attribute {name!r}")
+    return getattr(import_module(f"cytosyn_aug.{_HOMES[name]}"), name)

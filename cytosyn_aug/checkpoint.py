@@ -68,7 +68,8 @@ def load_model(folder: Path | str) -> ModelParts:
     vae = _load_part(AutoencoderKL, folder / "vae")
     transformer = _load_part(SiT, folder / "transformer")
     encoder = _load_part(TileEncoder, folder / "encoder") if has_encoder else None
-    assert isinstance(vae, AutoencoderKL) and isinstance(transformer, SiT)
+    assert isinstance(vae, AutoencoderKL)
+    assert isinstance(transformer, SiT)
     assert encoder is None or isinstance(encoder, TileEncoder)
     parts = ["vae", "transformer", *(["encoder"] if has_encoder else [])]
     return ModelParts(
@@ -154,9 +155,7 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: str) ->
     module.load_state_dict(tensors)
 
 
-def _load_part(
-    cls: type[AutoencoderKL] | type[SiT] | type[TileEncoder], folder: Path
-) -> nn.Module:
+def _load_part(cls: type[AutoencoderKL] | type[SiT] | type[TileEncoder], folder: Path) -> nn.Module:
     settings = _read_json(folder / "config.json", "the model folder is partial; copy it again")
     settings = {k: v for k, v in settings.items() if not k.startswith("_")}
     try:

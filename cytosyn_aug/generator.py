@@ -7,12 +7,12 @@ backward pass of a user's own model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cytosyn_aug.checkpoint import EMBEDDED_MODEL, ModelParts, load_model
 from cytosyn_aug.encoder import Features
@@ -61,9 +61,15 @@ class TileGenerator:
         self.tile, self.digest = parts.tile, parts.digest
         self.device, self.dtype = torch.device(device), dtype
         self.batch_size = batch_size
-        self.vae = parts.vae.to(self.device, dtype, memory_format=torch.channels_last)
-        self.transformer = parts.transformer.to(self.device, dtype)
-        self.encoder = None if parts.encoder is None else parts.encoder.to(self.device, dtype)
+        for part in (parts.vae, parts.transformer, parts.encoder):
+            if part is not None:
+                # Not diffusers' own to(): it warns about a float32 list that is empty here.
+                nn.Module.to(part, self.device, dtype)
+        # The latent statistics are 8 numbers, and stain is in their last digits.
+        parts.transformer.bn.float()
+        self.vae = parts.vae.to(memory_format=torch.channels_last)
+        self.transformer = parts.transformer
+        self.encoder = parts.encoder
 
     @classmethod
     def from_pretrained(
@@ -218,10 +224,7 @@ class TileGenerator:
                 latents = adams_bashforth2(velocity, noise, polynomial_grid(count))
             elif sampler == "euler_maruyama":
                 latents = euler_maruyama(
-                    velocity,
-                    noise.double(),
-                    lambda i, s=seeds: sample_noise(s, self.latent_shape, stream=i + 1),
-                    num_steps=count,
+                    velocity, noise.double(), self._step_noise(seeds), num_steps=count
                 )
             else:
                 raise ValueError(f"sampler is {sampler!r}, expected 'ab2' or 'euler_maruyama'")
@@ -247,6 +250,9 @@ class TileGenerator:
                 f"{self.tile.describe()}; re-tile the slide at that size and scale"
             )
 
+    def _step_noise(self, seeds: Sequence[int]) -> Callable[[int], Tensor]:
+        return lambda step: sample_noise(seeds, self.latent_shape, stream=step + 1)
+
     def _conditions(self, cls: Tensor | None, per_condition: int) -> Tensor:
         if per_condition < 1:
             raise ValueError(f"per_condition is {per_condition}, expected at least 1")
@@ -265,9 +271,3 @@ class TileGenerator:
     def _batches(self, tensor: Tensor) -> Iterator[Tensor]:
         for part in tensor.split(self.batch_size):
             yield part.to(self.device)
-
-
-def check_seeds(seeds: Sequence[int]) -> None:
-    """Raise unless all seeds are non-negative integers."""
-    if any(s < 0 for s in seeds):
-        raise ValueError(f"seeds must be non-negative, got {min(seeds)}")

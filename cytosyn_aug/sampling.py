@@ -7,6 +7,7 @@ and no step waits for the device. Solvers keep the state in the dtype of the noi
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -38,7 +39,7 @@ def polynomial_grid(num_steps: int, start: float = 1.0) -> list[float]:
 
 def euler(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
     """Integrate dx/dt = v along `times` (either direction) with Euler steps."""
-    for now, following in zip(times[:-1], times[1:], strict=True):
+    for now, following in itertools.pairwise(times):
         x = x + (following - now) * velocity(x, now).to(x.dtype)
     return x
 
@@ -60,7 +61,7 @@ def adams_bashforth2(velocity: Velocity, x: Tensor, times: Sequence[float]) -> T
     Source: Hairer, Norsett, Wanner (1993), Solving ODEs I, III.5, order 2.
     """
     v_previous, h_previous = None, 0.0
-    for now, following in zip(times[:-1], times[1:], strict=True):
+    for now, following in itertools.pairwise(times):
         h, v = following - now, velocity(x, now).to(x.dtype)
         if v_previous is None:
             x = x + h * v
@@ -96,7 +97,7 @@ def euler_maruyama(
     Source: Ma et al. (2024), SiT, section 2.4 and appendix A; constants as in REPA-E.
     """
     times = np.linspace(1.0, last_time, num_steps).tolist()
-    for i, (now, following) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for i, (now, following) in enumerate(itertools.pairwise(times)):
         drift = x + (2 - now) * velocity(x, now).to(x.dtype)
         dt = following - now
         x = x + drift * dt + math.sqrt(2 * now * -dt) * noise(i).to(x)

@@ -69,9 +69,7 @@ class SiT(ModelMixin, ConfigMixin):
         self.y_embedder = _ConditionEmbedder(conditioning_dim, hidden_size)
         positions = _sincos_positions(hidden_size, self.grid_size)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
-        self.blocks = nn.ModuleList(
-            _Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(_Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.projectors = nn.ModuleList(
             _projector(hidden_size, projector_dim, width) for width in z_dims
         )
@@ -121,7 +119,8 @@ class SiT(ModelMixin, ConfigMixin):
         return latents / scale + bias
 
     def _latent_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.bn.running_mean is not None and self.bn.running_var is not None
+        assert self.bn.running_mean is not None
+        assert self.bn.running_var is not None
         bias = self.bn.running_mean.view(1, -1, 1, 1).to(like)
         return bias, self.bn.running_var.float().rsqrt().view(1, -1, 1, 1).to(like)
 
@@ -138,8 +137,9 @@ class SiT(ModelMixin, ConfigMixin):
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.config["hidden_size"], -1))
         nn.init.zeros_(self.x_embedder.proj.bias)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.y_embedder.linear):
-            nn.init.normal_(layer.weight, std=0.02)
+        for name, parameter in self.named_parameters():
+            if name.startswith(("t_embedder.", "y_embedder.")) and name.endswith("weight"):
+                nn.init.normal_(parameter, std=0.02)
         for block in (*self.blocks, self.final_layer):
             nn.init.zeros_(block.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)

@@ -1,4 +1,14 @@
-"""Command line of training: `python -m training vae --recipe tiny --data TILES --out RUN`."""
+"""Command line of training.
+
+python -m training vae     --data TILES --out RUN
+python -m training encoder --data TILES --out RUN
+python -m training sit     --data TILES --out RUN --vae RUN --encoder RUN
+python -m training decoder --data TILES --out RUN --warm-start VAE_RUN
+python -m training export  --vae RUN --encoder RUN --sit RUN --out FOLDER
+python -m training evaluate --data TILES --model FOLDER --out REPORT
+
+TILES holds train/<slide>/<tile> and val/<slide>/<tile>. Runs resume from their own folder.
+"""
 
 from __future__ import annotations
 
@@ -8,37 +18,133 @@ import math
 from pathlib import Path
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
+from cytosyn_aug.config import TileSpec
+from cytosyn_aug.encoder import TileEncoder
+from cytosyn_aug.generator import TileGenerator
 from training import recipes
 from training.data import load_tiles
-from training.encoder import EncoderStage
-from training.loop import recipe_dict, train
-from training.vae import VaeStage
+from training.encoder import EncoderRecipe, EncoderStage, build_encoder
+from training.evaluate import evaluate
+from training.export import export
+from training.loop import Stage, load_average, recipe_dict, train
+from training.sheets import write_sheet
+from training.sit import SitRecipe, SitStage, build_transformer
+from training.vae import VaeRecipe, VaeStage, build_vae
+
+_TRAINED = ("vae", "encoder", "sit", "decoder")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
-    parser.add_argument("stage", choices=["vae", "encoder"])
-    parser.add_argument("--recipe", default="tiny")
-    parser.add_argument("--data", type=Path, required=True)
+    """Parse, build a frozen recipe, call one function."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("stage", choices=[*_TRAINED, "export", "evaluate"])
+    parser.add_argument("--recipe", default="tiny", help="name in training/recipes.py")
+    parser.add_argument("--data", type=Path, help="folder with train/ and val/")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--warm-start", type=Path)
-    parser.add_argument("--minutes", type=float, default=math.inf)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--vae", type=Path, help="run folder of the autoencoder")
+    parser.add_argument("--encoder", type=Path, help="run folder of the encoder")
+    parser.add_argument("--sit", type=Path, help="run folder of the transformer")
+    parser.add_argument("--model", type=Path, help="model folder to evaluate; default: tiny")
+    parser.add_argument("--warm-start", type=Path, help="run folder to take weights from")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop and save after")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the step")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    recipe = getattr(recipes, f"{args.recipe}_{args.stage}")()
-    print(json.dumps(recipe_dict(recipe), indent=1))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tiles, validation = load_tiles(args.data / "train"), load_tiles(args.data / "val")
-    if args.stage == "vae":
-        stage = VaeStage(recipe, tiles, validation, device, args.compile)
+    if args.stage == "export":
+        _export(args)
+    elif args.stage == "evaluate":
+        _evaluate(args, device)
     else:
-        stage = EncoderStage(recipe, tiles, validation, device, args.out / "teacher", args.compile)
-    train(stage, recipe.loop, args.out, recipe=recipe_dict(recipe), minutes=args.minutes,
-          warm_start=args.warm_start)
+        _train(args, device)
+
+
+def _train(args: argparse.Namespace, device: torch.device) -> None:
+    _need(args, "data")
+    recipe = _recipe(args.recipe, args.stage)
+    settings = recipe_dict(recipe)
+    print(json.dumps(settings, indent=1))
+    tiles, validation = load_tiles(args.data / "train"), load_tiles(args.data / "val")
+    stage: Stage
+    if isinstance(recipe, VaeRecipe):
+        stage = VaeStage(recipe, tiles, validation, device, args.compile)
+    elif isinstance(recipe, EncoderRecipe):
+        cache = args.out / "teacher"
+        stage = EncoderStage(recipe, tiles, validation, device, cache, args.compile)
+    else:
+        assert isinstance(recipe, SitRecipe)
+        _need(args, "vae", "encoder")
+        parts = (_load_vae(args), _load_encoder(args))
+        cache = args.out / "views"
+        stage = SitStage(recipe, tiles, validation, *parts, device, cache, args.compile)
+    train(
+        stage,
+        recipe.loop,
+        args.out,
+        recipe=settings,
+        minutes=args.minutes,
+        warm_start=args.warm_start,
+    )
+
+
+def _export(args: argparse.Namespace) -> None:
+    _need(args, "vae", "encoder", "sit")
+    recipe = _recipe(args.recipe, "sit")
+    assert isinstance(recipe, SitRecipe)
+    encoder = _load_encoder(args)
+    transformer = build_transformer(recipe, encoder.config["embed_dim"])
+    load_average(args.sit, transformer)
+    print(export(args.out, _load_vae(args), encoder, transformer, TileSpec()))
+
+
+def _evaluate(args: argparse.Namespace, device: torch.device) -> None:
+    _need(args, "data")
+    generator = TileGenerator.from_pretrained(args.model, device=device)
+    tiles = load_tiles(args.data / "val", generator.tile.size_px)
+    numbers = {"digest": generator.digest} | evaluate(generator, tiles)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "numbers.json").write_text(json.dumps(numbers, indent=2))
+    chosen = torch.linspace(0, len(tiles) - 1, 36).round().long()
+    cls = generator.features(tiles.images[chosen]).cls
+    write_sheet(args.out / "samples.png", generator.sample(cls, seed=0), columns=6)
+    print(json.dumps(numbers, indent=2))
+
+
+def _recipe(name: str, stage: str) -> VaeRecipe | EncoderRecipe | SitRecipe:
+    function = getattr(recipes, f"{name}_{stage}", None)
+    if function is None:
+        raise SystemExit(f"no recipe {name}_{stage} in training/recipes.py")
+    return function()
+
+
+def _load_vae(args: argparse.Namespace) -> AutoencoderKL:
+    recipe = _recipe(args.recipe, "vae")
+    assert isinstance(recipe, VaeRecipe)
+    vae = load_average(args.vae, build_vae(recipe))
+    assert isinstance(vae, AutoencoderKL)
+    return vae
+
+
+def _load_encoder(args: argparse.Namespace) -> TileEncoder:
+    recipe = _recipe(args.recipe, "encoder")
+    assert isinstance(recipe, EncoderRecipe)
+    encoder = load_average(args.encoder, build_encoder(recipe), prefix="encoder.")
+    assert isinstance(encoder, TileEncoder)
+    return encoder
+
+
+def _need(args: argparse.Namespace, *names: str) -> None:
+    missing = [f"--{n}" for n in names if getattr(args, n) is None]
+    if missing:
+        raise SystemExit(f"{args.stage} needs {' and '.join(missing)}; see --help")
 
 
 if __name__ == "__main__":

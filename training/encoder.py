@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from cytosyn_aug.encoder import TileEncoder
 from cytosyn_aug.images import images_to_pixels, optical_density
-from cytosyn_aug.stain import pool_moments, tissue_moments, DensityMoments
+from cytosyn_aug.stain import DensityMoments, pool_moments, tissue_moments
 from training.data import TileSet, batch_indices, restain, stain_maps, step_generator
 from training.loop import LoopConfig
 from training.losses import standardised_error

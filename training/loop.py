@@ -19,6 +19,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from training.muon import Muon, split_parameters
+
+Optimisers = list[torch.optim.Optimizer]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoopConfig:
@@ -27,6 +31,7 @@ class LoopConfig:
     Attributes:
         num_steps: Optimiser steps of the whole run.
         learning_rate: Peak of AdamW's rate, after a linear warm-up of `warmup_steps`.
+        muon_rate: The same for Muon, which takes the hidden weights; see `training.muon`.
         cooldown_steps: The last steps, over which the rate falls linearly to a twentieth.
         ema_decay: Decay of the moving average, itself warmed up as min(decay, (1+n)/(10+n)).
         grad_clip: Largest L2 norm of the gradient.
@@ -37,9 +42,9 @@ class LoopConfig:
 
     num_steps: int
     learning_rate: float
+    muon_rate: float = 0.01
     warmup_steps: int = 100
     cooldown_steps: int = 0
-    weight_decay: float = 0.0
     ema_decay: float = 0.999
     grad_clip: float = 1.0
     log_every_steps: int = 20
@@ -97,17 +102,14 @@ def train(
         ValueError: The folder holds a run of another recipe.
     """
     run_folder.mkdir(parents=True, exist_ok=True)
-    parameters = [p for p in stage.network.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
-    )
+    optimisers = _optimisers(stage.network, config)
     average = copy.deepcopy(stage.network).requires_grad_(False).eval()
-    start = _resume(run_folder, stage.network, average, optimiser, recipe, warm_start)
+    start = _resume(run_folder, stage.network, average, optimisers, recipe, warm_start)
     (run_folder / "recipe.json").write_text(json.dumps(recipe, indent=2))
     began, saved = time.monotonic(), time.monotonic()
     step = start
     for step in range(start, config.num_steps):
-        row = _step(stage, config, parameters, optimiser, step)
+        row = _step(stage, config, optimisers, step)
         _update_average(average, stage.network, config.ema_decay, step)
         done = step + 1
         if done % config.log_every_steps == 0 or done == 1:
@@ -118,37 +120,62 @@ def train(
             _append(run_folder / "reports.jsonl", {"step": done} | numbers)
             print(f"step {done}", json.dumps({k: round(v, 4) for k, v in numbers.items()}))
         if time.monotonic() - saved > config.save_every_s:
-            _save(run_folder, stage.network, average, optimiser, recipe, done)
+            _save(run_folder, stage.network, average, optimisers, recipe, done)
             saved = time.monotonic()
         if time.monotonic() - began > minutes * 60:
             break
     done = min(step + 1, config.num_steps)
-    _save(run_folder, stage.network, average, optimiser, recipe, done)
+    _save(run_folder, stage.network, average, optimisers, recipe, done)
     return done
 
 
-def load_average(run_folder: Path, network: nn.Module) -> nn.Module:
-    """Load the averaged weights of a run into `network`, strictly, and return it in eval mode."""
+def load_average(run_folder: Path, network: nn.Module, prefix: str = "") -> nn.Module:
+    """Load the averaged weights of a run into `network`, strictly.
+
+    Args:
+        run_folder: Folder of the run.
+        network: Receives the weights.
+        prefix: Only weights whose name starts so are loaded, without it.
+
+    Returns:
+        `network` in evaluation mode, without gradients.
+    """
     state = torch.load(run_folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-    network.load_state_dict(state["average"])
+    average = state["average"]
+    network.load_state_dict(
+        {k.removeprefix(prefix): v for k, v in average.items() if k.startswith(prefix)}
+    )
     return network.eval().requires_grad_(False)
+
+
+def _optimisers(network: nn.Module, config: LoopConfig) -> Optimisers:
+    hidden, rest = split_parameters(network)
+    optimisers: Optimisers = []
+    if hidden:
+        optimisers.append(Muon(hidden, lr=config.muon_rate))
+    if rest:
+        optimisers.append(torch.optim.AdamW(rest, lr=config.learning_rate, weight_decay=0.0))
+    return optimisers
 
 
 def _step(
     stage: Stage,
     config: LoopConfig,
-    parameters: list[nn.Parameter],
-    optimiser: torch.optim.Optimizer,
+    optimisers: Optimisers,
     step: int,
 ) -> dict[str, float]:
-    for group in optimiser.param_groups:
-        group["lr"] = config.learning_rate * _rate(config, step)
     stage.network.train()
     losses = stage.losses(step)
-    optimiser.zero_grad(set_to_none=True)
+    stage.network.zero_grad(set_to_none=True)
     losses["loss"].backward()
-    norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip, error_if_nonfinite=True)
-    optimiser.step()
+    norm = nn.utils.clip_grad_norm_(
+        stage.network.parameters(), config.grad_clip, error_if_nonfinite=True
+    )
+    for optimiser in optimisers:
+        peak = config.muon_rate if isinstance(optimiser, Muon) else config.learning_rate
+        for group in optimiser.param_groups:
+            group["lr"] = peak * _rate(config, step)
+        optimiser.step()
     if (step + 1) % config.log_every_steps and step:
         return {}
     return {k: float(v.detach()) for k, v in losses.items()} | {"grad_norm": float(norm)}
@@ -166,18 +193,18 @@ def _update_average(average: nn.Module, network: nn.Module, decay: float, step: 
     decay = min(decay, (1 + step) / (10 + step))
     for a, b in zip(average.parameters(), network.parameters(), strict=True):
         a.lerp_(b, 1 - decay)
-    for a, b in zip(average.buffers(), network.buffers(), strict=True):
-        if a.is_floating_point():
-            a.lerp_(b, 1 - decay)
+    for old, new in zip(average.buffers(), network.buffers(), strict=True):
+        if old.is_floating_point():
+            old.lerp_(new, 1 - decay)
         else:
-            a.copy_(b)
+            old.copy_(new)
 
 
 def _resume(
     run_folder: Path,
     network: nn.Module,
     average: nn.Module,
-    optimiser: torch.optim.Optimizer,
+    optimisers: Optimisers,
     recipe: dict[str, object],
     warm_start: Path | None,
 ) -> int:
@@ -198,7 +225,8 @@ def _resume(
         )
     network.load_state_dict(state["network"])
     average.load_state_dict(state["average"])
-    optimiser.load_state_dict(state["optimiser"])
+    for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
+        optimiser.load_state_dict(saved)
     return int(state["step"])
 
 
@@ -206,7 +234,7 @@ def _save(
     run_folder: Path,
     network: nn.Module,
     average: nn.Module,
-    optimiser: torch.optim.Optimizer,
+    optimisers: Optimisers,
     recipe: dict[str, object],
     step: int,
 ) -> None:
@@ -216,7 +244,7 @@ def _save(
         "recipe": json.dumps(recipe),
         "network": network.state_dict(),
         "average": average.state_dict(),
-        "optimiser": optimiser.state_dict(),
+        "optimisers": [optimiser.state_dict() for optimiser in optimisers],
     }
     with temporary.open("wb") as stream:
         torch.save(state, stream)

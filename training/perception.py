@@ -37,6 +37,9 @@ class PerceptualNetwork(nn.Module):
         [64, 192, 384, 256, 256]
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, name: NetworkName) -> None:
         super().__init__()
         weights = torch.load(_weight_file(name), map_location="cpu", weights_only=True)
@@ -52,7 +55,8 @@ class PerceptualNetwork(nn.Module):
                 if isinstance(item, str):
                     continue
                 weight = weights[f"net.slice{k + 1}.{item[0]}.weight"]
-                layer = nn.Conv2d(*reversed(weight.shape[:2]), weight.shape[2], padding=item[1])
+                width, depth, side, _ = weight.shape
+                layer = nn.Conv2d(depth, width, side, padding=item[1])
                 layer.load_state_dict(
                     {"weight": weight, "bias": weights[f"net.slice{k + 1}.{item[0]}.bias"]}
                 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +77,15 @@ def build_transformer(recipe: SitRecipe, conditioning_dim: int) -> SiT:
     )
 
 
+class _Draws(NamedTuple):
+    """Random numbers of a step: posterior and flow noise, times, and whose condition is kept."""
+
+    posterior: Tensor
+    eps: Tensor
+    t: Tensor
+    keep: Tensor
+
+
 class SitStage:
     """Train a transformer on views of the tiles; see the module."""
 
@@ -98,7 +108,7 @@ class SitStage:
         self.held_out = _encode(self, validation.images[:: max(1, len(validation) // 160)])
         network = build_transformer(recipe, encoder.config["embed_dim"])
         _set_latent_statistics(network, self.views)
-        self.network: nn.Module = network.to(device)
+        self.network = network.to(device)
         self.compute = torch.compile(self._compute) if compiles else self._compute
 
     def losses(self, step: int) -> dict[str, Tensor]:
@@ -107,23 +117,32 @@ class SitStage:
             len(self.views["cls"]), self.recipe.batch_size, self.recipe.seed, step
         )
         batch = {k: v[index].to(self.device).float() for k, v in self.views.items()}
-        return self.compute(batch, *self._draws(batch, step_generator(self.recipe.seed, step)))
+        draws = self._draws(batch, step_generator(self.recipe.seed, step))
+        return self.compute(self.network, batch, draws)
 
-    def _draws(self, batch: dict[str, Tensor], draw: torch.Generator) -> tuple[Tensor, ...]:
+    def _draws(self, batch: dict[str, Tensor], draw: torch.Generator) -> _Draws:
         shape, num = batch["mean"].shape, len(batch["mean"])
         posterior = torch.randn(shape, generator=draw)
         eps = torch.randn(shape, generator=draw)
         # Stratified over the batch: the same uniform distribution, less variance a step.
         t = (torch.randperm(num, generator=draw) + torch.rand(num, generator=draw)) / num
         keep = torch.rand(num, generator=draw) >= self.recipe.condition_dropout
-        return tuple(x.to(self.device) for x in (posterior, eps, t, keep.float()))
+        return _Draws(*(x.to(self.device) for x in (posterior, eps, t, keep.float())))
 
-    def _compute(
-        self, batch: dict[str, Tensor], posterior: Tensor, eps: Tensor, t: Tensor, keep: Tensor
-    ) -> dict[str, Tensor]:
-        return _velocity_losses(
-            self.network, batch, posterior, eps, t, keep, self.recipe.alignment_weight
-        )
+    def _compute(self, network: SiT, batch: dict[str, Tensor], draws: _Draws) -> dict[str, Tensor]:
+        x = network.whiten(batch["mean"] + batch["std"] * draws.posterior)
+        x_t = interpolate(x, draws.eps, draws.t[:, None, None, None])
+        with torch.autocast(x.device.type, torch.bfloat16):
+            condition = batch["cls"] * draws.keep[:, None]
+            v, tokens = network.forward_tokens(x_t, draws.t, condition)
+            projected = network.projectors[0](tokens)
+        parts = {
+            "velocity": velocity_error(v, velocity_target(x, draws.eps)),
+            "alignment": alignment(projected, batch["patches"]),
+        }
+        return {
+            "loss": parts["velocity"] + self.recipe.alignment_weight * parts["alignment"]
+        } | parts
 
     @torch.no_grad()
     def report(self, network: nn.Module, folder: Path, step: int) -> dict[str, float]:
@@ -131,7 +150,7 @@ class SitStage:
         assert isinstance(network, SiT)
         batch = {k: v.to(self.device).float() for k, v in self.held_out.items()}
         draws = self._draws(batch, step_generator(self.recipe.seed, 0, stream=3))
-        found = _velocity_losses(network, batch, *draws, self.recipe.alignment_weight)
+        found = self._compute(network, batch, draws)
         cls = self.encoder(self.shown.to(self.device)).cls
         noise = torch.randn(
             (len(cls), 4, 28, 28), generator=step_generator(self.recipe.seed, 0, stream=4)
@@ -147,29 +166,6 @@ class SitStage:
         rows = images.unflatten(1, (2, 8)).transpose(0, 1).flatten(0, 2)
         write_sheet(folder / f"samples_{step:06d}.png", rows, columns=8)
         return {f"val_{k}": float(v) for k, v in found.items()}
-
-
-def _velocity_losses(
-    network: nn.Module,
-    batch: dict[str, Tensor],
-    posterior: Tensor,
-    eps: Tensor,
-    t: Tensor,
-    keep: Tensor,
-    alignment_weight: float,
-) -> dict[str, Tensor]:
-    # network is a SiT, or its compiled wrapper.
-    x = network.whiten(batch["mean"] + batch["std"] * posterior)  # type: ignore[operator]
-    x_t = interpolate(x, eps, t[:, None, None, None])
-    with torch.autocast(x.device.type, torch.bfloat16):
-        condition = batch["cls"] * keep[:, None]
-        v, tokens = network.forward_tokens(x_t, t, condition)  # type: ignore[operator]
-        projected = network.projectors[0](tokens)  # type: ignore[index]
-    parts = {
-        "velocity": velocity_error(v, velocity_target(x, eps)),
-        "alignment": alignment(projected, batch["patches"]),
-    }
-    return {"loss": parts["velocity"] + alignment_weight * parts["alignment"]} | parts
 
 
 @torch.no_grad()
@@ -218,6 +214,7 @@ def _set_latent_statistics(network: SiT, views: dict[str, Tensor]) -> None:
     """Set the whitening buffers: mean and total variance (within and between) per channel."""
     mean = views["mean"].double().transpose(0, 1).flatten(1)
     within = views["std"].double().square().transpose(0, 1).flatten(1).mean(1)
-    assert network.bn.running_mean is not None and network.bn.running_var is not None
+    assert network.bn.running_mean is not None
+    assert network.bn.running_var is not None
     network.bn.running_mean.copy_(mean.mean(1))
     network.bn.running_var.copy_(mean.var(1) + within)

@@ -57,7 +57,7 @@ def build_vae(recipe: VaeRecipe) -> AutoencoderKL:
     """Return an untrained f8d4 autoencoder of the recipe's shape."""
     num = len(recipe.block_channels)
     torch.manual_seed(recipe.seed)
-    return AutoencoderKL(
+    vae = AutoencoderKL(
         in_channels=3,
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * num,
@@ -70,6 +70,10 @@ def build_vae(recipe: VaeRecipe) -> AutoencoderKL:
         scaling_factor=1.0,
         mid_block_add_attention=recipe.has_attention,
     )
+    for name, parameter in vae.named_parameters():
+        if ".conv2." in name:  # residual branches start at zero: the start is a shallow network
+            nn.init.zeros_(parameter)
+    return vae
 
 
 class VaeStage:
@@ -84,7 +88,7 @@ class VaeStage:
         compiles: bool = False,
     ) -> None:
         self.recipe, self.tiles, self.device = recipe, tiles, device
-        self.network: nn.Module = build_vae(recipe).to(device, memory_format=torch.channels_last)
+        self.network = build_vae(recipe).to(device, memory_format=torch.channels_last)
         if not recipe.train_encoder:
             for part in (self.network.encoder, self.network.quant_conv):
                 part.requires_grad_(False)

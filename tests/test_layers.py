@@ -1,0 +1,64 @@
+"""Arrows point down: who may import whom, checked on the syntax tree."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# A module may import only from rows above its own.
+ROWS = [
+    {"config", "images", "flow"},
+    {"transformer", "encoder", "sampling", "stain"},
+    {"checkpoint"},
+    {"generator"},
+    {"reference"},
+    {"editing"},
+    {"transforms"},
+    {"albumentations", "demo"},
+    {"cli"},
+]
+FORBIDDEN_NAMES = {"utils", "util", "helpers", "misc", "common", "core", "base"}
+TRAINING_ROWS = [
+    {"data", "losses", "perception", "sheets", "loop"},
+    {"vae", "encoder", "sit"},
+    {"evaluate", "export", "recipes", "restaining"},
+    {"__main__"},
+]
+
+
+def imported_modules(file: Path, package: str) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names |= {f"{node.module}.{a.name}" for a in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {a.name for a in node.names}
+    return {n.split(".")[1] for n in names if n.startswith(f"{package}.")}
+
+
+@pytest.mark.parametrize(("package", "rows"), [("cytosyn_aug", ROWS), ("training", TRAINING_ROWS)])
+def test_modules_import_only_from_rows_below(package, rows):
+    height = {name: k for k, row in enumerate(rows) for name in row}
+    for file in (ROOT / package).glob("*.py"):
+        if file.stem == "__init__":
+            continue
+        assert file.stem in height, f"{file.name} has no row; add it to this test"
+        for name in imported_modules(file, package):
+            if name in height:
+                assert height[name] < height[file.stem], f"{file.stem} imports {name}"
+
+
+def test_the_library_does_not_know_training():
+    for file in (ROOT / "cytosyn_aug").glob("*.py"):
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            module = getattr(node, "module", None) or ""
+            names = [module, *(a.name for a in getattr(node, "names", []))]
+            assert not any(str(n).split(".")[0] == "training" for n in names), file.name
+
+
+def test_no_module_is_a_dumping_ground():
+    stems = {f.stem for p in ("cytosyn_aug", "training") for f in (ROOT / p).glob("*.py")}
+    assert not stems & FORBIDDEN_NAMES

@@ -1,0 +1,85 @@
+import json
+
+import pytest
+import torch
+from conftest import SIZE, synthetic_tiles
+from PIL import Image
+
+from cytosyn_aug import StainReference
+
+
+@pytest.fixture
+def reference(generator):
+    return StainReference.fit(generator, synthetic_tiles(5))
+
+
+def test_it_survives_disk(reference, tmp_path):
+    reference.save(tmp_path / "lab.json")
+    back = StainReference.load(tmp_path / "lab.json")
+    assert torch.equal(back.cls, reference.cls)
+    assert all(torch.equal(a, b) for a, b in zip(back.moments, reference.moments, strict=True))
+    assert (back.model_digest, back.tile) == (reference.model_digest, reference.tile)
+
+
+def test_a_folder_gives_what_its_tiles_give(generator, reference, tmp_path):
+    for k, tile in enumerate(synthetic_tiles(5)):
+        Image.fromarray(tile.permute(1, 2, 0).numpy()).save(tmp_path / f"{k}.png")
+    torch.testing.assert_close(StainReference.fit(generator, tmp_path).cls, reference.cls)
+
+
+def test_blank_tiles_are_left_out(generator, reference):
+    blank = torch.full((2, 3, SIZE, SIZE), 245, dtype=torch.uint8)
+    fitted = StainReference.fit(generator, torch.cat([synthetic_tiles(5), blank]))
+    assert len(fitted.cls) == 5
+
+
+def test_only_blank_tiles_are_refused(generator):
+    with pytest.raises(ValueError, match="none of the 2 tiles holds tissue"):
+        StainReference.fit(generator, torch.full((2, 3, SIZE, SIZE), 245, dtype=torch.uint8))
+
+
+def test_tiles_of_another_size_are_refused(generator):
+    with pytest.raises(ValueError, match="tile is 64x64 px, the model expects 112 px"):
+        StainReference.fit(generator, torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+
+
+def test_folders_that_cannot_serve_are_refused(generator, tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        StainReference.fit(generator, tmp_path / "missing")
+    with pytest.raises(ValueError, match="holds no tiles"):
+        StainReference.fit(generator, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h: h | {"format_version": 9}, "format_version 9"),
+        (lambda h: h | {"kind": "something"}, "is not a StainReference"),
+    ],
+)
+def test_foreign_files_are_refused(reference, tmp_path, change, message):
+    file = tmp_path / "lab.json"
+    reference.save(file)
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(ValueError, match=message):
+        StainReference.load(file)
+
+
+def test_damaged_files_are_named(reference, tmp_path):
+    file = tmp_path / "lab.json"
+    reference.save(file)
+    weights = file.with_suffix(".safetensors")
+    weights.write_bytes(weights.read_bytes()[:40])
+    with pytest.raises(ValueError, match="is corrupt"):
+        StainReference.load(file)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="copy it together"):
+        StainReference.load(file)
+    file.write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        StainReference.load(file)
+
+
+def test_the_name_must_end_in_json(reference, tmp_path):
+    with pytest.raises(ValueError, match="is saved as"):
+        reference.save(tmp_path / "lab.pt")

@@ -1,0 +1,243 @@
+"""Contracts of the transforms: types out = types in, per-sample draws, masks, blank tiles."""
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from conftest import SIZE, synthetic_tiles
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from cytosyn_aug import ConditionedResample, EditRecipe, StainNormalize, StainReference
+from cytosyn_aug import StainTransfer as Transfer
+
+FAST = EditRecipe(steps=2)
+
+
+@pytest.fixture(scope="module")
+def references(generator):
+    dark = synthetic_tiles(3, seed=5)
+    pale = (255 - (255 - dark.float()) * 0.7).round().to(torch.uint8)
+    return [StainReference.fit(generator, x) for x in (dark, pale)]
+
+
+@pytest.fixture
+def transfer(generator, references):
+    return Transfer(generator, references, p=1.0, recipe=FAST)
+
+
+@pytest.fixture(params=["transfer", "normalize", "resample"])
+def transform(request, generator, references):
+    if request.param == "transfer":
+        return Transfer(generator, references, p=1.0, recipe=FAST)
+    if request.param == "normalize":
+        return StainNormalize(generator, references[0], recipe=FAST)
+    return ConditionedResample(generator, p=1.0, steps=2)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x[0],
+        lambda x: x,
+        lambda x: x[0].float() / 255,
+        lambda x: (x / 255).to(torch.bfloat16),
+        lambda x: x.view(2, 2, *x.shape[1:]),
+        lambda x: tv_tensors.Image(x),
+        lambda x: PIL.Image.fromarray(x[0].permute(1, 2, 0).numpy()),
+    ],
+    ids=["uint8", "batch", "float", "bf16", "nested batch", "tv_tensor", "PIL"],
+)
+def test_types_out_are_types_in(transform, tiles, make):
+    image = make(tiles)
+    out = transform(image)
+    assert type(out) is type(image)
+    if isinstance(image, PIL.Image.Image):
+        assert (out.size, out.mode) == (image.size, image.mode)
+    else:
+        assert (out.shape, out.dtype) == (image.shape, image.dtype)
+        assert not torch.equal(out, image)
+
+
+def test_manual_seed_repeats_and_other_seeds_differ(generator, references, tiles):
+    transform = ConditionedResample(generator, p=1.0, steps=2)
+    results = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        results.append(transform(tiles))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_a_tile_is_edited_alike_in_any_batch(generator, references, tiles):
+    normalize = StainNormalize(generator, references[0], recipe=FAST)
+    together = normalize(tiles).int()
+    alone = torch.stack([normalize(t) for t in tiles]).int()
+    # Kernels round differently by batch shape: one grey level is the contract.
+    assert (together - alone).abs().max() <= 1
+
+
+def test_p_draws_per_sample(generator, references):
+    tiles = synthetic_tiles(1).expand(64, 3, SIZE, SIZE)
+    transform = ConditionedResample(generator, p=0.5, steps=2)
+    torch.manual_seed(0)
+    changed = (transform(tiles) != tiles).flatten(1).any(1)
+    assert 16 < changed.sum() < 48
+
+
+def test_p_of_zero_returns_the_very_object(generator, references, tiles):
+    assert Transfer(generator, references, p=0.0)(tiles) is tiles
+
+
+def test_references_are_drawn_per_sample(generator, references):
+    tiles = synthetic_tiles(1).expand(12, 3, SIZE, SIZE)
+    transform = Transfer(generator, references, p=1.0, recipe=FAST)
+    torch.manual_seed(0)
+    drawn = transform.make_params([tiles])["references"]
+    assert set(drawn) == {0, 1}
+
+
+def test_color_moves_no_structure(transfer, tiles):
+    """The change is one affine map of density, faded by density: a function of the colour."""
+    out = transfer(tiles[:1])[0].flatten(1).T
+    colours = {}
+    for before, after in zip(tiles[0].flatten(1).T.tolist(), out.tolist(), strict=True):
+        assert colours.setdefault(tuple(before), tuple(after)) == tuple(after)
+
+
+def test_glass_stays_and_blank_tiles_come_back(transform, tiles):
+    blank = torch.full((2, 3, SIZE, SIZE), 243, dtype=torch.uint8)
+    assert torch.equal(transform(blank), blank)
+    mixed = torch.cat([tiles[:1], blank[:1]])
+    assert torch.equal(transform(mixed)[1], blank[0])
+
+
+def test_glass_pixels_of_a_tissue_tile_stay(transfer, tiles):
+    glass = (tiles > 250).all(1, keepdim=True).expand_as(tiles)
+    assert glass.any()
+    assert torch.equal(transfer(tiles)[glass], tiles[glass])
+
+
+def test_strength_zero_changes_nothing_and_one_half_goes_part_of_the_way(
+    generator, references, tiles
+):
+    moved = []
+    for strength in (0.0, 0.5, 1.0):
+        transform = StainNormalize(generator, references[1], strength=strength, recipe=FAST)
+        moved.append((transform(tiles).float() - tiles.float()).abs().mean().item())
+    assert moved[0] == 0
+    assert 0 < moved[1] < moved[2]
+
+
+def test_masks_boxes_and_labels_pass_by_identity(transfer, tiles):
+    mask = tv_tensors.Mask(torch.ones(SIZE, SIZE, dtype=torch.uint8))
+    boxes = tv_tensors.BoundingBoxes([[1, 2, 3, 4]], format="XYXY", canvas_size=(SIZE, SIZE))
+    image, sample = transfer(tv_tensors.Image(tiles[0]), {"m": mask, "b": boxes, "y": 7})
+    assert sample["m"] is mask
+    assert sample["b"] is boxes
+    assert sample["y"] == 7
+    assert not torch.equal(image, tiles[0])
+
+
+@pytest.mark.parametrize("kind", ["resample", "none"])
+def test_what_moves_structure_refuses_masks_unless_told(generator, references, tiles, kind):
+    def make(allow):
+        if kind == "resample":
+            return ConditionedResample(generator, p=1.0, steps=2, allow_geometry_change=allow)
+        return Transfer(
+            generator, references, p=1.0, preserve="none", recipe=FAST, allow_geometry_change=allow
+        )
+
+    mask = tv_tensors.Mask(torch.ones(SIZE, SIZE, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="moves structure"):
+        make(False)(tv_tensors.Image(tiles[0]), mask)
+    assert make(True)(tv_tensors.Image(tiles[0]), mask)[1] is mask
+
+
+def test_larger_images_are_recoloured_at_their_own_size(transfer):
+    large = synthetic_tiles(2, size=160)
+    out = transfer(large)
+    assert out.shape == large.shape
+    assert not torch.equal(out, large)
+
+
+def test_images_at_another_scale_are_read_at_the_models(generator, references):
+    fine = synthetic_tiles(1, size=2 * SIZE)
+    out = Transfer(generator, references, p=1.0, mpp=0.25, recipe=FAST)(fine)
+    assert out.shape == fine.shape
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (torch.zeros(3, 64, 64, dtype=torch.uint8), "image is 64x64 px at 0.5 microns"),
+        (torch.full((3, SIZE, SIZE), 200.0), "divide by the largest value"),
+        (torch.full((3, SIZE, SIZE), float("nan")), r"expected \[0, 1\]"),
+        (torch.zeros(1, SIZE, SIZE, dtype=torch.uint8), "repeat grey-scale channels"),
+        (torch.zeros(4, SIZE, SIZE, dtype=torch.uint8), "drop alpha"),
+        (torch.zeros(0, 3, SIZE, SIZE, dtype=torch.uint8), "empty batch"),
+        (PIL.Image.new("L", (SIZE, SIZE)), "mode L, expected RGB"),
+        (PIL.Image.new("RGBA", (SIZE, SIZE)), "mode RGBA, expected RGB"),
+        (PIL.Image.new("I;16", (SIZE, SIZE)), "mode I;16, expected RGB"),
+    ],
+)
+def test_bad_images_get_one_clear_error(transfer, image, message):
+    with pytest.raises(ValueError, match=message):
+        transfer(image)
+
+
+def test_sixteen_bit_tensors_are_refused(transfer):
+    with pytest.raises(TypeError, match=r"uint8 or float in \[0, 1\]"):
+        transfer(torch.zeros(3, SIZE, SIZE, dtype=torch.int32))
+
+
+def test_resampling_refuses_other_sizes(generator):
+    with pytest.raises(ValueError, match="the model expects 112 px"):
+        ConditionedResample(generator, p=1.0)(synthetic_tiles(1, size=160))
+
+
+def test_raw_decode_refuses_other_sizes(generator, references):
+    transform = Transfer(generator, references, p=1.0, preserve="none", recipe=FAST)
+    with pytest.raises(ValueError, match="the model expects 112 px"):
+        transform(synthetic_tiles(1, size=160))
+
+
+def test_a_reference_of_another_model_is_refused(generator, references):
+    from dataclasses import replace
+
+    other = replace(references[0], model_digest="0" * 16)
+    with pytest.raises(ValueError, match="fitted with model 0000000000000000"):
+        Transfer(generator, [other])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"p": 1.5}, "p is 1.5"),
+        ({"strength": -0.1}, "strength is -0.1"),
+        ({"preserve": "everything"}, "expected 'color' or 'none'"),
+        ({"mpp": 4.0}, "mpp is 4.0"),
+    ],
+)
+def test_bad_arguments_are_named(generator, references, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Transfer(generator, references, **arguments)
+
+
+def test_the_similarity_gate_returns_and_counts_rejected_tiles(generator, tiles):
+    transform = ConditionedResample(generator, p=1.0, steps=2, min_similarity=0.9999)
+    assert torch.equal(transform(tiles), tiles)
+    assert transform.num_rejected == len(tiles)
+
+
+def test_it_composes_with_torchvision(transfer, tiles):
+    pipeline = v2.Compose([v2.RandomHorizontalFlip(), transfer, v2.ToDtype(torch.float32, True)])
+    out = pipeline(tv_tensors.Image(tiles))
+    assert out.dtype == torch.float32
+    assert out.max() <= 1
+
+
+def test_results_can_enter_a_users_backward_pass(transfer, tiles):
+    weight = torch.ones(1, requires_grad=True)
+    (transfer(tiles.float() / 255) * weight).sum().backward()
+    assert np.isfinite(weight.grad.item())

@@ -1,0 +1,96 @@
+"""Every stage from the command line, on synthetic tiles: train, resume, export, evaluate."""
+
+import json
+
+import pytest
+import torch
+from conftest import synthetic_tiles
+from PIL import Image
+
+from cytosyn_aug.generator import TileGenerator
+from training.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tiles")
+    for split, slides in (("train", 2), ("val", 2)):
+        for slide in range(slides):
+            folder = root / split / f"slide{slide}"
+            folder.mkdir(parents=True)
+            for k, tile in enumerate(synthetic_tiles(20, seed=slide, size=224)):
+                Image.fromarray(tile.permute(1, 2, 0).numpy()).save(folder / f"{k:02d}.png")
+    return root
+
+
+def run(*arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["training", *map(str, arguments)])
+        main()
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    smoke = ("--recipe", "smoke", "--data", data)
+    run("vae", *smoke, "--out", root / "vae")
+    run("encoder", *smoke, "--out", root / "encoder")
+    parts = ("--vae", root / "vae", "--encoder", root / "encoder")
+    run("sit", *smoke, "--out", root / "sit", *parts)
+    run("export", "--recipe", "smoke", "--out", root / "model", "--sit", root / "sit", *parts)
+    return root
+
+
+@pytest.mark.slow
+def test_the_exported_model_generates(runs):
+    generator = TileGenerator.from_pretrained(runs / "model")
+    assert generator.sample(steps=2).shape == (1, 3, 224, 224)
+
+
+@pytest.mark.slow
+def test_the_latents_of_the_training_tiles_are_white(runs, data):
+    """The exported statistics whiten what the exported autoencoder encodes."""
+    generator = TileGenerator.from_pretrained(runs / "model")
+    tiles = torch.cat([synthetic_tiles(20, seed=s, size=224) for s in range(2)])
+    white = generator.whiten(generator.encode(tiles).mean)
+    # The statistics come from four restained views of these tiles.
+    assert white.std((0, 2, 3)).sub(1).abs().max() < 0.5
+
+
+@pytest.mark.slow
+def test_every_stage_wrote_curves_reports_and_pictures(runs):
+    for name in ("vae", "encoder", "sit"):
+        report = json.loads((runs / name / "reports.jsonl").read_text().splitlines()[-1])
+        assert report["step"] == 2
+    assert (runs / "sit" / "samples_000002.png").exists()
+
+
+@pytest.mark.slow
+def test_the_decoder_stage_leaves_the_encoder_alone(runs, data):
+    out = runs / "decoder"
+    smoke = ("--recipe", "smoke", "--data", data)
+    run("decoder", *smoke, "--out", out, "--warm-start", runs / "vae")
+    before, after = (
+        torch.load(runs / name / "checkpoint.pt", weights_only=True)["average"]
+        for name in ("vae", "decoder")
+    )
+    changed = {k.split(".")[0] for k, v in before.items() if not torch.equal(v, after[k])}
+    assert changed == {"decoder", "post_quant_conv"}
+
+
+@pytest.mark.slow
+def test_evaluation_writes_numbers_and_samples(runs, data, tmp_path):
+    run("evaluate", "--data", data, "--model", runs / "model", "--out", tmp_path)
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert {"psnr_db", "median_rank", "frechet_own", "variation_apart"} <= numbers.keys()
+    assert (tmp_path / "samples.png").exists()
+
+
+def test_missing_arguments_are_named(tmp_path):
+    with pytest.raises(SystemExit, match="vae needs --data"):
+        run("vae", "--out", tmp_path)
+
+
+def test_an_unknown_recipe_is_named(data, tmp_path):
+    with pytest.raises(SystemExit, match="no recipe huge_vae"):
+        run("vae", "--recipe", "huge", "--data", data, "--out", tmp_path)

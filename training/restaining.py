@@ -1,0 +1,216 @@
+"""Which way of restaining works? A table of variants and ablations, measured on given slides.
+
+Two questions, as in the project's acceptance tool but on training slides and batched:
+
+* known answer: a random known change of stain S; reference = S(other tiles of the slide), content
+  = tiles of the same slide, truth = S(content). Share of the colour error (Delta E 76) removed.
+* gap: content and reference from different slides; share of the Lab Wasserstein distance to
+  other tiles of the reference slide that is closed.
+
+Every variant ends the same way: the change from the round trip to the edited decode is matched by
+moments in optical density and applied to the original pixels.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from scipy.stats import wasserstein_distance
+from skimage.color import rgb2lab
+from torch import Tensor
+
+from cytosyn_aug.flow import interpolate
+from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.sampling import adams_bashforth2, euler, guide, linear_grid, sample_noise
+from cytosyn_aug.stain import (
+    DensityMap,
+    apply_density_map,
+    density_moments,
+    match_moments,
+    pool_moments,
+    pooled_density,
+    tissue_moments,
+    tissue_weight,
+)
+from training.data import TileSet, restain, stain_maps, step_generator
+
+Restain = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """One way of restaining with the model.
+
+    Attributes:
+        start: "noise" the latents to `noise_level`, "invert" them by the ODE, or "flow": integrate
+            the difference of the two velocities (FlowEdit).
+        condition: Features on the way back: the reference's "mean", the content's own "shifted"
+            by the difference of means, or "shuffled" (another slide's; an ablation).
+        base: What the colour change starts from: the "decode" of the content, or the same edit
+            under the content's "own" features, which cancels the model's bias.
+        slide_source: Whether the source's mean is that of all content tiles, or each tile's own.
+    """
+
+    start: Literal["noise", "invert", "flow", "none"] = "noise"
+    condition: Literal["mean", "shifted", "shuffled"] = "shifted"
+    base: Literal["decode", "own"] = "decode"
+    latents: Literal["keep", "match"] = "keep"
+    slide_source: bool = False
+    noise_level: float = 0.6
+    steps: int = 6
+    guidance: float = 1.0
+
+
+def variant_method(generator: TileGenerator, variant: Variant, shuffled: Tensor) -> Restain:
+    """Return the function (content, reference) -> restained content of a variant."""
+
+    def run(content: Tensor, reference: Tensor) -> Tensor:
+        own = generator.features(content).cls
+        target = generator.features(reference).cls.mean(0)
+        if variant.condition == "mean":
+            condition = target.expand_as(own)
+        else:
+            if variant.condition == "shuffled":
+                target = shuffled
+            source = own.mean(0, keepdim=True) if variant.slide_source else own
+            condition = own + target - source
+        z = generator.whiten(generator.encode(content).mean)
+        seeds = list(range(len(content)))
+        start = z
+        if variant.latents == "match":
+            z_ref = generator.whiten(generator.encode(reference).mean)
+            start = _match_latents(z, z_ref, variant.slide_source)
+        edited = _edit(generator, variant, start, own, condition, seeds)
+        base = z if variant.base == "decode" else _edit(generator, variant, z, own, own, seeds)
+        before, after = (generator.decode(x) for x in (base, edited))
+        return recolour(content, before, after)
+
+    return run
+
+
+def recolour(content: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """Apply to `content` the colour change from `before` to `after`, all uint8 [B, 3, H, W]."""
+    a, b = pooled_density(before), pooled_density(after)
+    weight = tissue_weight(a)
+    change = match_moments(density_moments(a, weight), density_moments(b, weight))
+    return apply_density_map(content, change).round().to(torch.uint8)
+
+
+def transport_method(by_slide: bool) -> Restain:
+    """Return optimal transport of tissue colour moments without any network: the ablation."""
+
+    def run(content: Tensor, reference: Tensor) -> Tensor:
+        target = pool_moments(tissue_moments(reference))
+        source = tissue_moments(content)
+        if by_slide:
+            source = pool_moments(source)
+        change = match_moments(source, target)
+        num = len(content)
+        change = DensityMap(change.matrix.expand(num, 3, 3), change.offset.expand(num, 3))
+        return apply_density_map(content, change).round().to(torch.uint8)
+
+    return run
+
+
+def known_answer(tiles: TileSet, method: Restain, per_slide: int = 2) -> float:
+    """Return the share of Delta E removed over slides and random stain changes."""
+    before, after = [], []
+    for k in range(len(tiles.slides)):
+        images = tiles.images[tiles.slide_index == k]
+        order = torch.randperm(len(images), generator=step_generator(7, k))
+        content, reference = images[order[:8]], images[order[8:24]]
+        for j in range(per_slide):
+            change = stain_maps(1, step_generator(7, k, stream=10 + j), share=1.0)
+            truth = restain(content, change.expand(8, 3, 3))
+            found = method(content, restain(reference, change.expand(16, 3, 3)))
+            for a, b, c in zip(content, found, truth, strict=True):
+                lab = [_lab(x) for x in (a, b, c)]
+                mask = lab[0][..., 0] < 88
+                if mask.sum() < 500:
+                    continue
+                before.append(np.linalg.norm(lab[0] - lab[2], axis=-1)[mask].mean())
+                after.append(np.linalg.norm(lab[1] - lab[2], axis=-1)[mask].mean())
+    return float(1 - np.mean(after) / np.mean(before))
+
+
+def gap_closed(tiles: TileSet, method: Restain, num_pairs: int = 8) -> float:
+    """Return the share of the Lab gap between slides that is closed."""
+    pairs = list(itertools.permutations(range(len(tiles.slides)), 2))
+    order = torch.randperm(len(pairs), generator=step_generator(8, 0))[:num_pairs].tolist()
+    closed = []
+    for content_slide, reference_slide in (pairs[i] for i in order):
+        content = tiles.images[tiles.slide_index == content_slide][:8]
+        reference = tiles.images[tiles.slide_index == reference_slide]
+        target = _lab_tissue(reference[16:40])
+        found = method(content, reference[:16])
+        closed.append((_gap(_lab_tissue(content), target), _gap(_lab_tissue(found), target)))
+    before, after = np.array(closed).mean(0)
+    return float(1 - after / before)
+
+
+def _edit(
+    generator: TileGenerator,
+    variant: Variant,
+    z: Tensor,
+    own: Tensor,
+    condition: Tensor,
+    seeds: list[int],
+) -> Tensor:
+    level, null = variant.noise_level, generator.null_condition
+    forward = guide(generator.velocity, condition, null, variant.guidance, high=1.0)
+    if variant.start == "none":
+        return z
+    times = linear_grid(variant.steps, level)
+    if variant.start == "invert":
+        plain = guide(generator.velocity, own, null)
+        noised = adams_bashforth2(plain, z, times[::-1])
+        return adams_bashforth2(forward, noised, times)
+    eps = sample_noise(seeds, generator.latent_shape)
+    if variant.start == "flow":
+        plain = guide(generator.velocity, own, null)
+
+        def difference(x: Tensor, t: float) -> Tensor:
+            noised = interpolate(z, eps, t)
+            return forward(x + noised - z, t) - plain(noised, t)
+
+        return euler(difference, z, times)
+    return adams_bashforth2(forward, interpolate(z, eps, level), times)
+
+
+def _match_latents(z: Tensor, reference: Tensor, by_slide: bool) -> Tensor:
+    """Match mean and covariance over positions of the latents to the reference's (WCT)."""
+    target = reference.transpose(0, 1).flatten(1).double()
+    groups = [z] if by_slide else list(z.split(1))
+    out = []
+    for group in groups:
+        flat = group.transpose(0, 1).flatten(1).double()
+        a, b = (torch.cov(x) + 1e-4 * torch.eye(4, dtype=x.dtype) for x in (flat, target))
+        root = _root(a)
+        inverse = torch.linalg.inv(root)
+        matrix = inverse @ _root(root @ b @ root) @ inverse
+        moved = matrix @ (flat - flat.mean(1, keepdim=True)) + target.mean(1, keepdim=True)
+        out.append(moved.float().unflatten(1, (len(group), *z.shape[2:])).transpose(0, 1))
+    return torch.cat(out)
+
+
+def _root(matrix: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp_min(1e-8).sqrt()) @ vectors.T
+
+
+def _lab(image: Tensor) -> np.ndarray:
+    return rgb2lab(image.permute(1, 2, 0).numpy())
+
+
+def _lab_tissue(images: Tensor) -> np.ndarray:
+    lab = np.concatenate([_lab(x).reshape(-1, 3) for x in images])
+    return lab[lab[:, 0] < 88][::23]
+
+
+def _gap(a: np.ndarray, b: np.ndarray) -> float:
+    return sum(wasserstein_distance(a[:, i], b[:, i]) for i in range(3))
