@@ -2,7 +2,7 @@
 
     model_index.json                     parts, tile specification, format version
     transformer/{config.json, diffusion_pytorch_model.safetensors}
-    vae/{...}   encoder/{...}
+    vae/{...}   encoder/{...}   stain_probe/{...}   (the last two are optional)
 
 Loading never executes code from the folder and never fills a gap: missing, unexpected, misshapen
 and non-finite tensors are all named in one error.
@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -25,12 +25,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.encoder import TileEncoder
+from cytosyn_aug.encoder import StainProbe, TileEncoder
 from cytosyn_aug.transformer import SiT
 
 FORMAT_VERSION = 1
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "tiny"
+_PARTS: dict[str, type] = {
+    "vae": AutoencoderKL,
+    "transformer": SiT,
+    "encoder": TileEncoder,
+    "stain_probe": StainProbe,
+}
 
 
 class ModelParts(NamedTuple):
@@ -39,6 +45,7 @@ class ModelParts(NamedTuple):
     vae: AutoencoderKL
     transformer: SiT
     encoder: TileEncoder | None
+    stain_probe: StainProbe | None
     tile: TileSpec
     digest: str
 
@@ -64,46 +71,40 @@ def load_model(folder: Path | str) -> ModelParts:
             f"{folder} has format_version {version}, this release reads {FORMAT_VERSION}; "
             "export the model again or install the matching cytosyn-aug"
         )
-    has_encoder = "encoder" in index
-    vae = _load_part(AutoencoderKL, folder / "vae")
-    transformer = _load_part(SiT, folder / "transformer")
-    encoder = _load_part(TileEncoder, folder / "encoder") if has_encoder else None
-    assert isinstance(vae, AutoencoderKL)
-    assert isinstance(transformer, SiT)
-    assert encoder is None or isinstance(encoder, TileEncoder)
-    parts = ["vae", "transformer", *(["encoder"] if has_encoder else [])]
+    names = [name for name in _PARTS if name in index]
+    missing = {"vae", "transformer"} - set(names)
+    if missing:
+        raise ValueError(f"{folder / 'model_index.json'} names no {sorted(missing)}; copy it again")
+    parts = {name: _load_part(_PARTS[name], folder / name) for name in names}
     return ModelParts(
-        vae=vae,
-        transformer=transformer,
-        encoder=encoder,
+        vae=parts["vae"],
+        transformer=parts["transformer"],
+        encoder=parts.get("encoder"),
+        stain_probe=parts.get("stain_probe"),
         tile=TileSpec(**index["tile"]),
-        digest=folder_digest(folder, parts),
+        digest=folder_digest(folder, names),
     )
 
 
-def save_model(
-    folder: Path,
-    vae: AutoencoderKL,
-    transformer: SiT,
-    encoder: TileEncoder | None,
-    tile: TileSpec,
-    dtype: torch.dtype = torch.float16,
-) -> None:
-    """Write a model folder; `model_index.json` comes last, so a partial folder is not a model."""
+def save_model(folder: Path, parts: ModelParts, dtype: torch.dtype = torch.float16) -> None:
+    """Write a model folder; `model_index.json` comes last, so a partial folder is not a model.
+
+    Args:
+        folder: Created if missing.
+        parts: What to write; the digest in it is ignored.
+        dtype: Stored floating type, but for latent statistics, which stay as they are.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     index: dict[str, object] = {
         "_class_name": "TileGenerator",
         "format_version": FORMAT_VERSION,
-        "tile": asdict(tile),
-        "vae": ["diffusers", "AutoencoderKL"],
-        "transformer": ["cytosyn_aug.transformer", "SiT"],
+        "tile": asdict(parts.tile),
     }
-    parts: dict[str, nn.Module] = {"vae": vae, "transformer": transformer}
-    if encoder is not None:
-        index["encoder"] = ["cytosyn_aug.encoder", "TileEncoder"]
-        parts["encoder"] = encoder
-    for name, part in parts.items():
-        _save_part(part, folder / name, dtype)
+    for name, cls in _PARTS.items():
+        part = getattr(parts, name)
+        if part is not None:
+            index[name] = [cls.__module__.split(".models")[0], cls.__name__]
+            _save_part(part, folder / name, dtype)
     write_atomically(folder / "model_index.json", json.dumps(index, indent=2).encode())
 
 
@@ -155,7 +156,7 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: str) ->
     module.load_state_dict(tensors)
 
 
-def _load_part(cls: type[AutoencoderKL] | type[SiT] | type[TileEncoder], folder: Path) -> nn.Module:
+def _load_part(cls: type, folder: Path) -> Any:  # Any: the class is the caller's
     settings = _read_json(folder / "config.json", "the model folder is partial; copy it again")
     settings = {k: v for k, v in settings.items() if not k.startswith("_")}
     try:

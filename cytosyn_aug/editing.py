@@ -1,8 +1,9 @@
 """The two things done to a tile: restain it, or resample it. Policies, as pure functions.
 
-Restaining estimates, at the model's tile size, how the tile's colours would change under another
-laboratory's stain, and applies that smooth change to the original pixels: nuclei cannot move.
-Resampling generates a new tile from the features of the old one.
+Restaining estimates what stain the tile's slide and the reference have, and gives one smooth
+change of optical density that can be applied to the original pixels: nuclei cannot move. With
+`preserve="none"` the diffusion model then draws the recoloured tile anew. Resampling generates a
+new tile from the features of the old one.
 
 A result depends on pixels, recipe, seed and weights only.
 """
@@ -29,10 +30,12 @@ from cytosyn_aug.sampling import (
 from cytosyn_aug.stain import (
     MIN_TISSUE,
     DensityMap,
-    density_moments,
+    DensityMoments,
     match_moments,
-    pooled_density,
-    tissue_weight,
+    moment_statistics,
+    moments_from_statistics,
+    pool_moments,
+    tissue_moments,
 )
 
 
@@ -41,53 +44,55 @@ class EditRecipe:
     """How a tile is restained.
 
     Attributes:
-        noise_level: Time t in (0, 1] the content's latents are noised to; 1 forgets the content.
+        probe_share: How far stain is read from features by the stain probe, from 0 (only the
+            colour moments of the pixels at hand, which mix stain with composition) to 1 (only the
+            probe). Ignored for models without a probe.
+        noise_level: With `preserve="none"`: time t in (0, 1] the latents are noised to before
+            they are drawn anew; small keeps structure, 1 forgets the tile.
         steps: Velocity evaluations on the way back.
-        guidance_scale: Classifier-free guidance towards the target's features.
+        guidance_scale: Classifier-free guidance towards the recoloured tile's features.
     """
 
-    noise_level: float = 0.6
+    probe_share: float = 0.75
+    noise_level: float = 0.3
     steps: int = 4
     guidance_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.probe_share <= 1:
+            raise ValueError(f"probe_share is {self.probe_share}, expected 0 to 1")
         if not 0 < self.noise_level <= 1:
             raise ValueError(f"noise_level is {self.noise_level}, expected 0 < noise_level <= 1")
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}, expected at least 1")
 
 
-class Restained(NamedTuple):
-    """Result of `restain`.
+class StainChange(NamedTuple):
+    """Result of `stain_change`.
 
     Attributes:
-        images: uint8 [B, 3, size, size], the raw decode of the edited latents.
-        change: The colour change in optical density, to be applied to original pixels.
+        change: The change of optical density, one affine map a tile.
         is_tissue: bool [B]; False where the tile is blank and must be returned as it is.
     """
 
-    images: Tensor
     change: DensityMap
     is_tissue: Tensor
 
 
 @torch.no_grad()
-def restain(
+def stain_change(
     generator: TileGenerator,
     images: Tensor,
     reference: StainReference,
     source: StainReference | None,
     recipe: EditRecipe,
-    seeds: Sequence[int],
-) -> Restained:
-    """Restain tiles towards a reference.
+) -> StainChange:
+    """Estimate how tiles change colour under the stain of a reference.
 
-    1. Shift the content's features by the difference between the reference's mean features and
-       the source's.
-    2. Noise the content's latents to `recipe.noise_level` and integrate back twice from the same
-       noise, under the shifted and under the content's own features. Their difference is the
-       stain; what the model gets wrong about this tile is in both and cancels.
-    3. Match the moments of tissue optical density of the second decode to those of the first.
+    1. Describe the stain of tile and reference by nine statistics of tissue optical density: as
+       measured on the pixels, and as the stain probe reads them from the features.
+    2. Average the two descriptions with `recipe.probe_share`.
+    3. Match the moments of the source to those of the reference by optimal transport.
 
     Args:
         generator: The model.
@@ -95,47 +100,48 @@ def restain(
         reference: Where to go.
         source: Statistics of the slide the tiles come from; None for each tile's own.
         recipe: See `EditRecipe`.
+
+    Returns:
+        Maps and tissue gate, on the device of `images`.
+    """
+    reference.check_model(generator)
+    generator.check_images(images)
+    own = tissue_moments(images)
+    target = _slide_statistics(generator, reference, recipe)
+    if source is None:
+        cls = generator.features(images).cls
+        start = _blend(generator, moment_statistics(own.mean, own.covariance), cls, recipe)
+    else:
+        start = _slide_statistics(generator, source, recipe).expand(len(images), -1)
+    start, target = start.to(images.device), target.to(images.device)
+    change = match_moments(moments_from_statistics(start), moments_from_statistics(target))
+    return StainChange(change, own.tissue >= MIN_TISSUE)
+
+
+@torch.no_grad()
+def redraw(
+    generator: TileGenerator, images: Tensor, recipe: EditRecipe, seeds: Sequence[int]
+) -> Tensor:
+    """Noise the latents of tiles to `recipe.noise_level` and draw them anew from their features.
+
+    Args:
+        generator: The model.
+        images: uint8 [B, 3, size, size].
+        recipe: See `EditRecipe`.
         seeds: One seed a tile, for its noise.
 
     Returns:
-        The edited tiles and their colour change, on the generator's device.
+        uint8 [B, 3, size, size] on the generator's device.
 
-    Source: Meng et al. (2022), SDEdit, for step 2.
+    Source: Meng et al. (2022), SDEdit.
     """
-    reference.check_model(generator)
-    own = generator.features(images).cls
-    target = reference.cls.mean(0).to(own)
-    start = own if source is None else source.cls.mean(0).to(own)
-    shifted = own + target - start
+    cls = generator.features(images).cls
     latents = generator.whiten(generator.encode(images).mean)
     noise = sample_noise(seeds, generator.latent_shape).to(latents)
+    velocity = guide(generator.velocity, cls, generator.null_condition, recipe.guidance_scale)
     noised = interpolate(latents, noise, recipe.noise_level)
     times = linear_grid(recipe.steps, recipe.noise_level)
-    null = generator.null_condition
-
-    def back(condition: Tensor) -> Tensor:
-        velocity = guide(generator.velocity, condition, null, recipe.guidance_scale)
-        return generator.decode(adams_bashforth2(velocity, noised, times))
-
-    before, after = back(own), back(shifted)
-    return Restained(after, colour_change(before, after), tissue_fraction(images) >= MIN_TISSUE)
-
-
-def colour_change(before: Tensor, after: Tensor) -> DensityMap:
-    """Return the smooth change of optical density between two versions of the same tiles.
-
-    Args:
-        before: uint8 [B, 3, H, W].
-        after: uint8 [B, 3, H, W], the same structures recoloured, give or take a pixel.
-    """
-    a, b = pooled_density(before), pooled_density(after)
-    weight = tissue_weight(a)
-    return match_moments(density_moments(a, weight), density_moments(b, weight))
-
-
-def tissue_fraction(images: Tensor) -> Tensor:
-    """Return the mean tissue weight [B] of uint8 images."""
-    return tissue_weight(pooled_density(images)).mean((1, 2, 3))
+    return generator.decode(adams_bashforth2(velocity, noised, times))
 
 
 class Resampled(NamedTuple):
@@ -176,4 +182,21 @@ def resample(
     noise = sample_noise(seeds, generator.latent_shape).to(cls)
     made = generator.decode(adams_bashforth2(velocity, noise, polynomial_grid(steps)))
     similarity = torch.cosine_similarity(cls, generator.features(made).cls)
-    return Resampled(made, similarity, tissue_fraction(images) >= MIN_TISSUE)
+    is_tissue = tissue_moments(images).tissue >= MIN_TISSUE
+    return Resampled(made, similarity, is_tissue.to(made.device))
+
+
+def _slide_statistics(
+    generator: TileGenerator, reference: StainReference, recipe: EditRecipe
+) -> Tensor:
+    """Return the nine statistics [1, 9] of all tiles of a reference together."""
+    pooled = pool_moments(DensityMoments(*reference.moments))
+    measured = moment_statistics(pooled.mean, pooled.covariance)
+    return _blend(generator, measured, reference.cls, recipe).mean(0, keepdim=True)
+
+
+def _blend(generator: TileGenerator, measured: Tensor, cls: Tensor, recipe: EditRecipe) -> Tensor:
+    if generator.stain_probe is None:
+        return measured
+    probed = generator.stain_probe.statistics(cls.to(generator.device)).to(measured)
+    return torch.lerp(measured.expand_as(probed), probed, recipe.probe_share)

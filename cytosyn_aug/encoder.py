@@ -93,3 +93,31 @@ class TileEncoder(ModelMixin, ConfigMixin):
         std = torch.tensor(self.config["std"], device=images.device).view(shape)
         tokens = self.vit((images.float().div(255.0).sub(mean).div(std)).to(weight.dtype))
         return Features(tokens[:, 0], tokens[:, self.vit.num_prefix_tokens :])
+
+
+class StainProbe(ModelMixin, ConfigMixin):
+    """Read from the features of one tile what its whole slide looks like.
+
+    One linear layer from CLS to nine numbers: mean tissue optical density of the slide, and the
+    upper triangle of the square root of its covariance. Averages over a tile mix stain with what
+    the tile happens to hold; the probe was taught on single tiles to tell them apart.
+
+    Args:
+        conditioning_dim: Width D of the features.
+    """
+
+    @register_to_config
+    def __init__(self, *, conditioning_dim: int = 768) -> None:
+        super().__init__()
+        self.linear = nn.Linear(conditioning_dim, 9)
+        self.register_buffer("shift", torch.zeros(9))
+        self.register_buffer("scale", torch.ones(9))
+
+    def forward(self, cls: Tensor) -> Tensor:
+        """Return the nine standardised statistics [B, 9] of features [B, D]."""
+        return self.linear(cls)
+
+    def statistics(self, cls: Tensor) -> Tensor:
+        """Return the nine statistics [B, 9] in units of optical density, float64."""
+        raw = self(cls.to(self.linear.weight)).double()
+        return raw * self.scale.double() + self.shift.double()

@@ -61,7 +61,7 @@ class TileGenerator:
         self.tile, self.digest = parts.tile, parts.digest
         self.device, self.dtype = torch.device(device), dtype
         self.batch_size = batch_size
-        for part in (parts.vae, parts.transformer, parts.encoder):
+        for part in (parts.vae, parts.transformer, parts.encoder, parts.stain_probe):
             if part is not None:
                 # Not diffusers' own to(): it warns about a float32 list that is empty here.
                 nn.Module.to(part, self.device, dtype)
@@ -70,6 +70,7 @@ class TileGenerator:
         self.vae = parts.vae.to(memory_format=torch.channels_last)
         self.transformer = parts.transformer
         self.encoder = parts.encoder
+        self.stain_probe = parts.stain_probe
 
     @classmethod
     def from_pretrained(

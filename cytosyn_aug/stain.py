@@ -72,6 +72,28 @@ def density_moments(density: Tensor, weight: Tensor) -> DensityMoments:
     return DensityMoments(mean, covariance, weight.double().mean((1, 2, 3)))
 
 
+def moment_statistics(mean: Tensor, covariance: Tensor) -> Tensor:
+    """Return moments as nine numbers [B, 9]: the mean, and the root of the covariance.
+
+    Both are linear in optical density, so averaging and interpolating them is meaningful.
+
+    Args:
+        mean: [B, 3].
+        covariance: [B, 3, 3].
+    """
+    rows, columns = torch.triu_indices(3, 3, device=mean.device)
+    return torch.cat([mean, _power(covariance, 0.5)[:, rows, columns]], 1)
+
+
+def moments_from_statistics(statistics: Tensor) -> DensityMoments:
+    """Invert `moment_statistics`; the tissue fraction is set to one."""
+    rows, columns = torch.triu_indices(3, 3, device=statistics.device)
+    root = statistics.new_zeros(len(statistics), 3, 3)
+    root[:, rows, columns] = statistics[:, 3:]
+    root[:, columns, rows] = statistics[:, 3:]
+    return DensityMoments(statistics[:, :3], root @ root, statistics.new_ones(len(statistics)))
+
+
 def pooled_density(images: Tensor) -> Tensor:
     """Return optical density of images in grey levels, averaged over POOL_PX squares."""
     return F.avg_pool2d(optical_density(images), POOL_PX)

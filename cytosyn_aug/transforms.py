@@ -20,10 +20,10 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from cytosyn_aug.config import Preserve
-from cytosyn_aug.editing import EditRecipe, resample, restain
+from cytosyn_aug.editing import EditRecipe, redraw, resample, stain_change
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.reference import StainReference
-from cytosyn_aug.stain import DensityMap, apply_density_map, blend_with_identity
+from cytosyn_aug.stain import apply_density_map, blend_with_identity
 
 _STRUCTURE = (tv_tensors.Mask, tv_tensors.BoundingBoxes, tv_tensors.KeyPoints)
 _MAX_SEED = 2**62
@@ -84,10 +84,11 @@ class _TileTransform(v2.Transform):
 class StainTransfer(_TileTransform):
     """Restain tiles to another laboratory, keeping every nucleus where it is.
 
-    A reference is drawn per tile. With `preserve="color"` the estimated colour change is applied
-    to the original pixels, for any image size; with "none" the decoded tile itself comes back
-    (texture and sharpness change too, tiles must have the model's size, and samples with masks
-    are refused unless `allow_geometry_change`). Blank tiles come back unchanged.
+    A reference is drawn per tile. With `preserve="color"` the colour change, estimated on the
+    centre of the image at the model's size and scale, is applied to the original pixels, for any
+    image size; with "none" the recoloured tile is drawn anew by the diffusion model (texture and
+    sharpness change too, tiles must have the model's size, and samples with masks are refused
+    unless `allow_geometry_change`). Blank tiles come back unchanged.
 
     Does not support: grey-scale, RGBA and 16-bit images; float images outside [0, 1].
 
@@ -160,17 +161,16 @@ class StainTransfer(_TileTransform):
         return edited
 
     def _restain(self, grey: Tensor, reference: StainReference, seeds: list[int]) -> Tensor:
-        tiles = _model_tiles(grey, self.mpp, self.generator)
-        result = restain(self.generator, tiles, reference, self.source, self.recipe, seeds)
-        is_tissue = result.is_tissue.to(grey.device)[:, None, None, None]
         if self.preserve == "none":
             self.generator.check_images(grey.round().to(torch.uint8))
-            raw = result.images.to(grey)
-            return torch.where(is_tissue, torch.lerp(grey, raw, self.strength), grey)
-        strength = torch.full((len(grey),), self.strength)
-        change = blend_with_identity(result.change, strength.to(result.change.matrix.device))
-        change = DensityMap(*(x.to(grey.device) for x in change))
-        return torch.where(is_tissue, apply_density_map(grey, change), grey)
+        tiles = _model_tiles(grey, self.mpp, self.generator)
+        estimate = stain_change(self.generator, tiles, reference, self.source, self.recipe)
+        strength = torch.full((len(grey),), self.strength, device=grey.device)
+        recoloured = apply_density_map(grey, blend_with_identity(estimate.change, strength))
+        if self.preserve == "none":
+            tiles = recoloured.round().to(torch.uint8)
+            recoloured = redraw(self.generator, tiles, self.recipe, seeds).to(grey)
+        return torch.where(estimate.is_tissue[:, None, None, None], recoloured, grey)
 
 
 class StainNormalize(StainTransfer):

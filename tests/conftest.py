@@ -5,9 +5,9 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-from cytosyn_aug.checkpoint import load_model, save_model
+from cytosyn_aug.checkpoint import ModelParts, load_model, save_model
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.encoder import TileEncoder
+from cytosyn_aug.encoder import StainProbe, TileEncoder
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.transformer import SiT
 
@@ -62,14 +62,16 @@ def random_parts(seed=0):
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.2)
-    return vae, transformer, encoder
+    probe = StainProbe(conditioning_dim=24)
+    probe.shift.copy_(torch.tensor([0.4, 0.9, 0.3, 0.2, 0.1, 0.0, 0.3, 0.1, 0.1]))
+    probe.scale.fill_(0.05)
+    return ModelParts(vae, transformer, encoder, probe, TileSpec(size_px=SIZE), digest="")
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    vae, transformer, encoder = random_parts()
-    save_model(folder, vae, transformer, encoder, TileSpec(size_px=SIZE), torch.float32)
+    save_model(folder, random_parts(), torch.float32)
     return folder
 
 

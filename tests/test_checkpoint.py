@@ -7,7 +7,6 @@ from conftest import random_parts
 from safetensors.torch import load_file, save_file
 
 from cytosyn_aug.checkpoint import WEIGHTS_NAME, load_model, save_model
-from cytosyn_aug.config import TileSpec
 
 
 @pytest.fixture
@@ -24,18 +23,19 @@ def edit_weights(folder, change):
 
 def test_a_saved_model_reopens_bit_equal(model_folder):
     parts = load_model(model_folder)
-    for old, new in zip(random_parts(), (parts.vae, parts.transformer, parts.encoder), strict=True):
-        state = new.state_dict()
-        assert all(torch.equal(v, state[k]) for k, v in old.state_dict().items())
+    old = random_parts()
+    for name in ("vae", "transformer", "encoder", "stain_probe"):
+        state = getattr(parts, name).state_dict()
+        assert all(torch.equal(v, state[k]) for k, v in getattr(old, name).state_dict().items())
 
 
 def test_half_precision_keeps_latent_statistics_in_full(tmp_path):
-    vae, transformer, encoder = random_parts()
-    transformer.bn.running_mean.fill_(0.123456789)
-    save_model(tmp_path, vae, transformer, encoder, TileSpec(size_px=112))
+    parts = random_parts()
+    parts.transformer.bn.running_mean.fill_(0.123456789)
+    save_model(tmp_path, parts)
     stored = load_file(tmp_path / "transformer" / WEIGHTS_NAME)
     assert stored["pos_embed"].dtype == torch.float16
-    assert torch.equal(stored["bn.running_mean"], transformer.bn.running_mean)
+    assert torch.equal(stored["bn.running_mean"], parts.transformer.bn.running_mean)
 
 
 def test_every_difference_is_named_at_once(copy):

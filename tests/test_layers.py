@@ -20,7 +20,8 @@ ROWS = [
 ]
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "misc", "common", "core", "base"}
 TRAINING_ROWS = [
-    {"data", "losses", "perception", "sheets", "loop"},
+    {"data", "losses", "perception", "sheets", "muon"},
+    {"loop"},
     {"vae", "encoder", "sit"},
     {"evaluate", "export", "recipes", "restaining"},
     {"__main__"},

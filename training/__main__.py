@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
+from cytosyn_aug.checkpoint import ModelParts
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.encoder import TileEncoder
+from cytosyn_aug.encoder import StainProbe, TileEncoder
 from cytosyn_aug.generator import TileGenerator
 from training import recipes
 from training.data import load_tiles
@@ -100,9 +101,12 @@ def _export(args: argparse.Namespace) -> None:
     recipe = _recipe(args.recipe, "sit")
     assert isinstance(recipe, SitRecipe)
     encoder = _load_encoder(args)
-    transformer = build_transformer(recipe, encoder.config["embed_dim"])
+    width = encoder.config["embed_dim"]
+    transformer, probe = build_transformer(recipe, width), StainProbe(conditioning_dim=width)
     load_average(args.sit, transformer)
-    print(export(args.out, _load_vae(args), encoder, transformer, TileSpec()))
+    load_average(args.encoder, probe, prefix="stain_probe.")
+    parts = ModelParts(_load_vae(args), transformer, encoder, probe, TileSpec(), digest="")
+    print(export(args.out, parts))
 
 
 def _evaluate(args: argparse.Namespace, device: torch.device) -> None:

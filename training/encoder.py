@@ -24,9 +24,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cytosyn_aug.encoder import TileEncoder
+from cytosyn_aug.encoder import StainProbe, TileEncoder
 from cytosyn_aug.images import images_to_pixels, optical_density
-from cytosyn_aug.stain import DensityMoments, pool_moments, tissue_moments
+from cytosyn_aug.stain import (
+    DensityMoments,
+    moment_statistics,
+    pool_moments,
+    tissue_moments,
+)
 from training.data import TileSet, batch_indices, restain, stain_maps, step_generator
 from training.loop import LoopConfig
 from training.losses import standardised_error
@@ -34,6 +39,7 @@ from training.perception import PerceptualNetwork
 
 _GRID = 16
 _CHUNK = 64
+_NUM_STAIN = 9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,10 +101,18 @@ class EncoderStage:
             {
                 "encoder": build_encoder(recipe),
                 "patch_head": nn.Linear(recipe.embed_dim, patch.shape[-1]),
-                "cls_head": nn.Linear(recipe.embed_dim, cls.shape[-1]),
+                "tile_head": nn.Linear(recipe.embed_dim, cls.shape[-1] - _NUM_STAIN),
+                "stain_probe": self._stain_probe(),
             }
         ).to(device)
         self.compute = torch.compile(self._compute) if compiles else self._compute
+
+    def _stain_probe(self) -> StainProbe:
+        probe = StainProbe(conditioning_dim=self.recipe.embed_dim)
+        mean, std = self.scales[1]
+        probe.shift.copy_(mean[-_NUM_STAIN:])
+        probe.scale.copy_(std[-_NUM_STAIN:])
+        return probe
 
     def losses(self, step: int) -> dict[str, Tensor]:
         """Return patch, tile and stain errors; 1 is what predicting the mean would score."""
@@ -125,12 +139,13 @@ class EncoderStage:
         with torch.autocast(self.device.type, torch.bfloat16):
             features = network["encoder"](images)
             seen_patch = network["patch_head"](features.patches)
-            seen_cls = network["cls_head"](features.cls)
-        num_stain = 9
+            seen_tile = network["tile_head"](features.cls)
+            seen_stain = network["stain_probe"](features.cls)
+        tile, stain = cls.split([cls.shape[1] - _NUM_STAIN, _NUM_STAIN], dim=1)
         parts = {
             "patch": standardised_error(seen_patch, patch),
-            "tile": standardised_error(seen_cls[:, :-num_stain], cls[:, :-num_stain]),
-            "stain": standardised_error(seen_cls[:, -num_stain:], cls[:, -num_stain:]),
+            "tile": standardised_error(seen_tile, tile),
+            "stain": standardised_error(seen_stain, stain),
         }
         total = parts["patch"] + self.recipe.cls_weight * (parts["tile"] + parts["stain"])
         return {"loss": total} | parts
@@ -229,7 +244,7 @@ def _slide_moments(tiles: TileSet, slide: int) -> DensityMoments:
 
 
 def _targets(views: _Views, images: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Return raw patch targets [B, 256, T + 6] and tile targets [B, 2 (T + 6) + 9].
+    """Return raw patch targets [B, 256, T + 6] and tile targets [B, 2 (T + 6) + _NUM_STAIN].
 
     Args:
         views: Tiles and what the teacher said of them.
@@ -244,11 +259,8 @@ def _targets(views: _Views, images: Tensor, maps: Tensor) -> tuple[Tensor, Tenso
     patch = torch.cat([views.texture.float(), *colours], -1)
     slide_mean = (maps @ views.slide_mean[:, :, None])[:, :, 0]
     covariance = maps @ views.slide_covariance @ maps.transpose(1, 2)
-    values, vectors = torch.linalg.eigh(covariance)
-    root = (vectors * values.clamp_min(0).sqrt()[:, None, :]) @ vectors.transpose(1, 2)
-    rows, columns = torch.triu_indices(3, 3)
-    tile = [patch.mean(1), patch.std(1), slide_mean, root[:, rows, columns]]
-    return patch, torch.cat(tile, -1)
+    stain = moment_statistics(slide_mean, covariance)
+    return patch, torch.cat([patch.mean(1), patch.std(1), stain], -1)
 
 
 def _scale(samples: Tensor) -> tuple[Tensor, Tensor]:

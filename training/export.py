@@ -5,41 +5,37 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import nn
 
-from cytosyn_aug.checkpoint import load_model, save_model
-from cytosyn_aug.config import TileSpec
-from cytosyn_aug.encoder import TileEncoder
+from cytosyn_aug.checkpoint import ModelParts, load_model, save_model
 from cytosyn_aug.transformer import SiT
 
 
 def export(
     folder: Path,
-    vae: AutoencoderKL,
-    encoder: TileEncoder,
-    transformer: SiT,
-    tile: TileSpec,
+    parts: ModelParts,
     dtype: torch.dtype = torch.float16,
 ) -> str:
     """Write a model folder without the training-only projector and return its digest.
 
+    Args:
+        folder: Where to.
+        parts: Trained networks; the digest in it is ignored.
+        dtype: Stored floating type.
+
     Raises:
         RuntimeError: What was reopened differs from what was written.
     """
-    trimmed = SiT(**(_settings(transformer) | {"z_dims": ()}))
-    state = transformer.state_dict()
+    trimmed = SiT(**(_settings(parts.transformer) | {"z_dims": ()}))
+    state = parts.transformer.state_dict()
     trimmed.load_state_dict({k: v for k, v in state.items() if not k.startswith("projectors.")})
-    save_model(folder, vae, trimmed, encoder, tile, dtype)
-    parts = load_model(folder)
-    assert parts.encoder is not None
-    for name, old, new in (
-        ("vae", vae, parts.vae),
-        ("encoder", encoder, parts.encoder),
-        ("transformer", trimmed, parts.transformer),
-    ):
-        _compare(name, old, new, dtype)
-    return parts.digest
+    parts = parts._replace(transformer=trimmed)
+    save_model(folder, parts, dtype)
+    reopened = load_model(folder)
+    for name, old, new in zip(parts._fields, parts, reopened, strict=True):
+        if isinstance(old, nn.Module):
+            _compare(name, old, new, dtype)
+    return reopened.digest
 
 
 def _settings(part: SiT) -> dict[str, object]:
@@ -49,6 +45,7 @@ def _settings(part: SiT) -> dict[str, object]:
 def _compare(name: str, old: nn.Module, new: nn.Module, dtype: torch.dtype) -> None:
     reopened = new.state_dict()
     for key, value in old.state_dict().items():
-        stored = value.to(dtype) if value.is_floating_point() and "bn." not in key else value
+        is_stored_short = value.is_floating_point() and not key.startswith("bn.")
+        stored = value.to(dtype) if is_stored_short else value
         if not torch.equal(stored.to(reopened[key].dtype), reopened[key]):
             raise RuntimeError(f"{name}.{key} changed on disk; do not use this export")

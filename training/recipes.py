@@ -17,10 +17,10 @@ def tiny_vae() -> VaeRecipe:
     """
     return VaeRecipe(
         loop=LoopConfig(
-            num_steps=700,
+            num_steps=480,
             learning_rate=2e-3,
             warmup_steps=50,
-            cooldown_steps=200,
+            cooldown_steps=160,
             ema_decay=0.99,
             report_every_steps=100,
         ),
@@ -30,10 +30,10 @@ def tiny_vae() -> VaeRecipe:
         has_attention=False,
         batch_size=8,
         crop_px=112,
-        stain_jitter=0.5,
+        stain_jitter=0.25,
         colour_weight=0.0,
-        perceptual_weight=0.1,
-        perceptual_share=0.25,
+        perceptual_weight=0.02,
+        perceptual_share=0.125,
         kl_weight=1e-6,
         seed=1,
     )
@@ -74,11 +74,12 @@ def tiny_sit() -> SitRecipe:
     """
     return SitRecipe(
         loop=LoopConfig(
-            num_steps=200_000,
+            num_steps=2_500,
             learning_rate=1e-3,
-            warmup_steps=200,
-            ema_decay=0.999,
-            report_every_steps=500,
+            warmup_steps=100,
+            cooldown_steps=700,
+            ema_decay=0.995,
+            report_every_steps=250,
         ),
         hidden_size=192,
         depth=7,
@@ -86,7 +87,7 @@ def tiny_sit() -> SitRecipe:
         encoder_depth=3,
         projector_dim=512,
         batch_size=32,
-        num_views=8_000,
+        num_views=6_016,
         stain_jitter=1.0,
         condition_dropout=0.1,
         alignment_weight=0.5,
