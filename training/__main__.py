@@ -6,6 +6,7 @@ python -m training sit     --data TILES --out RUN --vae RUN --encoder RUN
 python -m training decoder --data TILES --out RUN --warm-start VAE_RUN
 python -m training export  --vae RUN --encoder RUN --sit RUN --out FOLDER
 python -m training evaluate --data TILES --model FOLDER --out REPORT
+python -m training restaining --data SLIDES --model FOLDER --out REPORT
 
 TILES holds train/<slide>/<tile> and val/<slide>/<tile>. Runs resume from their own folder.
 """
@@ -30,6 +31,7 @@ from training.encoder import EncoderRecipe, EncoderStage, build_encoder
 from training.evaluate import evaluate
 from training.export import export
 from training.loop import Stage, load_average, recipe_dict, train
+from training.restaining import gap_closed, known_answer, methods
 from training.sheets import write_sheet
 from training.sit import SitRecipe, SitStage, build_transformer
 from training.vae import VaeRecipe, VaeStage, build_vae
@@ -44,7 +46,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("stage", choices=[*_TRAINED, "export", "evaluate"])
+    parser.add_argument("stage", choices=[*_TRAINED, "export", "evaluate", "restaining"])
     parser.add_argument("--recipe", default="tiny", help="name in training/recipes.py")
     parser.add_argument("--data", type=Path, help="folder with train/ and val/")
     parser.add_argument("--out", type=Path, required=True)
@@ -64,6 +66,8 @@ def main() -> None:
         _export(args)
     elif args.stage == "evaluate":
         _evaluate(args, device)
+    elif args.stage == "restaining":
+        _compare_restaining(args, device)
     else:
         _train(args, device)
 
@@ -120,6 +124,20 @@ def _evaluate(args: argparse.Namespace, device: torch.device) -> None:
     cls = generator.features(tiles.images[chosen]).cls
     write_sheet(args.out / "samples.png", generator.sample(cls, seed=0), columns=6)
     print(json.dumps(numbers, indent=2))
+
+
+def _compare_restaining(args: argparse.Namespace, device: torch.device) -> None:
+    """Print one row a method: colour error removed where the answer is known, gap closed."""
+    _need(args, "data")
+    generator = TileGenerator.from_pretrained(args.model, device=device)
+    tiles = load_tiles(args.data, generator.tile.size_px)
+    shuffled = generator.features(tiles.images[:: max(1, len(tiles) // 16)]).cls.mean(0)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, method in methods(generator, shuffled).items():
+        row = f"{name:42s} {known_answer(tiles, method):.2f} {gap_closed(tiles, method):.2f}"
+        print(row, flush=True)
+        with (args.out / "restaining.txt").open("a") as stream:
+            stream.write(row + "\n")
 
 
 def _recipe(name: str, stage: str) -> VaeRecipe | EncoderRecipe | SitRecipe:

@@ -74,10 +74,10 @@ def tiny_sit() -> SitRecipe:
     """
     return SitRecipe(
         loop=LoopConfig(
-            num_steps=2_500,
+            num_steps=950,
             learning_rate=1e-3,
-            warmup_steps=100,
-            cooldown_steps=700,
+            warmup_steps=50,
+            cooldown_steps=850,
             ema_decay=0.995,
             report_every_steps=250,
         ),

@@ -7,8 +7,9 @@ Two questions, as in the project's acceptance tool but on training slides and ba
 * gap: content and reference from different slides; share of the Lab Wasserstein distance to
   other tiles of the reference slide that is closed.
 
-Every variant ends the same way: the change from the round trip to the edited decode is matched by
-moments in optical density and applied to the original pixels.
+The method in use reads stain with the probe. The variants that edit with the diffusion model end
+alike: the change from the round trip to the edited decode is matched by moments in optical density
+and applied to the original pixels.
 """
 
 from __future__ import annotations
@@ -24,17 +25,16 @@ from scipy.stats import wasserstein_distance
 from skimage.color import rgb2lab
 from torch import Tensor
 
+from cytosyn_aug.editing import EditRecipe, stain_change
 from cytosyn_aug.flow import interpolate
 from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.reference import StainReference
 from cytosyn_aug.sampling import adams_bashforth2, euler, guide, linear_grid, sample_noise
 from cytosyn_aug.stain import (
-    DensityMap,
     apply_density_map,
     density_moments,
     match_moments,
-    pool_moments,
     pooled_density,
-    tissue_moments,
     tissue_weight,
 )
 from training.data import TileSet, restain, stain_maps, step_generator
@@ -101,20 +101,68 @@ def recolour(content: Tensor, before: Tensor, after: Tensor) -> Tensor:
     return apply_density_map(content, change).round().to(torch.uint8)
 
 
-def transport_method(by_slide: bool) -> Restain:
-    """Return optimal transport of tissue colour moments without any network: the ablation."""
+def stain_method(
+    generator: TileGenerator, probe_share: float, by_slide: bool, then: Variant | None = None
+) -> Restain:
+    """Return the method in use; share 0 is optical transport of colour, without any network.
+
+    Args:
+        generator: The model.
+        probe_share: See `cytosyn_aug.editing.EditRecipe`.
+        by_slide: Whether the source is fitted to all content tiles, or each tile stands alone.
+        then: A variant that edits the restained tiles once more, with the transformer.
+    """
+    recipe = EditRecipe(probe_share=probe_share)
 
     def run(content: Tensor, reference: Tensor) -> Tensor:
-        target = pool_moments(tissue_moments(reference))
-        source = tissue_moments(content)
-        if by_slide:
-            source = pool_moments(source)
-        change = match_moments(source, target)
-        num = len(content)
-        change = DensityMap(change.matrix.expand(num, 3, 3), change.offset.expand(num, 3))
-        return apply_density_map(content, change).round().to(torch.uint8)
+        target = StainReference.fit(generator, reference)
+        source = StainReference.fit(generator, content) if by_slide else None
+        estimate = stain_change(generator, content, target, source, recipe)
+        restained = apply_density_map(content, estimate.change).round().to(torch.uint8)
+        if then is None:
+            return restained
+        own = generator.features(restained).cls
+        seeds = list(range(len(content)))
+        z = generator.whiten(generator.encode(restained).mean)
+        edited = _edit(generator, then, z, own, own, seeds)
+        return recolour(restained, *(generator.decode(x) for x in (z, edited)))
 
     return run
+
+
+def methods(generator: TileGenerator, shuffled: Tensor) -> dict[str, Restain]:
+    """Return every row of the table.
+
+    Args:
+        generator: The model.
+        shuffled: Features [D] of a slide that is neither content nor reference.
+    """
+    table = {
+        f"probe share {share:g}, {'slide' if by_slide else 'tile'}": stain_method(
+            generator, share, by_slide
+        )
+        for by_slide in (False, True)
+        for share in (0.0, 0.5, 0.75, 1.0)
+    }
+    variants = {
+        "latent statistics, no transformer": Variant(start="none", latents="match"),
+        "noise 0.5, reference's features": Variant(noise_level=0.5, condition="mean"),
+        "noise 0.7, reference's features": Variant(noise_level=0.7, condition="mean"),
+        "noise 0.7, guidance 2": Variant(noise_level=0.7, condition="mean", guidance=2.0),
+        "noise 0.7, against own features": Variant(noise_level=0.7, condition="mean", base="own"),
+        "noise 0.7, shifted by slide": Variant(noise_level=0.7, slide_source=True, base="own"),
+        "noise 0.7, shuffled features": Variant(noise_level=0.7, condition="shuffled"),
+        "inversion 0.7": Variant(start="invert", noise_level=0.7, condition="mean"),
+        "FlowEdit 0.7": Variant(start="flow", noise_level=0.7, condition="mean"),
+        "latent statistics + noise 0.5": Variant(
+            latents="match", noise_level=0.5, condition="mean"
+        ),
+    }
+    table |= {k: variant_method(generator, v, shuffled) for k, v in variants.items()}
+    table["probe share 0.75, tile, then noise 0.5"] = stain_method(
+        generator, 0.75, False, Variant(noise_level=0.5)
+    )
+    return table
 
 
 def known_answer(tiles: TileSet, method: Restain, per_slide: int = 2) -> float:
