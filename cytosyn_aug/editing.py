@@ -53,7 +53,7 @@ class EditRecipe:
         guidance_scale: Classifier-free guidance towards the recoloured tile's features.
     """
 
-    probe_share: float = 0.75
+    probe_share: float = 0.5
     noise_level: float = 0.3
     steps: int = 4
     guidance_scale: float = 1.0

@@ -1,0 +1,98 @@
+import pytest
+import torch
+from conftest import SIZE, random_parts, synthetic_tiles
+
+from cytosyn_aug.generator import TileGenerator
+
+
+def test_moments_have_the_latent_shape_and_positive_spread(generator, tiles):
+    moments = generator.encode(tiles)
+    assert moments.mean.shape == (4, *generator.latent_shape)
+    assert (moments.std > 0).all()
+
+
+def test_features_are_rows_of_the_batch(generator, tiles):
+    together = generator.features(tiles)
+    alone = generator.features(tiles[1:2])
+    torch.testing.assert_close(together.cls[1:2], alone.cls, atol=1e-5, rtol=1e-4)
+    assert together.patches.shape == (4, (SIZE // 14) ** 2, 24)
+
+
+@pytest.mark.parametrize("sampler", ["ab2", "euler_maruyama"])
+def test_a_sample_is_a_function_of_its_seed_in_any_batch(model_folder, sampler):
+    small = TileGenerator.from_pretrained(model_folder, batch_size=2)
+    large = TileGenerator.from_pretrained(model_folder, batch_size=8)
+    kwargs = {"per_condition": 5, "steps": 3, "sampler": sampler}
+    a, b = small.sample(**kwargs, seed=10), large.sample(**kwargs, seed=10)
+    assert (a.int() - b.int()).abs().max() <= 1  # kernels round differently by batch shape
+    shifted = large.sample(**kwargs, seed=11)
+    assert (a[1:].int() - shifted[:-1].int()).abs().max() <= 1
+    assert not torch.equal(a[0], a[1])
+
+
+def test_tiles_of_one_condition_follow_each_other(generator):
+    cls = torch.randn(2, 24)
+    both = generator.sample(cls, per_condition=2, steps=2, seed=0)
+    first = generator.sample(cls[:1], per_condition=2, steps=2, seed=0)
+    assert both.shape == (4, 3, SIZE, SIZE)
+    assert (both[:2].int() - first.int()).abs().max() <= 1
+
+
+def test_guidance_changes_the_tile_and_one_does_not(generator):
+    cls = torch.randn(1, 24)
+    plain = generator.sample(cls, steps=3)
+    assert torch.equal(plain, generator.sample(cls, steps=3, guidance_scale=1.0))
+    assert not torch.equal(plain, generator.sample(cls, steps=3, guidance_scale=4.0))
+
+
+def test_without_a_condition_the_null_condition_is_used(generator):
+    assert torch.equal(
+        generator.sample(per_condition=2, steps=2),
+        generator.sample(torch.zeros(1, 24), per_condition=2, steps=2),
+    )
+
+
+def test_bfloat16_networks_stay_close_to_float32(model_folder, tiles):
+    exact = TileGenerator.from_pretrained(model_folder).encode(tiles).mean
+    short = TileGenerator.from_pretrained(model_folder, dtype=torch.bfloat16).encode(tiles).mean
+    assert short.dtype == torch.float32
+    # bfloat16 keeps 8 bits: about 1 % after a dozen layers.
+    assert (exact - short).norm() / exact.norm() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (torch.zeros(1, 3, SIZE, SIZE), TypeError, "expected uint8"),
+        (torch.zeros(3, SIZE, SIZE, dtype=torch.uint8), ValueError, r"expected \[B, 3"),
+        (torch.zeros(1, 1, SIZE, SIZE, dtype=torch.uint8), ValueError, r"expected \[B, 3"),
+        (torch.zeros(0, 3, SIZE, SIZE, dtype=torch.uint8), ValueError, "empty batch"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), ValueError, "re-tile the slide"),
+    ],
+)
+def test_bad_images_get_one_clear_error(generator, images, error, message):
+    for use in (generator.encode, generator.features):
+        with pytest.raises(error, match=message):
+            use(images)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"cls": torch.zeros(1, 7)}, "expected .N, 24."),
+        ({"cls": torch.zeros(0, 24)}, "N >= 1"),
+        ({"cls": torch.full((1, 24), float("nan"))}, "not finite"),
+        ({"per_condition": 0}, "per_condition is 0"),
+        ({"steps": 1}, "steps is 1"),
+        ({"sampler": "magic"}, "sampler is 'magic'"),
+    ],
+)
+def test_bad_arguments_of_sample_are_named(generator, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        generator.sample(**kwargs)
+
+
+def test_a_model_without_encoder_says_so():
+    parts = random_parts()._replace(encoder=None)
+    with pytest.raises(ValueError, match="has no encoder"):
+        TileGenerator(parts).features(synthetic_tiles(1))
