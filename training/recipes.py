@@ -97,7 +97,9 @@ def tiny_sit() -> SitRecipe:
 
 def tiny_decoder() -> VaeRecipe:
     """Return the second half of the autoencoder's run: the encoder is frozen, latents stay."""
-    return replace(tiny_vae(), train_encoder=False, seed=4)
+    first = tiny_vae()
+    loop = replace(first.loop, num_steps=520, learning_rate=1e-3, cooldown_steps=400)
+    return replace(first, loop=loop, train_encoder=False, seed=4)
 
 
 def smoke_vae() -> VaeRecipe:
