@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--encoder", type=Path, help="run folder of the encoder")
     parser.add_argument("--sit", type=Path, help="run folder of the transformer")
     parser.add_argument("--model", type=Path, help="model folder to evaluate; default: tiny")
+    parser.add_argument("--only", default="", help="restaining: methods whose name holds this")
     parser.add_argument("--warm-start", type=Path, help="run folder to take weights from")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop and save after")
     parser.add_argument("--threads", type=int, help="CPU threads")
@@ -136,7 +137,8 @@ def _compare_restaining(args: argparse.Namespace, device: torch.device) -> None:
     tiles = load_tiles(args.data, generator.tile.size_px)
     shuffled = generator.features(tiles.images[:: max(1, len(tiles) // 16)]).cls.mean(0)
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, method in methods(generator, shuffled).items():
+    chosen = {k: m for k, m in methods(generator, shuffled).items() if args.only in k}
+    for name, method in chosen.items():
         row = f"{name:42s} {known_answer(tiles, method):.2f} {gap_closed(tiles, method):.2f}"
         print(row, flush=True)
         with (args.out / "restaining.txt").open("a") as stream:

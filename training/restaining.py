@@ -130,6 +130,35 @@ def stain_method(
     return run
 
 
+def rival_method(name: Literal["macenko", "reinhard"]) -> Restain:
+    """Return torchstain's normaliser, fitted to a mosaic of the reference tiles.
+
+    A tile that it cannot handle (a singular stain matrix) comes back as it was.
+    """
+    import torchstain
+
+    def run(content: Tensor, reference: Tensor) -> Tensor:
+        classes = {
+            "macenko": torchstain.normalizers.MacenkoNormalizer,
+            "reinhard": torchstain.normalizers.ReinhardNormalizer,
+        }
+        normaliser = classes[name]("torch")
+        normaliser.fit(torch.cat([torch.cat(list(x), 2) for x in reference.split(4)], 1))
+        out = []
+        for tile in content:
+            try:
+                if name == "macenko":
+                    found = normaliser.normalize(tile, stains=False)[0]
+                else:
+                    found = normaliser.normalize(tile.float())
+            except torch.linalg.LinAlgError:
+                found = tile.permute(1, 2, 0)
+            out.append(found.float().round().clamp(0, 255).to(torch.uint8).permute(2, 0, 1))
+        return torch.stack(out)
+
+    return run
+
+
 def methods(generator: TileGenerator, shuffled: Tensor) -> dict[str, Restain]:
     """Return every row of the table.
 
@@ -138,6 +167,9 @@ def methods(generator: TileGenerator, shuffled: Tensor) -> dict[str, Restain]:
         shuffled: Features [D] of a slide that is neither content nor reference.
     """
     table = {
+        "torchstain macenko": rival_method("macenko"),
+        "torchstain reinhard": rival_method("reinhard"),
+    } | {
         f"probe share {share:g}, {'slide' if by_slide else 'tile'}": stain_method(
             generator, share, by_slide
         )
