@@ -94,7 +94,8 @@ class EncoderStage:
         teacher = _Teacher(recipe, tiles, device, cache)
         self.train_views = teacher.views(tiles, min(recipe.num_views, len(tiles)), "train")
         self.held_views = teacher.views(validation, min(len(validation), 128), "val")
-        sample = self.train_views.take(torch.arange(0, len(self.train_views.images), 4))
+        num = len(self.train_views.images)
+        sample = self.train_views.take(torch.arange(0, num, max(1, num // 960)))
         patch, cls = _targets(sample, sample.images, torch.eye(3).expand(len(sample.images), 3, 3))
         self.scales = (_scale(patch.flatten(0, 1)), _scale(cls))
         self.network: nn.Module = nn.ModuleDict(

@@ -194,10 +194,11 @@ def _views(stage: SitStage, tiles: TileSet, num_views: int, cache: Path) -> dict
     """Encode augmented views of the training tiles, or read the chunks that are done."""
     cache.mkdir(parents=True, exist_ok=True)
     chunks = []
-    for k in range(-(-num_views // _CHUNK)):
+    size = min(_CHUNK, num_views, len(tiles))
+    for k in range(-(-num_views // size)):
         file = cache / f"{k:05d}.safetensors"
         if not file.exists():
-            index = batch_indices(len(tiles), _CHUNK, stage.recipe.seed, k)
+            index = batch_indices(len(tiles), size, stage.recipe.seed, k)
             draw = step_generator(stage.recipe.seed, k, stream=2)
             images = crop_and_turn(tiles.images[index], draw, tiles.images.shape[-1])
             images = restain(

@@ -52,9 +52,11 @@ def test_the_latents_of_the_training_tiles_are_white(runs, data):
     """The exported statistics whiten what the exported autoencoder encodes."""
     generator = TileGenerator.from_pretrained(runs / "model")
     tiles = torch.cat([synthetic_tiles(20, seed=s, size=224) for s in range(2)])
-    white = generator.whiten(generator.encode(tiles).mean)
-    # The statistics come from four restained views of these tiles.
-    assert white.std((0, 2, 3)).sub(1).abs().max() < 0.5
+    moments = generator.encode(tiles)
+    torch.manual_seed(0)
+    white = generator.whiten(moments.mean + moments.std * torch.randn_like(moments.std))
+    # The statistics come from four restained views of these tiles, hence only nearly.
+    assert white.std((0, 2, 3)).sub(1).abs().max() < 0.2
 
 
 @pytest.mark.slow
