@@ -31,7 +31,6 @@ def tiny_vae() -> VaeRecipe:
         batch_size=8,
         crop_px=112,
         stain_jitter=0.25,
-        colour_weight=0.0,
         perceptual_weight=0.02,
         perceptual_share=0.125,
         kl_weight=1e-6,

@@ -1,6 +1,7 @@
 """The autoencoder stage: diffusers' AutoencoderKL on crops of tiles.
 
-Loss: L1 + pooled colour + LPIPS (VGG) + KL, as REPA-E's without its adversary. With
+Loss: L1 + LPIPS (VGG) + KL, as REPA-E's without its adversary; the error of 8x8-pooled colour is
+only watched (as a loss it keeps a small VAE at mean colours: LOG.md, 2026-11-23). With
 `train_encoder=False` only the decoder learns, so that latents computed before stay valid.
 """
 
@@ -46,7 +47,6 @@ class VaeRecipe:
     batch_size: int
     crop_px: int
     stain_jitter: float
-    colour_weight: float
     perceptual_weight: float
     perceptual_share: float
     kl_weight: float
@@ -126,12 +126,7 @@ class VaeStage:
             "perceptual": perceived,
             "kl": kl_to_standard_normal(mean, std),
         }
-        total = (
-            parts["l1"]
-            + r.colour_weight * parts["colour"]
-            + r.perceptual_weight * parts["perceptual"]
-            + r.kl_weight * parts["kl"]
-        )
+        total = parts["l1"] + r.perceptual_weight * parts["perceptual"] + r.kl_weight * parts["kl"]
         return {"loss": total} | parts
 
     @torch.no_grad()
