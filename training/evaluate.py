@@ -32,30 +32,34 @@ def evaluate(generator: TileGenerator, tiles: TileSet, steps: int = 16) -> dict[
         steps: Velocity evaluations of the sampler.
 
     Returns:
-        `psnr_db`, `pooled_psnr_db` of the autoencoder; `median_rank` of the source among
+        `psnr_db`, `pooled_psnr_db` of the autoencoder, and `round_trip_*`, what the numbers below
+        are for its round trips: the floor of any transformer; `median_rank` of the source among
         NUM_RANKED real tiles; `frechet_own` (median over slides, generated against real) and
         `frechet_between` (median over pairs of real slides); `variation_apart`,
         `variation_from_source`, `nearest_real` (median LPIPS-AlexNet distances).
     """
-    numbers = reconstruction(generator, tiles)
     judge = PerceptualNetwork("alex").to(generator.device)
+    real = describe(judge, tiles.images, generator.device)
+    decoded = round_trips(generator, tiles.images)
+    numbers = reconstruction_numbers(tiles.images, decoded)
+    floor = likeness(real, describe(judge, decoded, generator.device), tiles.slide_index)
+    numbers |= {f"round_trip_{k}": v for k, v in floor.items()}
     generated = generator.sample(generator.features(tiles.images).cls, steps=steps, seed=0)
-    real, fake = (describe(judge, x, generator.device) for x in (tiles.images, generated))
-    numbers["median_rank"] = median_rank(real, fake, NUM_RANKED)
-    basis = principal_components(real, NUM_COMPONENTS)
-    numbers |= slide_distances(real @ basis, fake @ basis, tiles.slide_index)
+    numbers |= likeness(real, describe(judge, generated, generator.device), tiles.slide_index)
     return numbers | variation_distances(generator, judge, tiles, real, steps)
 
 
-def reconstruction(generator: TileGenerator, tiles: TileSet) -> dict[str, float]:
-    """Return mean per-tile PSNR of the autoencoder's round trip, full and 8x8-pooled."""
-    decoded = torch.cat(
-        [
-            generator.decode(generator.whiten(generator.encode(part).mean)).cpu()
-            for part in tiles.images.split(16)
-        ]
-    )
-    return reconstruction_numbers(tiles.images, decoded)
+def round_trips(generator: TileGenerator, images: Tensor) -> Tensor:
+    """Encode to the posterior mean and decode, uint8 [N, 3, size, size] to the same."""
+    latents = [generator.whiten(generator.encode(part).mean) for part in images.split(16)]
+    return torch.cat([generator.decode(part).cpu() for part in latents])
+
+
+def likeness(real: Tensor, fake: Tensor, slide_index: Tensor) -> dict[str, float]:
+    """Return median rank and Frechet distances of tiles made from real ones, row by row."""
+    basis = principal_components(real, NUM_COMPONENTS)
+    distances = slide_distances(real @ basis, fake @ basis, slide_index)
+    return {"median_rank": median_rank(real, fake, NUM_RANKED)} | distances
 
 
 @torch.no_grad()
