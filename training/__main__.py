@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import Tensor
 
 from cytosyn_aug.checkpoint import ModelParts
 from cytosyn_aug.config import TileSpec
@@ -32,11 +33,12 @@ from training.data import load_tiles
 from training.encoder import EncoderRecipe, EncoderStage, build_encoder
 from training.evaluate import evaluate
 from training.export import export
-from training.loop import Stage, load_average, recipe_dict, train
+from training.loop import Stage, recipe_dict, train
 from training.restaining import gap_closed, known_answer, methods
 from training.sheets import write_sheet
 from training.sit import SitRecipe, SitStage, build_transformer
 from training.vae import VaeRecipe, VaeStage, build_vae
+from training.weights import load_stage, stage_weights
 
 _TRAINED = ("vae", "encoder", "sit", "decoder")
 
@@ -52,12 +54,12 @@ def main() -> None:
     parser.add_argument("--recipe", default="tiny", help="name in training/recipes.py")
     parser.add_argument("--data", type=Path, help="folder with train/ and val/")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--vae", type=Path, help="run folder of the autoencoder")
-    parser.add_argument("--encoder", type=Path, help="run folder of the encoder")
-    parser.add_argument("--sit", type=Path, help="run folder of the transformer")
+    parser.add_argument("--vae", type=Path, help="run or model folder of the autoencoder")
+    parser.add_argument("--encoder", type=Path, help="run or model folder of the encoder")
+    parser.add_argument("--sit", type=Path, help="run or model folder of the transformer")
     parser.add_argument("--model", type=Path, help="model folder to evaluate; default: tiny")
     parser.add_argument("--only", default="", help="restaining: methods whose name holds this")
-    parser.add_argument("--warm-start", type=Path, help="run folder to take weights from")
+    parser.add_argument("--warm-start", type=Path, help="run or model folder to start from")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop and save after")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--compile", action="store_true", help="torch.compile the step")
@@ -100,7 +102,7 @@ def _train(args: argparse.Namespace, device: torch.device) -> None:
         args.out,
         recipe=settings,
         minutes=args.minutes,
-        warm_start=args.warm_start,
+        warm_start=_starting_weights(args),
     )
 
 
@@ -111,8 +113,8 @@ def _export(args: argparse.Namespace) -> None:
     encoder = _load_encoder(args)
     width = encoder.config["embed_dim"]
     transformer, probe = build_transformer(recipe, width), StainProbe(conditioning_dim=width)
-    load_average(args.sit, transformer)
-    load_average(args.encoder, probe, prefix="stain_probe.")
+    load_stage(args.sit, "sit", transformer)
+    load_stage(args.encoder, "encoder", probe, prefix="stain_probe.")
     parts = ModelParts(_load_vae(args), transformer, encoder, probe, TileSpec(), digest="")
     print(export(args.out, parts))
 
@@ -152,10 +154,18 @@ def _recipe(name: str, stage: str) -> VaeRecipe | EncoderRecipe | SitRecipe:
     return function()
 
 
+def _starting_weights(args: argparse.Namespace) -> dict[str, Tensor] | None:
+    """Return what a warm start begins with; latent statistics belong to the new run's VAE."""
+    if args.warm_start is None:
+        return None
+    weights = stage_weights(args.warm_start, args.stage)
+    return {k: v for k, v in weights.items() if not k.startswith("bn.")}
+
+
 def _load_vae(args: argparse.Namespace) -> AutoencoderKL:
     recipe = _recipe(args.recipe, "vae")
     assert isinstance(recipe, VaeRecipe)
-    vae = load_average(args.vae, build_vae(recipe))
+    vae = load_stage(args.vae, "vae", build_vae(recipe))
     assert isinstance(vae, AutoencoderKL)
     return vae
 
@@ -163,7 +173,7 @@ def _load_vae(args: argparse.Namespace) -> AutoencoderKL:
 def _load_encoder(args: argparse.Namespace) -> TileEncoder:
     recipe = _recipe(args.recipe, "encoder")
     assert isinstance(recipe, EncoderRecipe)
-    encoder = load_average(args.encoder, build_encoder(recipe), prefix="encoder.")
+    encoder = load_stage(args.encoder, "encoder", build_encoder(recipe), prefix="encoder.")
     assert isinstance(encoder, TileEncoder)
     return encoder
 

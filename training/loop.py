@@ -82,7 +82,7 @@ def train(
     *,
     recipe: dict[str, object],
     minutes: float = math.inf,
-    warm_start: Path | None = None,
+    warm_start: dict[str, Tensor] | None = None,
 ) -> int:
     """Train until `config.num_steps` or for so many minutes, whichever comes first.
 
@@ -93,13 +93,13 @@ def train(
             and pictures. An existing checkpoint is resumed.
         recipe: The whole resolved recipe; a checkpoint of another recipe is refused.
         minutes: Wall-clock budget; the run saves and returns when it is spent.
-        warm_start: Run folder whose averaged weights a new run starts from.
+        warm_start: Weights that a new run starts from; see `training.weights`.
 
     Returns:
         The number of steps done so far.
 
     Raises:
-        ValueError: The folder holds a run of another recipe.
+        ValueError: The folder holds a run of another recipe, or the weights do not fit.
     """
     run_folder.mkdir(parents=True, exist_ok=True)
     optimisers = _optimisers(stage.network, config)
@@ -127,25 +127,6 @@ def train(
     done = min(step + 1, config.num_steps)
     _save(run_folder, stage.network, average, optimisers, recipe, done)
     return done
-
-
-def load_average(run_folder: Path, network: nn.Module, prefix: str = "") -> nn.Module:
-    """Load the averaged weights of a run into `network`, strictly.
-
-    Args:
-        run_folder: Folder of the run.
-        network: Receives the weights.
-        prefix: Only weights whose name starts so are loaded, without it.
-
-    Returns:
-        `network` in evaluation mode, without gradients.
-    """
-    state = torch.load(run_folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-    average = state["average"]
-    network.load_state_dict(
-        {k.removeprefix(prefix): v for k, v in average.items() if k.startswith(prefix)}
-    )
-    return network.eval().requires_grad_(False)
 
 
 def _optimisers(network: nn.Module, config: LoopConfig) -> Optimisers:
@@ -206,13 +187,14 @@ def _resume(
     average: nn.Module,
     optimisers: Optimisers,
     recipe: dict[str, object],
-    warm_start: Path | None,
+    warm_start: dict[str, Tensor] | None,
 ) -> int:
     file = run_folder / "checkpoint.pt"
     if not file.exists():
-        if warm_start is not None:
-            load_average(warm_start, average)
-            network.load_state_dict(average.state_dict())
+        for target in (network, average):
+            found = target.load_state_dict(warm_start or {}, strict=False)
+            if found.unexpected_keys:
+                raise ValueError(f"this network has no {found.unexpected_keys} to start from")
         return 0
     state = torch.load(file, map_location="cpu", weights_only=True)
     was = json.loads(state["recipe"])

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from training.data import step_generator
-from training.loop import LoopConfig, load_average, train
+from training.loop import LoopConfig, train
+from training.weights import stage_weights
 
 CONFIG = LoopConfig(
     num_steps=8, learning_rate=1e-2, warmup_steps=3, cooldown_steps=2, report_every_steps=4
@@ -34,7 +35,7 @@ class Regression:
 
 
 def weights(folder):
-    return load_average(folder, Regression().network).state_dict()
+    return stage_weights(folder, "any")
 
 
 def test_a_resumed_run_is_bit_equal_to_an_undisturbed_one(tmp_path):
@@ -86,10 +87,15 @@ def test_a_warm_start_takes_the_averaged_weights(tmp_path):
         LoopConfig(num_steps=1, learning_rate=0.0, muon_rate=0.0),
         tmp_path / "second",
         recipe={"a": 2},
-        warm_start=tmp_path / "first",
+        warm_start=weights(tmp_path / "first"),
     )
     for name, value in weights(tmp_path / "first").items():
         assert torch.equal(value, stage.network.state_dict()[name])
+
+
+def test_a_warm_start_that_names_other_weights_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no \['9.weight'\] to start from"):
+        train(Regression(), CONFIG, tmp_path, recipe={}, warm_start={"9.weight": torch.zeros(1)})
 
 
 def test_curves_and_reports_are_written(tmp_path):

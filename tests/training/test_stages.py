@@ -9,6 +9,7 @@ from PIL import Image
 
 from cytosyn_aug.generator import TileGenerator
 from training.__main__ import main
+from training.weights import stage_weights
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,21 @@ def test_the_decoder_stage_leaves_the_encoder_alone(runs, data):
     )
     changed = {k.split(".")[0] for k, v in before.items() if not torch.equal(v, after[k])}
     assert changed == {"decoder", "post_quant_conv"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["vae", "encoder", "sit"])
+def test_a_run_starts_from_a_model_folder(runs, data, tmp_path, stage):
+    """Without the run folders of before; latent statistics come from the new views."""
+    smoke = ("--recipe", "smoke", "--data", data, "--minutes", "0")
+    parts = ("--vae", runs / "model", "--encoder", runs / "model")
+    run(stage, *smoke, *parts, "--out", tmp_path, "--warm-start", runs / "model")
+    first = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert first["step"] == 1
+    shipped = stage_weights(runs / "model", stage)
+    rough = {"rtol": 0.0, "atol": 0.02}  # one step of the warm-up, and half precision
+    for name, value in shipped.items():
+        torch.testing.assert_close(first["average"][name], value, **rough)
 
 
 @pytest.mark.slow

@@ -1,0 +1,54 @@
+"""Weights of a stage, read from its run folder or from a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cytosyn_aug.checkpoint import load_model, load_strictly
+
+
+def stage_weights(source: Path, stage: str) -> dict[str, Tensor]:
+    """Return the averaged weights of a run, or the same weights out of a model folder.
+
+    A model folder holds no heads of the encoder stage but the stain probe's.
+
+    Args:
+        source: Run folder of the same stage, or a model folder.
+        stage: "vae", "decoder", "encoder" or "sit".
+
+    Raises:
+        FileNotFoundError: The folder is neither.
+    """
+    if (source / "checkpoint.pt").is_file():
+        state = torch.load(source / "checkpoint.pt", map_location="cpu", weights_only=True)
+        return state["average"]
+    parts = load_model(source)
+    if stage == "encoder":
+        named = {"encoder.": parts.encoder, "stain_probe.": parts.stain_probe}
+        return {p + k: v for p, part in named.items() for k, v in _state(part).items()}
+    return _state(parts.transformer if stage == "sit" else parts.vae)
+
+
+def _state(part: nn.Module | None) -> dict[str, Tensor]:
+    return {} if part is None else part.state_dict()
+
+
+def load_stage(source: Path, stage: str, network: nn.Module, prefix: str = "") -> nn.Module:
+    """Load `stage_weights` into a network, strictly.
+
+    Args:
+        source: See `stage_weights`.
+        stage: See `stage_weights`.
+        network: Receives the weights.
+        prefix: Only weights whose name starts so are loaded, without it.
+
+    Returns:
+        `network` in evaluation mode, without gradients.
+    """
+    weights = stage_weights(source, stage)
+    chosen = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    load_strictly(network, chosen, str(source))
+    return network.eval().requires_grad_(False)
