@@ -25,6 +25,7 @@ _VGG = (
     ("pool", (20, 1), (22, 1), (24, 1)),
     ("pool", (28, 1), (30, 1), (32, 1)),
 )
+_STABLE = 1e-6
 _ALEX = (((0, 2),), ("pool", (5, 2)), ("pool", (9, 1)), ((11, 1),), ((13, 1),))
 
 
@@ -90,13 +91,39 @@ class PerceptualNetwork(nn.Module):
 
         Source: Zhang et al. (2018), eq. 1, with the channel weights of the shift-tolerant form.
         """
-        total = torch.zeros(len(first), device=first.device)
-        pairs = zip(self(first, num_stages), self(second, num_stages), strict=True)
-        for k, (a, b) in enumerate(pairs):
+        return self.map_distance(self(first, num_stages), self(second, num_stages))
+
+    def map_distance(self, first: list[Tensor], second: list[Tensor]) -> Tensor:
+        """Return `distance` of images whose feature maps are given, float32 [B]."""
+        total = torch.zeros(len(first[0]), device=first[0].device)
+        for k, (a, b) in enumerate(zip(first, second, strict=True)):
             difference = (_unit(a) - _unit(b)).square()
             weight = getattr(self, f"channel_weight{k}")
             total = total + (difference * weight).sum(1).mean((1, 2))
         return total
+
+
+def texture_distance(first: list[Tensor], second: list[Tensor]) -> Tensor:
+    """Return how far the texture of images lies apart, in 0 to 1, from their feature maps.
+
+    Compares the mean of every channel over the image, so it asks for the right amount of texture
+    where `distance` asks for the right texture at every place, whose safest answer is blur.
+
+    Args:
+        first: Feature maps [B, C, H, W] that are not negative.
+        second: The same of the other images.
+
+    Returns:
+        float32 [B].
+
+    Source: Ding et al. (2020), DISTS, eq. 4, averaged over channels and maps.
+    """
+    rows = []
+    for a, b in zip(first, second, strict=True):
+        x, y = (m.float().mean((2, 3)) for m in (a, b))
+        alike = (2 * x * y + _STABLE) / (x.square() + y.square() + _STABLE)
+        rows.append(1 - alike.mean(1))
+    return torch.stack(rows).mean(0)
 
 
 def _unit(x: Tensor) -> Tensor:

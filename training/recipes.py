@@ -17,12 +17,12 @@ def tiny_vae() -> VaeRecipe:
     """
     return VaeRecipe(
         loop=LoopConfig(
-            num_steps=480,
+            num_steps=2000,
             learning_rate=2e-3,
             warmup_steps=50,
-            cooldown_steps=160,
-            ema_decay=0.99,
-            report_every_steps=100,
+            cooldown_steps=1000,
+            ema_decay=0.995,
+            report_every_steps=200,
         ),
         block_channels=(16, 48, 96, 128),
         layers_per_block=1,
@@ -31,8 +31,10 @@ def tiny_vae() -> VaeRecipe:
         batch_size=8,
         crop_px=112,
         stain_jitter=0.25,
-        perceptual_weight=0.02,
-        perceptual_share=0.125,
+        perceptual_weight=0.1,
+        perceptual_share=0.5,
+        perceptual_stages=4,
+        texture_weight=0.3,
         kl_weight=1e-6,
         seed=1,
     )
@@ -45,19 +47,19 @@ def tiny_encoder() -> EncoderRecipe:
     """
     return EncoderRecipe(
         loop=LoopConfig(
-            num_steps=600,
+            num_steps=2500,
             learning_rate=1e-3,
             warmup_steps=50,
-            cooldown_steps=200,
+            cooldown_steps=1500,
             ema_decay=0.99,
-            report_every_steps=100,
+            report_every_steps=250,
         ),
         embed_dim=192,
         depth=5,
         num_heads=3,
         mlp_ratio=4.0,
         batch_size=32,
-        num_views=3840,
+        num_views=8029,
         num_components=32,
         stain_jitter=1.0,
         cls_weight=1.0,

@@ -1,8 +1,9 @@
 """The autoencoder stage: diffusers' AutoencoderKL on crops of tiles.
 
-Loss: L1 + LPIPS (VGG) + KL, as REPA-E's without its adversary; the error of 8x8-pooled colour is
-only watched (as a loss it keeps a small VAE at mean colours: LOG.md, 2026-11-23). With
-`train_encoder=False` only the decoder learns, so that latents computed before stay valid.
+Loss: L1 + perceptual (VGG) + KL. The perceptual loss is LPIPS, as REPA-E's, and the amount of
+texture as in DISTS, which does here what REPA-E leaves to an adversary (LOG.md, 2026-11-24). The
+error of 8x8-pooled colour is only watched: as a loss it keeps a small VAE at mean colours (LOG.md,
+2026-11-23). With `train_encoder=False` only the decoder learns; computed latents stay valid.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from training.data import (
 )
 from training.loop import LoopConfig
 from training.losses import kl_to_standard_normal, pooled_colour
-from training.perception import PerceptualNetwork
+from training.perception import PerceptualNetwork, texture_distance
 from training.sheets import write_sheet
 
 
@@ -34,7 +35,10 @@ class VaeRecipe:
     """An autoencoder run: shape of the network, weights of the losses, the loop.
 
     Attributes:
-        perceptual_share: Fraction of each batch that the (costly) perceptual loss sees.
+        perceptual_weight: Weight of LPIPS.
+        perceptual_share: Fraction of each batch that the (costly) perceptual network sees.
+        perceptual_stages: Feature maps of VGG that are compared, from the finest.
+        texture_weight: Weight of `training.perception.texture_distance`.
         stain_jitter: See `training.data.stain_maps`.
     """
 
@@ -49,6 +53,8 @@ class VaeRecipe:
     stain_jitter: float
     perceptual_weight: float
     perceptual_share: float
+    perceptual_stages: int
+    texture_weight: float
     kl_weight: float
     seed: int
 
@@ -117,16 +123,20 @@ class VaeStage:
             posterior = self.network.encode(pixels).latent_dist
             mean, std = posterior.mean.float(), posterior.std.float()
             decoded = self.network.decode(mean + std * noise).sample.float()
-            perceived = self.perception.distance(
-                decoded[:num_perceived], pixels[:num_perceived], num_stages=4
-            ).mean()
+            made = self.perception(decoded[:num_perceived], r.perceptual_stages)
+            with torch.no_grad():
+                real = self.perception(pixels[:num_perceived], r.perceptual_stages)
+            perceived = self.perception.map_distance(made, real).mean()
+            texture = texture_distance(made, real).mean()
         parts = {
             "l1": (decoded - pixels).abs().mean(),
             "colour": pooled_colour(decoded, pixels),
             "perceptual": perceived,
+            "texture": texture,
             "kl": kl_to_standard_normal(mean, std),
         }
-        total = parts["l1"] + r.perceptual_weight * parts["perceptual"] + r.kl_weight * parts["kl"]
+        total = parts["l1"] + r.perceptual_weight * parts["perceptual"]
+        total = total + r.texture_weight * parts["texture"] + r.kl_weight * parts["kl"]
         return {"loss": total} | parts
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from training.perception import PerceptualNetwork
+from training.perception import PerceptualNetwork, texture_distance
 
 
 @pytest.fixture
@@ -33,3 +33,16 @@ def test_distances_are_the_wheels(wheel, name):
 def test_a_tile_is_at_distance_zero_from_itself():
     x = torch.rand(1, 3, 64, 64)
     assert PerceptualNetwork("alex").distance(x, x).item() == 0
+
+
+def test_texture_distance_ignores_where_texture_lies():
+    torch.manual_seed(0)
+    map_ = torch.rand(2, 5, 8, 8)
+    shuffled = map_.flatten(2)[:, :, torch.randperm(64)].unflatten(2, (8, 8))
+    torch.testing.assert_close(texture_distance([map_], [shuffled]), torch.zeros(2))
+
+
+def test_texture_distance_of_half_the_texture_is_one_fifth():
+    map_ = torch.rand(2, 5, 8, 8) + 1
+    # 1 - 2 x (x / 2) / (x^2 + x^2 / 4) = 1 / 5, whatever x is.
+    torch.testing.assert_close(texture_distance([map_], [map_ / 2]), torch.full((2,), 0.2))
