@@ -40,6 +40,15 @@ def tiny_vae() -> VaeRecipe:
     )
 
 
+def tiny_exact_vae() -> VaeRecipe:
+    """Return the second part of the autoencoder's run: from texture back towards exact pixels."""
+    first = tiny_vae()
+    loop = replace(
+        first.loop, num_steps=800, learning_rate=1e-3, muon_rate=0.005, cooldown_steps=750
+    )
+    return replace(first, loop=loop, perceptual_weight=0.03, texture_weight=0.15, seed=5)
+
+
 def tiny_encoder() -> EncoderRecipe:
     """Return the encoder of `tiny`: ViT/14 of width 192 and depth 5 with H0-mini's layout.
 
