@@ -84,12 +84,12 @@ def tiny_sit() -> SitRecipe:
     """
     return SitRecipe(
         loop=LoopConfig(
-            num_steps=950,
+            num_steps=6500,
             learning_rate=1e-3,
             warmup_steps=50,
-            cooldown_steps=850,
-            ema_decay=0.995,
-            report_every_steps=250,
+            cooldown_steps=4500,
+            ema_decay=0.998,
+            report_every_steps=500,
         ),
         hidden_size=192,
         depth=7,
@@ -97,7 +97,7 @@ def tiny_sit() -> SitRecipe:
         encoder_depth=3,
         projector_dim=512,
         batch_size=32,
-        num_views=6_016,
+        num_views=12_032,
         stain_jitter=1.0,
         condition_dropout=0.1,
         alignment_weight=0.5,
@@ -106,10 +106,17 @@ def tiny_sit() -> SitRecipe:
 
 
 def tiny_decoder() -> VaeRecipe:
-    """Return the second half of the autoencoder's run: the encoder is frozen, latents stay."""
-    first = tiny_vae()
-    loop = replace(first.loop, num_steps=520, learning_rate=1e-3, cooldown_steps=400)
-    return replace(first, loop=loop, train_encoder=False, seed=4)
+    """Return the last part of the autoencoder's run: the encoder is frozen, latents stay."""
+    first = tiny_exact_vae()
+    loop = replace(first.loop, num_steps=900, cooldown_steps=850)
+    return replace(
+        first,
+        loop=loop,
+        train_encoder=False,
+        perceptual_weight=0.01,
+        texture_weight=0.2,
+        seed=4,
+    )
 
 
 def smoke_vae() -> VaeRecipe:
