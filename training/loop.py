@@ -11,6 +11,8 @@ import copy
 import json
 import math
 import os
+import signal
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,7 +86,7 @@ def train(
     minutes: float = math.inf,
     warm_start: dict[str, Tensor] | None = None,
 ) -> int:
-    """Train until `config.num_steps` or for so many minutes, whichever comes first.
+    """Train until `config.num_steps`, for so many minutes, or until SIGTERM, then save.
 
     Args:
         stage: What to train.
@@ -108,6 +110,7 @@ def train(
     (run_folder / "recipe.json").write_text(json.dumps(recipe, indent=2))
     began, saved = time.monotonic(), time.monotonic()
     step = start
+    asked_to_stop = _listen_for_sigterm()
     for step in range(start, config.num_steps):
         row = _step(stage, config, optimisers, step)
         _update_average(average, stage.network, config.ema_decay, step)
@@ -122,7 +125,7 @@ def train(
         if time.monotonic() - saved > config.save_every_s:
             _save(run_folder, stage.network, average, optimisers, recipe, done)
             saved = time.monotonic()
-        if time.monotonic() - began > minutes * 60:
+        if time.monotonic() - began > minutes * 60 or asked_to_stop:
             break
     done = min(step + 1, config.num_steps)
     _save(run_folder, stage.network, average, optimisers, recipe, done)
@@ -137,6 +140,14 @@ def _optimisers(network: nn.Module, config: LoopConfig) -> Optimisers:
     if rest:
         optimisers.append(torch.optim.AdamW(rest, lr=config.learning_rate, weight_decay=0.0))
     return optimisers
+
+
+def _listen_for_sigterm() -> list[int]:
+    """Return a list that stays empty until the process is asked to stop, as schedulers do."""
+    received: list[int] = []
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
+        signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    return received
 
 
 def _step(

@@ -1,6 +1,8 @@
 """The loop resumes bit for bit, averages with warm-up and refuses another recipe."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -53,6 +55,23 @@ def test_a_resumed_run_is_bit_equal_to_an_undisturbed_one(tmp_path):
     for key in ("network", "average"):
         for name, value in states[0][key].items():
             assert torch.equal(value, states[1][key][name])
+
+
+def test_a_run_told_to_stop_saves_and_resumes_bit_equal(tmp_path):
+    train(Regression(), CONFIG, tmp_path / "whole", recipe={})
+    stage = Regression()
+    draw = stage.losses
+
+    def interrupted(step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(step)
+
+    stage.losses = interrupted
+    assert train(stage, CONFIG, tmp_path / "parts", recipe={}) == 3
+    train(Regression(), CONFIG, tmp_path / "parts", recipe={})
+    for name, value in weights(tmp_path / "whole").items():
+        assert torch.equal(value, weights(tmp_path / "parts")[name])
 
 
 def test_a_finished_run_does_nothing_more(tmp_path):
