@@ -84,10 +84,10 @@ def tiny_sit() -> SitRecipe:
     """
     return SitRecipe(
         loop=LoopConfig(
-            num_steps=6500,
+            num_steps=3800,
             learning_rate=1e-3,
             warmup_steps=50,
-            cooldown_steps=4500,
+            cooldown_steps=3300,
             ema_decay=0.998,
             report_every_steps=500,
         ),
