@@ -38,7 +38,7 @@ from training.restaining import gap_closed, known_answer, methods
 from training.sheets import write_sheet
 from training.sit import SitRecipe, SitStage, build_transformer
 from training.vae import VaeRecipe, VaeStage, build_vae
-from training.weights import load_stage, stage_weights
+from training.weights import load_stage, mean_weights, stage_weights
 
 _TRAINED = ("vae", "encoder", "sit", "decoder")
 
@@ -54,7 +54,12 @@ def main() -> None:
     parser.add_argument("--recipe", default="tiny", help="name in training/recipes.py")
     parser.add_argument("--data", type=Path, help="folder with train/ and val/")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--vae", type=Path, help="run or model folder of the autoencoder")
+    parser.add_argument(
+        "--vae",
+        type=Path,
+        nargs="+",
+        help="run or model folder of the autoencoder; several are averaged",
+    )
     parser.add_argument("--encoder", type=Path, help="run or model folder of the encoder")
     parser.add_argument("--sit", type=Path, help="run or model folder of the transformer")
     parser.add_argument("--model", type=Path, help="model folder to evaluate; default: tiny")
@@ -165,9 +170,9 @@ def _starting_weights(args: argparse.Namespace) -> dict[str, Tensor] | None:
 def _load_vae(args: argparse.Namespace) -> AutoencoderKL:
     recipe = _recipe(args.recipe, "vae")
     assert isinstance(recipe, VaeRecipe)
-    vae = load_stage(args.vae, "vae", build_vae(recipe))
-    assert isinstance(vae, AutoencoderKL)
-    return vae
+    vae = build_vae(recipe)
+    vae.load_state_dict(mean_weights([stage_weights(source, "vae") for source in args.vae]))
+    return vae.eval().requires_grad_(False)
 
 
 def _load_encoder(args: argparse.Namespace) -> TileEncoder:

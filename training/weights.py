@@ -36,6 +36,16 @@ def _state(part: nn.Module | None) -> dict[str, Tensor]:
     return {} if part is None else part.state_dict()
 
 
+def mean_weights(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the mean of several runs' weights, which lies between what they were trained for.
+
+    Meaningful for runs that started from the same weights.
+
+    Source: Wortsman et al. (2022), model soups.
+    """
+    return {k: torch.stack([s[k].float() for s in states]).mean(0) for k in states[0]}
+
+
 def load_stage(source: Path, stage: str, network: nn.Module, prefix: str = "") -> nn.Module:
     """Load `stage_weights` into a network, strictly.
 

@@ -97,6 +97,20 @@ def test_a_run_starts_from_a_model_folder(runs, data, tmp_path, stage):
 
 
 @pytest.mark.slow
+def test_several_autoencoders_are_averaged(runs, data, tmp_path):
+    run("decoder", "--recipe", "smoke", "--data", data, "--out", tmp_path / "decoder",
+        "--warm-start", runs / "vae")  # fmt: skip
+    run("export", "--recipe", "smoke", "--out", tmp_path / "model", "--sit", runs / "sit",
+        "--encoder", runs / "encoder", "--vae", runs / "vae", tmp_path / "decoder")  # fmt: skip
+    a, b, mean = (
+        stage_weights(folder, "vae")["decoder.conv_out.weight"]
+        for folder in (runs / "vae", tmp_path / "decoder", tmp_path / "model")
+    )
+    assert not torch.equal(a, b)
+    torch.testing.assert_close(mean, (a + b) / 2, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_evaluation_writes_numbers_and_samples(runs, data, tmp_path):
     run("evaluate", "--data", data, "--model", runs / "model", "--out", tmp_path)
     numbers = json.loads((tmp_path / "numbers.json").read_text())
