@@ -109,7 +109,8 @@ def stain_change(
     own = tissue_moments(images)
     target = _slide_statistics(generator, reference, recipe)
     if source is None:
-        cls = generator.features(images).cls
+        # Only the probe needs features; a model without one restains without an encoder too.
+        cls = None if generator.stain_probe is None else generator.features(images).cls
         start = _blend(generator, moment_statistics(own.mean, own.covariance), cls, recipe)
     else:
         start = _slide_statistics(generator, source, recipe).expand(len(images), -1)
@@ -195,8 +196,10 @@ def _slide_statistics(
     return _blend(generator, measured, reference.cls, recipe).mean(0, keepdim=True)
 
 
-def _blend(generator: TileGenerator, measured: Tensor, cls: Tensor, recipe: EditRecipe) -> Tensor:
-    if generator.stain_probe is None:
+def _blend(
+    generator: TileGenerator, measured: Tensor, cls: Tensor | None, recipe: EditRecipe
+) -> Tensor:
+    if generator.stain_probe is None or cls is None:
         return measured
     probed = generator.stain_probe.statistics(cls.to(generator.device)).to(measured)
     return torch.lerp(measured.expand_as(probed), probed, recipe.probe_share)

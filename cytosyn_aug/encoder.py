@@ -10,7 +10,9 @@ digital pathology" (H0-mini); timm `vit_base_patch14_reg4_dinov2`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -93,6 +95,42 @@ class TileEncoder(ModelMixin, ConfigMixin):
         std = torch.tensor(self.config["std"], device=images.device).view(shape)
         tokens = self.vit((images.float().div(255.0).sub(mean).div(std)).to(weight.dtype))
         return Features(tokens[:, 0], tokens[:, self.vit.num_prefix_tokens :])
+
+
+def read_encoder(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[TileEncoder, tuple[str, ...]]:
+    """Return an encoder of the shape that timm's tensors have, without their values, and remarks.
+
+    H0-mini's repository holds timm's names and a config whose `pretrained_cfg` states mean and
+    standard deviation. Whether it has layer scale is read off the tensors.
+
+    Args:
+        config: Content of the repository's `config.json`, or nothing.
+        tensors: Tensors in timm's names; where they say nothing, H0-mini's shape is taken.
+    """
+    shape: dict[str, Any] = {}
+    if {"cls_token", "patch_embed.proj.weight", "pos_embed"} <= tensors.keys():
+        width, patch = tensors["cls_token"].shape[-1], tensors["patch_embed.proj.weight"].shape[-1]
+        blocks = [int(k.split(".")[1]) for k in tensors if k.startswith("blocks.")]
+        shape |= {"embed_dim": width, "patch_px": patch, "num_heads": max(1, width // 64)}
+        shape |= {"depth": 1 + max(blocks, default=0)}
+        shape |= {"input_px": patch * math.isqrt(tensors["pos_embed"].shape[1])}
+        if "blocks.0.mlp.fc1.weight" in tensors:
+            # A millionth more, since the layer's width is rounded down.
+            shape["mlp_ratio"] = tensors["blocks.0.mlp.fc1.weight"].shape[0] / width + 1e-6
+    if "reg_token" in tensors:
+        shape["num_registers"] = tensors["reg_token"].shape[1]
+    if "blocks.0.attn.qkv.weight" in tensors and "blocks.0.ls1.gamma" not in tensors:
+        shape["init_values"] = None
+    stated = config.get("pretrained_cfg", {})
+    notes = []
+    for name, usual in (("mean", H0_MINI_MEAN), ("std", H0_MINI_STD)):
+        values = tuple(stated.get(name, usual))
+        shape[name] = values
+        if max(abs(a - b) for a, b in zip(values, usual, strict=True)) > 1e-4:
+            notes.append(f"encoder/config.json states {name} {values}, H0-mini's is {usual}")
+    return TileEncoder(**shape), tuple(notes)
 
 
 class StainProbe(ModelMixin, ConfigMixin):

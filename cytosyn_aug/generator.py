@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from cytosyn_aug.checkpoint import EMBEDDED_MODEL, ModelParts, load_model
+from cytosyn_aug.conditions import Conditions, read_conditions
 from cytosyn_aug.encoder import Features
+from cytosyn_aug.hub import ENCODER_PATTERNS, announce_licence, find_folder
 from cytosyn_aug.images import images_to_pixels, pixels_to_images
 from cytosyn_aug.sampling import (
     adams_bashforth2,
@@ -41,6 +43,8 @@ class TileGenerator:
     Attributes:
         tile: Side and scale of the tiles it was trained on.
         digest: 16 hexadecimal digits that identify all its weights.
+        notes: What its folder states differently from what was expected.
+        folder: Where it was read from.
         device: Where it runs.
         dtype: Floating type of the networks; the state of the samplers is float32 or wider.
 
@@ -59,6 +63,7 @@ class TileGenerator:
         batch_size: int = 16,
     ) -> None:
         self.tile, self.digest = parts.tile, parts.digest
+        self.notes, self.folder = parts.notes, parts.folder
         self.device, self.dtype = torch.device(device), dtype
         self.batch_size = batch_size
         for part in (parts.vae, parts.transformer, parts.encoder, parts.stain_probe):
@@ -75,25 +80,49 @@ class TileGenerator:
     @classmethod
     def from_pretrained(
         cls,
-        folder: Path | str | None = None,
+        source: Path | str | None = None,
         *,
+        encoder: Path | str | None = "auto",
+        revision: str | None = None,
+        key_map: Path | str | None = None,
+        token: str | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         batch_size: int = 16,
     ) -> TileGenerator:
-        """Load a model folder; without one, the embedded `tiny`.
+        """Load a model: the embedded `tiny`, a model folder, or a repository on the Hub.
+
+        No code from a folder or repository is ever executed.
 
         Args:
-            folder: Model folder in diffusers' layout.
+            source: Model folder in diffusers' layout or a Hub id such as
+                "Owkin-Bioptimus/CytoSyn"; None for the embedded `tiny`.
+            encoder: "auto" takes the folder's own `encoder/`, if any; None takes none, and then
+                features must be given; else a folder, a safetensors file or a Hub id such as
+                "bioptimus/H0-mini".
+            revision: Branch, tag or commit on the Hub.
+            key_map: JSON file that renames tensors; see `cytosyn_aug.weights.KeyMap`.
+            token: Access token for the Hub; None for the one you are logged in with.
             device: Device of the networks.
-            dtype: Floating type of the networks: float32 or bfloat16.
+            dtype: Floating type of the networks: float32, bfloat16 or float16.
             batch_size: Largest number of tiles in the networks at once.
 
         Raises:
-            FileNotFoundError: The folder or a file in it is missing.
-            ValueError: The folder does not hold a model of this release; every difference named.
+            FileNotFoundError: The folder, a file in it or the repository does not exist.
+            PermissionError: The repository is gated and access has not been granted.
+            ConnectionError: The Hub cannot be reached and nothing usable is in the cache.
+            ValueError: The folder does not hold a model of this kind; every difference named.
         """
-        parts = load_model(EMBEDDED_MODEL if folder is None else folder)
+        folder = EMBEDDED_MODEL
+        if source is not None:
+            folder = find_folder(source, revision=revision, token=token)
+        found = encoder
+        if encoder is not None and encoder != "auto" and not Path(encoder).is_file():
+            found = find_folder(encoder, token=token, patterns=ENCODER_PATTERNS)
+        parts = load_model(folder, encoder=found, key_map=key_map, dtype=dtype)
+        for given, place in ((source, folder), (encoder, found)):
+            if given is not None and isinstance(place, Path) and place.is_dir():
+                announce_licence(given, place)
         return cls(parts, device=device, dtype=dtype, batch_size=batch_size)
 
     @property
@@ -149,8 +178,8 @@ class TileGenerator:
         """
         if self.encoder is None:
             raise ValueError(
-                "this model folder has no encoder, so features must be given; "
-                "pass precomputed CLS vectors or load a folder with encoder/"
+                "this model was loaded without an encoder, so features must be given: pass "
+                'precomputed CLS vectors, or load it with encoder="bioptimus/H0-mini"'
             )
         self.check_images(images)
         found = [self.encoder(part) for part in self._batches(images)]
@@ -176,7 +205,7 @@ class TileGenerator:
     @torch.no_grad()
     def sample(
         self,
-        cls: Tensor | None = None,
+        cls: Conditions | None = None,
         *,
         per_condition: int = 1,
         steps: int | None = None,
@@ -189,7 +218,8 @@ class TileGenerator:
         """Generate tiles from noise, with or without conditions.
 
         Args:
-            cls: float [N, D] conditions (encoder CLS vectors); None for unconditional tiles.
+            cls: Conditions [N, D] (encoder CLS vectors), or a file of them; see
+                `cytosyn_aug.conditions`. None for unconditional tiles.
             per_condition: Tiles k for each condition.
             steps: Velocity evaluations; None for 16 with "ab2" and 250 with "euler_maruyama".
             sampler: "ab2" (few steps, deterministic) or "euler_maruyama" (the reference).
@@ -254,20 +284,13 @@ class TileGenerator:
     def _step_noise(self, seeds: Sequence[int]) -> Callable[[int], Tensor]:
         return lambda step: sample_noise(seeds, self.latent_shape, stream=step + 1)
 
-    def _conditions(self, cls: Tensor | None, per_condition: int) -> Tensor:
+    def _conditions(self, cls: Conditions | None, per_condition: int) -> Tensor:
         if per_condition < 1:
             raise ValueError(f"per_condition is {per_condition}, expected at least 1")
         width = len(self.null_condition)
         if cls is None:
             return self.null_condition.expand(per_condition, width)
-        if cls.ndim != 2 or cls.shape[1] != width or len(cls) == 0:
-            raise ValueError(
-                f"cls has shape {list(cls.shape)}, expected [N, {width}] with N >= 1; "
-                "use the encoder this model was trained with"
-            )
-        if not cls.isfinite().all():
-            raise ValueError("cls holds values that are not finite; recompute the features")
-        return cls.to(self.device, torch.float32).repeat_interleave(per_condition, 0)
+        return read_conditions(cls, width).to(self.device).repeat_interleave(per_condition, 0)
 
     def _batches(self, tensor: Tensor) -> Iterator[Tensor]:
         for part in tensor.split(self.batch_size):

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cytosyn_aug.checkpoint import write_atomically
+from cytosyn_aug.conditions import Conditions, read_conditions
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.stain import MIN_TISSUE, DensityMoments, tissue_moments
@@ -36,7 +37,7 @@ class StainReference:
     Attributes:
         model_digest: Digest of the model it was fitted with.
         tile: Size and scale of the tiles.
-        cls: float32 [N, D], features of the tissue tiles.
+        cls: float32 [N, D], features of the tissue tiles; D = 0 without an encoder.
         moments: Tissue optical density of each tile.
 
     Example:
@@ -53,7 +54,12 @@ class StainReference:
 
     @classmethod
     def fit(
-        cls, generator: TileGenerator, tiles: Tensor | Path | str, *, max_tiles: int = MAX_TILES
+        cls,
+        generator: TileGenerator,
+        tiles: Tensor | Path | str,
+        *,
+        max_tiles: int = MAX_TILES,
+        features: Conditions | None = None,
     ) -> StainReference:
         """Fit a reference to tiles.
 
@@ -62,6 +68,8 @@ class StainReference:
             tiles: uint8 [N, 3, size, size], or a folder of tile images of that size (searched
                 recursively). Blank tiles are left out.
             max_tiles: Of a larger folder, so many evenly spaced tiles are read.
+            features: Precomputed CLS vectors of the tiles, one a row; without them and without an
+                encoder the reference holds colour only, which restaining can do with.
 
         Raises:
             ValueError: No tissue in any tile, tiles of another size, or an empty folder.
@@ -79,7 +87,7 @@ class StainReference:
         return cls(
             model_digest=generator.digest,
             tile=generator.tile,
-            cls=generator.features(images[has_tissue]).cls.cpu(),
+            cls=_features(generator, images, features)[has_tissue.cpu()],
             moments=DensityMoments(*(m[has_tissue].cpu() for m in moments)),
         )
 
@@ -157,6 +165,17 @@ class StainReference:
                 f"the reference was fitted with model {self.model_digest}, this generator is "
                 f"{generator.digest}; fit it again with StainReference.fit(generator, tiles)"
             )
+
+
+def _features(generator: TileGenerator, images: Tensor, given: Conditions | None) -> Tensor:
+    if given is None:
+        if generator.encoder is None:
+            return torch.zeros(len(images), 0)
+        return generator.features(images).cls.cpu()
+    cls = read_conditions(given, len(generator.null_condition))
+    if len(cls) != len(images):
+        raise ValueError(f"{len(cls)} rows of features for {len(images)} tiles; expected as many")
+    return cls
 
 
 def _json_path(file: Path | str) -> Path:

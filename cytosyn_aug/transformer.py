@@ -67,8 +67,7 @@ class SiT(ModelMixin, ConfigMixin):
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = _TimeEmbedder(hidden_size)
         self.y_embedder = _ConditionEmbedder(conditioning_dim, hidden_size)
-        positions = _sincos_positions(hidden_size, self.grid_size)
-        self.pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.pos_embed = nn.Parameter(self.fixed_positions(), requires_grad=False)
         self.blocks = nn.ModuleList(_Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.projectors = nn.ModuleList(
             _projector(hidden_size, projector_dim, width) for width in z_dims
@@ -76,6 +75,10 @@ class SiT(ModelMixin, ConfigMixin):
         self.final_layer = _FinalLayer(hidden_size, patch_size, in_channels)
         self.bn = nn.BatchNorm2d(in_channels, eps=1e-4, affine=False)
         self._initialise()
+
+    def fixed_positions(self) -> Tensor:
+        """Return the fixed sin-cos positions [1, N, D] that `pos_embed` holds."""
+        return _sincos_positions(self.config["hidden_size"], self.grid_size)
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, condition_BF: Tensor) -> Tensor:
         """Return the velocity at whitened latents.

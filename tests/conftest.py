@@ -1,15 +1,19 @@
 """A small random model of the same classes, and synthetic H&E tiles; no data, no network."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from safetensors.torch import save_file
 
 from cytosyn_aug.checkpoint import ModelParts, load_model, save_model
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.encoder import StainProbe, TileEncoder
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.transformer import SiT
+from cytosyn_aug.weights import WEIGHTS_NAME
 
 SIZE = 112
 
@@ -66,6 +70,59 @@ def random_parts(seed=0):
     probe.shift.copy_(torch.tensor([0.4, 0.9, 0.3, 0.2, 0.1, 0.0, 0.3, 0.1, 0.1]))
     probe.scale.fill_(0.05)
     return ModelParts(vae, transformer, encoder, probe, TileSpec(size_px=SIZE), digest="")
+
+
+def write_released(folder, parts, *, dtype=torch.float16, num_shards=1, statistics="bn"):
+    """Write parts as the released repository is laid out: no version, REPA-E's config, no tiles.
+
+    `statistics` says where the latent statistics go: "bn", "config", "index" or "vae".
+    """
+    mean, variance = parts.transformer.bn.running_mean, parts.transformer.bn.running_var
+    index = {
+        "_class_name": ["pipeline", "CytoSynPipeline"],
+        "transformer": ["sit", "SiT"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    }
+    configs = {name: dict(getattr(parts, name).config) for name in ("transformer", "vae")}
+    configs["transformer"] |= {"path_type": "linear", "use_cfg": True, "class_dropout_prob": 0.1}
+    tensors = {name: getattr(parts, name).state_dict() for name in ("transformer", "vae")}
+    if statistics != "bn":
+        tensors["transformer"] = {
+            k: v for k, v in tensors["transformer"].items() if not k.startswith("bn.")
+        }
+    if statistics == "config":
+        configs["transformer"] |= {
+            "bn_running_mean": mean.tolist(),
+            "bn_running_var": variance.tolist(),
+        }
+    elif statistics == "index":
+        index |= {"latents_bias": mean.tolist(), "latents_scale": variance.rsqrt().tolist()}
+    elif statistics == "vae":
+        configs["vae"] |= {"latents_mean": mean.tolist(), "latents_std": variance.sqrt().tolist()}
+    for name, config in configs.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text(json.dumps(config))
+        _write_shards(folder / name, tensors[name], dtype, num_shards)
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def _write_shards(folder, tensors, dtype, num_shards):
+    tensors = {
+        k: v.detach().to(dtype if v.is_floating_point() else v.dtype).contiguous()
+        for k, v in tensors.items()
+    }
+    if num_shards == 1:
+        save_file(tensors, folder / WEIGHTS_NAME)
+        return
+    where = {}
+    for number in range(num_shards):
+        name = f"diffusion_pytorch_model-{number + 1:05d}-of-{num_shards:05d}.safetensors"
+        part = {k: tensors[k] for k in sorted(tensors)[number::num_shards]}
+        save_file(part, folder / name)
+        where |= dict.fromkeys(part, name)
+    (folder / f"{WEIGHTS_NAME}.index.json").write_text(json.dumps({"weight_map": where}))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,99 @@
+"""Precomputed features as conditions: read from files, cut to the CLS half, checked for scale.
+
+H0-mini is gated apart from CytoSyn, and features are often computed once for a whole cohort, so
+every place that needs features also takes them ready-made.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+Conditions = Tensor | np.ndarray | Path | str
+
+# Root mean square of a feature. Normalised transformer outputs lie near 1; far outside this range
+# they were scaled, quantised or taken from another layer.
+_SMALLEST, _LARGEST = 1e-2, 1e2
+
+
+def read_conditions(source: Conditions, width: int) -> Tensor:
+    """Return CLS vectors ready for a transformer.
+
+    Args:
+        source: [N, width], or [N, 2 width] with CLS before the mean of the patch tokens, of which
+            the CLS half is kept; or a .npy or .safetensors file (with one tensor, or one named
+            `cls` or `features`) that holds such an array.
+        width: Width D of the model's condition; 768 for CytoSyn.
+
+    Returns:
+        float32 [N, D].
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: Another shape, values that are not finite, or features that were rescaled.
+    """
+    found = source if isinstance(source, Tensor) else _read(source)
+    if found.ndim != 2 or found.shape[1] not in (width, 2 * width) or len(found) == 0:
+        raise ValueError(
+            f"conditions have shape {list(found.shape)}, expected [N, {width}] (CLS) or "
+            f"[N, {2 * width}] (CLS and mean of patches) with N >= 1; "
+            "use the encoder this model was trained with"
+        )
+    cls = found[:, :width].float()
+    if not cls.isfinite().all():
+        raise ValueError("conditions hold values that are not finite; recompute the features")
+    _check_scale(cls)
+    return cls
+
+
+def _check_scale(cls: Tensor) -> None:
+    """Refuse unit vectors and other scales; the zero vector, the null condition, is let through."""
+    norm = cls.double().norm(dim=1)
+    norm = norm[norm > 0]
+    if not len(norm):
+        return
+    if bool(((norm - 1).abs() < 1e-3).all()):
+        raise ValueError(
+            "conditions all have length 1: they were L2-normalised, which the model never saw; "
+            "pass the encoder's raw CLS vectors"
+        )
+    rms = float((norm / cls.shape[1] ** 0.5).median())
+    if not _SMALLEST < rms < _LARGEST:
+        raise ValueError(
+            f"conditions have a root mean square of {rms:.3g}, expected about 1; pass the "
+            "encoder's raw CLS vectors"
+        )
+
+
+def _read(source: np.ndarray | Path | str) -> Tensor:
+    if isinstance(source, np.ndarray):
+        return torch.from_numpy(source.astype(np.float32, copy=False))
+    file = Path(source)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; expected a .npy or .safetensors file")
+    if file.suffix == ".npy":
+        try:
+            return torch.from_numpy(np.load(file, allow_pickle=False).astype(np.float32))
+        except ValueError as error:
+            raise ValueError(f"{file} is not an array of numbers ({error})") from error
+    if file.suffix == ".safetensors":
+        return _only_tensor(file)
+    raise ValueError(f"{file.name} is neither .npy nor .safetensors; save the features as either")
+
+
+def _only_tensor(file: Path) -> Tensor:
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is corrupt ({error}); write it again") from error
+    named = [k for k in ("cls", "features") if k in tensors]
+    if not named and len(tensors) != 1:
+        raise ValueError(
+            f"{file} holds {sorted(tensors)}; expected one tensor, or one named cls or features"
+        )
+    return tensors[named[0]] if named else next(iter(tensors.values()))

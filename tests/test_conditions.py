@@ -1,0 +1,63 @@
+"""Precomputed features: widths, files, scales."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cytosyn_aug.conditions import read_conditions
+
+RAW = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("form", ["tensor", "array", "npy", "safetensors"])
+def test_every_form_gives_the_same(tmp_path, form):
+    np.save(tmp_path / "f.npy", RAW.numpy())
+    save_file({"cls": RAW, "coords": torch.zeros(5, 2)}, tmp_path / "f.safetensors")
+    forms = {
+        "tensor": RAW,
+        "array": RAW.numpy().astype(np.float64),
+        "npy": tmp_path / "f.npy",
+        "safetensors": str(tmp_path / "f.safetensors"),
+    }
+    assert torch.equal(read_conditions(forms[form], 8), RAW)
+
+
+def test_of_cls_and_mean_the_cls_half_is_kept():
+    both = torch.cat([RAW, 7 * torch.ones(5, 8)], 1)
+    assert torch.equal(read_conditions(both, 8), RAW)
+
+
+def test_the_null_condition_passes():
+    assert not read_conditions(torch.zeros(2, 8), 8).any()
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (RAW[:, :7], r"shape \[5, 7\], expected \[N, 8\]"),
+        (RAW[0], "shape"),
+        (RAW[:0], "shape"),
+        (RAW * float("nan"), "not finite"),
+        (torch.nn.functional.normalize(RAW), "L2-normalised"),
+        (RAW * 1e4, "root mean square"),
+        (RAW * 1e-4, "root mean square"),
+    ],
+)
+def test_unfit_conditions_are_refused(bad, message):
+    with pytest.raises(ValueError, match=message):
+        read_conditions(bad, 8)
+
+
+def test_unfit_files_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_conditions(tmp_path / "none.npy", 8)
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="not an array of numbers"):
+        read_conditions(tmp_path / "objects.npy", 8)
+    save_file({"a": RAW, "b": RAW.clone()}, tmp_path / "two.safetensors")
+    with pytest.raises(ValueError, match=r"holds \['a', 'b'\]"):
+        read_conditions(tmp_path / "two.safetensors", 8)
+    (tmp_path / "f.csv").write_text("1,2")
+    with pytest.raises(ValueError, match=r"neither .npy nor .safetensors"):
+        read_conditions(tmp_path / "f.csv", 8)

@@ -1,0 +1,118 @@
+"""H0-mini in timm's own names: layout, normalisation and loading, with timm as the reference."""
+
+import json
+
+import pytest
+import timm
+import torch
+from conftest import SIZE, random_parts, synthetic_tiles, write_released
+from safetensors.torch import save_file
+from timm.layers.mlp import SwiGLUPacked
+
+from cytosyn_aug.checkpoint import load_model
+from cytosyn_aug.encoder import H0_MINI_MEAN, H0_MINI_STD, read_encoder
+from cytosyn_aug.generator import TileGenerator
+
+
+def timm_h0_mini(**changes):
+    """Build it as its card says, or a small one of the same layout."""
+    return timm.create_model(
+        "vit_base_patch14_reg4_dinov2",
+        pretrained=False,
+        mlp_layer=SwiGLUPacked,
+        act_layer=torch.nn.SiLU,
+        mlp_ratio=5.33334,
+        num_classes=0,
+        global_pool="",
+        **({"img_size": 224} | changes),
+    )
+
+
+@pytest.fixture
+def small():
+    torch.manual_seed(0)
+    model = timm_h0_mini(embed_dim=128, depth=2, num_heads=2, img_size=SIZE)
+    for parameter in model.parameters():  # zero biases and tiny layer scales would hide errors
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+@pytest.fixture
+def model_folder_for_small(tmp_path):
+    parts = random_parts()
+    wide = type(parts.transformer)(
+        **{k: v for k, v in parts.transformer.config.items() if not k.startswith("_")}
+        | {"conditioning_dim": 128}
+    )
+    return write_released(tmp_path / "m", parts._replace(transformer=wide), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_features_are_timms(small, model_folder_for_small, tmp_path, with_config):
+    folder = tmp_path / "h0"
+    folder.mkdir()
+    save_file(small.state_dict(), folder / "model.safetensors")
+    if with_config:
+        config = {"pretrained_cfg": {"mean": H0_MINI_MEAN, "std": H0_MINI_STD}}
+        (folder / "config.json").write_text(json.dumps(config))
+    source = folder if with_config else folder / "model.safetensors"
+    generator = TileGenerator(load_model(model_folder_for_small, encoder=source))
+    tiles = synthetic_tiles(3)
+    found = generator.features(tiles)
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (H0_MINI_MEAN, H0_MINI_STD))
+    with torch.no_grad():
+        tokens = small((tiles / 255 - mean) / std)
+    torch.testing.assert_close(found.cls, tokens[:, 0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.patches, tokens[:, 5:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_config_of_other_pixel_statistics_is_followed_and_noted(small):
+    config = {"pretrained_cfg": {"mean": [0.485, 0.456, 0.406]}}
+    encoder, notes = read_encoder(config, small.state_dict())
+    assert encoder.config["mean"] == (0.485, 0.456, 0.406)
+    assert len(notes) == 1
+    assert "mean (0.485, 0.456, 0.406)" in notes[0]
+
+
+def test_layer_scale_is_read_off_the_tensors(small):
+    without = {k: v for k, v in small.state_dict().items() if ".ls" not in k}
+    encoder, _ = read_encoder({}, without)
+    assert encoder.vit.state_dict().keys() == without.keys()
+
+
+def test_a_wrong_encoder_is_reported_by_name(small, model_folder_for_small, tmp_path):
+    state = {k: v for k, v in small.state_dict().items() if "norm1" not in k}
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"encoder does not fit TileEncoder[^$]*blocks.0.norm1"):
+        load_model(model_folder_for_small, encoder=tmp_path / "model.safetensors")
+
+
+def test_full_size_names_and_shapes_are_timms():
+    with torch.device("meta"):
+        theirs = timm_h0_mini().state_dict()
+        ours = read_encoder({}, theirs)[0].vit
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {
+        k: v.shape for k, v in theirs.items()
+    }
+    assert sum(p.numel() for p in ours.parameters()) == 85_739_520
+
+
+def test_without_an_encoder_colour_still_works_and_features_must_be_given(tmp_path):
+    from cytosyn_aug import StainNormalize, StainReference
+
+    parts = random_parts()._replace(encoder=None, stain_probe=None)
+    folder = write_released(tmp_path / "m", parts, dtype=torch.float32)
+    generator = TileGenerator.from_pretrained(folder, encoder=None)
+    tiles = synthetic_tiles(3)
+    reference = StainReference.fit(generator, tiles)
+    assert StainNormalize(generator, reference)(tiles).shape == tiles.shape
+    with pytest.raises(ValueError, match=r"without an encoder.*H0-mini"):
+        generator.features(tiles)
+    cls = torch.randn(2, 24)
+    both = torch.cat([cls, torch.zeros(2, 24)], 1)
+    made = [generator.sample(x, steps=2) for x in (cls, both)]
+    assert torch.equal(*made)
+    fitted = StainReference.fit(generator, tiles, features=torch.randn(3, 24))
+    assert fitted.cls.shape == (3, 24)
+    with pytest.raises(ValueError, match="2 rows of features for 3 tiles"):
+        StainReference.fit(generator, tiles, features=cls)

@@ -1,0 +1,185 @@
+"""Folders as the released repository is laid out: every dtype, shards, places of statistics."""
+
+import json
+
+import pytest
+import torch
+from conftest import random_parts, write_released
+from safetensors.torch import load_file, save_file
+
+from cytosyn_aug.checkpoint import load_model
+from cytosyn_aug.weights import WEIGHTS_NAME, KeyMap
+
+
+def parts_with_statistics():
+    parts = random_parts()
+    parts.transformer.bn.running_mean.copy_(torch.tensor([0.5, -1.25, 0.0, 2.0]))
+    parts.transformer.bn.running_var.copy_(torch.tensor([4.0, 0.25, 1.0, 9.0]))
+    return parts
+
+
+def edit_tensors(folder, part, change):
+    file = folder / part / WEIGHTS_NAME
+    tensors = load_file(file)
+    save_file(change(tensors), file)
+
+
+def edit_config(folder, part, **settings):
+    file = folder / part / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def assert_same_weights(loaded, original, **tolerance):
+    for name in ("vae", "transformer"):
+        state = getattr(loaded, name).state_dict()
+        for key, value in getattr(original, name).state_dict().items():
+            torch.testing.assert_close(state[key], value, **tolerance)
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_stored_type_loads(tmp_path, dtype, num_shards):
+    original = parts_with_statistics()
+    folder = write_released(tmp_path / "m", original, dtype=dtype, num_shards=num_shards)
+    tolerance = {"rtol": torch.finfo(dtype).eps, "atol": 1e-7}
+    assert_same_weights(load_model(folder), original, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_networks_take_the_wanted_type_and_statistics_stay_float32(tmp_path, dtype):
+    folder = write_released(tmp_path / "m", parts_with_statistics(), dtype=torch.float32)
+    parts = load_model(folder, dtype=dtype)
+    assert {p.dtype for p in parts.transformer.parameters()} == {dtype}
+    assert parts.transformer.bn.running_mean.dtype == torch.float32
+
+
+@pytest.mark.parametrize("statistics", ["bn", "config", "index", "vae"])
+def test_latent_statistics_are_found_wherever_they_stand(tmp_path, statistics):
+    original = parts_with_statistics()
+    folder = write_released(tmp_path / "m", original, dtype=torch.float32, statistics=statistics)
+    parts = load_model(folder)
+    x = torch.randn(2, 4, 14, 14)
+    torch.testing.assert_close(parts.transformer.whiten(x), original.transformer.whiten(x))
+    said = [n for n in parts.notes if n.startswith("latent statistics come from")]
+    assert len(said) == (statistics != "bn")
+
+
+def test_a_folder_without_latent_statistics_says_where_it_looked(tmp_path):
+    folder = write_released(tmp_path / "m", parts_with_statistics(), statistics="nowhere")
+    with pytest.raises(ValueError, match=r"bn.running_mean.*latents_bias.*key map"):
+        load_model(folder)
+
+
+def test_the_key_map_can_state_latent_statistics(tmp_path):
+    original = parts_with_statistics()
+    folder = write_released(tmp_path / "m", original, dtype=torch.float32, statistics="nowhere")
+    answers = {"latents_bias": [0.5, -1.25, 0, 2], "latents_scale": [0.5, 2, 1, 1 / 3]}
+    (tmp_path / "keys.json").write_text(json.dumps(answers))
+    parts = load_model(folder, key_map=tmp_path / "keys.json")
+    torch.testing.assert_close(
+        parts.transformer.bn.running_var, original.transformer.bn.running_var
+    )
+
+
+def test_statistics_that_disagree_are_refused(tmp_path):
+    folder = write_released(tmp_path / "m", parts_with_statistics())
+    edit_config(folder, "transformer", bn_running_mean=[0.0] * 4, bn_running_var=[1.0] * 4)
+    with pytest.raises(ValueError, match="state different latent statistics"):
+        load_model(folder)
+
+
+def test_statistics_rounded_to_half_precision_agree(tmp_path):
+    original = parts_with_statistics()
+    original.transformer.bn.running_mean.mul_(1.00037)
+    folder = write_released(tmp_path / "m", original, dtype=torch.float16)
+    edit_config(
+        folder,
+        "transformer",
+        bn_running_mean=original.transformer.bn.running_mean.tolist(),
+        bn_running_var=original.transformer.bn.running_var.tolist(),
+    )
+    assert load_model(folder).transformer.bn.running_mean[3] == pytest.approx(2.0, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("path_type", "cosine"), ("qk_norm", True), ("prediction", "eps")]
+)
+def test_a_config_that_asks_for_another_network_is_refused(tmp_path, name, value):
+    folder = write_released(tmp_path / "m", parts_with_statistics())
+    edit_config(folder, "transformer", **{name: value})
+    with pytest.raises(ValueError, match=f"{name} is"):
+        load_model(folder)
+
+
+def test_settings_that_are_not_used_become_notes(tmp_path):
+    folder = write_released(tmp_path / "m", parts_with_statistics())
+    edit_config(folder, "transformer", flavour="strange")
+    notes = load_model(folder).notes
+    assert any("flavour = 'strange'" in n for n in notes)
+    assert any("no tiles; 112 px at 0.5 microns/pixel assumed" in n for n in notes)
+    assert not any("use_cfg" in n for n in notes)
+
+
+def test_a_projector_may_be_present_though_the_config_is_silent(tmp_path):
+    folder = write_released(tmp_path / "m", parts_with_statistics(), dtype=torch.float32)
+    width, hidden = 32, 2048
+    shapes = {0: (hidden, width), 2: (hidden, hidden), 4: (24, hidden)}
+    projector = {f"projectors.0.{k}.weight": torch.zeros(s) for k, s in shapes.items()}
+    projector |= {f"projectors.0.{k}.bias": torch.zeros(s[0]) for k, s in shapes.items()}
+    edit_tensors(folder, "transformer", lambda t: t | projector)
+    assert load_model(folder).transformer.config["z_dims"] == (24,)
+
+
+def test_fixed_positions_may_be_absent(tmp_path):
+    original = parts_with_statistics()
+    folder = write_released(tmp_path / "m", original, dtype=torch.float32)
+    edit_tensors(folder, "transformer", lambda t: {k: v for k, v in t.items() if k != "pos_embed"})
+    assert_same_weights(load_model(folder), original, rtol=0, atol=0)
+
+
+def test_the_condition_width_is_read_off_its_layer(tmp_path):
+    folder = write_released(tmp_path / "m", parts_with_statistics())
+    file = folder / "transformer" / "config.json"
+    config = json.loads(file.read_text())
+    del config["conditioning_dim"]
+    file.write_text(json.dumps(config))
+    assert load_model(folder).transformer.config["conditioning_dim"] == 24
+
+
+def test_renamed_tensors_are_reported_once_with_an_answer_that_works(tmp_path):
+    """The printed JSON, saved as it is, loads the folder."""
+    original = parts_with_statistics()
+    folder = write_released(tmp_path / "m", original, dtype=torch.float32)
+
+    def rename(tensors):
+        new = {"y_embedder.linear": "cond_embedder.proj", "final_layer.linear": "head.linear"}
+        return {
+            next((k.replace(a, b) for a, b in new.items() if a in k), k): v
+            for k, v in tensors.items()
+        }
+
+    edit_tensors(folder, "transformer", rename)
+    edit_tensors(folder, "vae", lambda t: {f"module.{k}": v for k, v in t.items()})
+    with pytest.raises(ValueError, match="does not fit SiT") as error:
+        load_model(folder)
+    message = str(error.value)
+    assert "does not fit AutoencoderKL" in message
+    answer = tmp_path / "keys.json"
+    answer.write_text(message[message.index("{") :])
+    assert json.loads(answer.read_text())["vae"] == {"module.*": "*"}
+    assert_same_weights(load_model(folder, key_map=answer), original, rtol=0, atol=0)
+
+
+def test_the_key_map_is_part_of_the_digest(tmp_path):
+    folder = write_released(tmp_path / "m", parts_with_statistics())
+    other = KeyMap(latents_bias=(0.5, -1.25, 0.0, 2.0), latents_scale=(0.5, 2.0, 1.0, 0.5))
+    assert load_model(folder).digest != load_model(folder, key_map=other).digest
+
+
+def test_code_beside_the_weights_is_not_executed(tmp_path):
+    folder = write_released(tmp_path / "m", parts_with_statistics())
+    trap = f"open({str(tmp_path / 'executed')!r}, 'w')"
+    for name in ("pipeline.py", "transformer/sit.py", "transformer/__init__.py"):
+        (folder / name).write_text(trap)
+    load_model(folder)
+    assert not (tmp_path / "executed").exists()
