@@ -3,36 +3,164 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # --help must answer without loading torch
+    from cytosyn_aug.generator import TileGenerator
+
+_DTYPES = ["float32", "bfloat16", "float16"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return 0 when done and 2 for bad input."""
+    """Run the command line; return 0 when done, 1 if a check failed and 2 for bad input."""
+    args = _parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = args.run
+    try:
+        return run(args)
+    except (OSError, ValueError) as error:
+        print(f"cytosyn-aug {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cytosyn-aug", description="Synthetic H&E with a diffusion model of histology tiles."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser(
+
+    def command(
+        name: str, run: Callable[..., int], text: str, example: str
+    ) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}. Example: {example}"
+        )
+        added.set_defaults(run=run)
+        return added
+
+    demo = command(
         "demo",
-        help="restain and resample sample tiles; write pictures and an index.html",
-        description="Restain and resample real sample tiles with the embedded model. "
-        "Example: cytosyn-aug demo --out my-demo",
+        _demo,
+        "restain and resample sample tiles; write pictures and an index.html",
+        "cytosyn-aug demo --out my-demo",
     )
     demo.add_argument("--out", type=Path, default=Path("cytosyn-demo"), metavar="DIR")
     demo.add_argument("--model", type=Path, metavar="DIR", help="model folder; default: tiny")
     demo.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(arguments)
+    info = command(
+        "info",
+        _info,
+        "say what a model folder holds, and how it differs from what is expected",
+        "cytosyn-aug info Owkin-Bioptimus/CytoSyn --revision main",
+    )
+    info.add_argument("--json", action="store_true", help="print JSON")
+    doctor = command(
+        "doctor",
+        _doctor,
+        "check that a model does what its parts are for; write a file for bug reports",
+        "cytosyn-aug doctor Owkin-Bioptimus/CytoSyn --encoder bioptimus/H0-mini --device cuda",
+    )
+    doctor.add_argument("--steps", type=int, default=250, help="of the reference sampler")
+    doctor.add_argument("--out", type=Path, default=Path("cytosyn-doctor.json"), metavar="FILE")
+    convert = command(
+        "convert",
+        _convert,
+        "turn a REPA-E or SiT checkpoint into a model folder, once",
+        "cytosyn-aug convert 0400000.pt my-model --vae sdvae-f8d4.pt",
+    )
+    convert.add_argument("checkpoint", type=Path, help=".pt file of the training")
+    convert.add_argument("out", type=Path, help="model folder to write; must not exist")
+    convert.add_argument("--vae", type=Path, metavar="FILE", help="default: the checkpoint's own")
+    convert.add_argument("--latent-stats", type=Path, metavar="FILE", help="*-latents-stats.pt")
+    convert.add_argument("--weights", default="ema", choices=["ema", "model"])
+    convert.add_argument("--time", default="repae", choices=["repae", "sit"], help="direction")
+    convert.add_argument("--num-heads", type=int, help="default: width / 72")
+    convert.add_argument("--size-px", type=int, default=224, help="side of its tiles")
+    convert.add_argument("--mpp", type=float, default=0.5, help="microns per pixel of its tiles")
+    convert.add_argument("--dtype", default="float32", choices=_DTYPES)
+    for added in (info, doctor):
+        added.add_argument("model", nargs="?", help="folder or Hub id; default: tiny")
+        added.add_argument("--encoder", default="auto", help="folder, file or Hub id; or none")
+        added.add_argument("--revision", help="branch, tag or commit on the Hub")
+        added.add_argument("--key-map", type=Path, metavar="FILE", help="JSON that renames tensors")
+        added.add_argument("--device", default="cpu")
+        added.add_argument("--dtype", default="float32", choices=_DTYPES)
+    return parser
 
+
+def _demo(args: argparse.Namespace) -> int:
     from cytosyn_aug.demo import write_demo
 
-    try:
-        page = write_demo(args.out, model=args.model, seed=args.seed)
-    except (OSError, ValueError) as error:
-        print(f"cytosyn-aug {args.command}: {error}", file=sys.stderr)
-        return 2
-    print(page)
+    print(write_demo(args.out, model=args.model, seed=args.seed))
     return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    import torch
+
+    from cytosyn_aug.config import TileSpec
+    from cytosyn_aug.convert import convert
+
+    folder = convert(
+        args.checkpoint,
+        args.out,
+        tile=TileSpec(size_px=args.size_px, mpp=args.mpp),
+        vae=args.vae,
+        latent_stats=args.latent_stats,
+        weights=args.weights,
+        time=args.time,
+        num_heads=args.num_heads,
+        dtype=getattr(torch, args.dtype),
+    )
+    print(folder)
+    return 0
+
+
+def _load(args: argparse.Namespace) -> TileGenerator:
+    import torch
+
+    from cytosyn_aug.generator import TileGenerator
+
+    return TileGenerator.from_pretrained(
+        args.model,
+        encoder=None if args.encoder == "none" else args.encoder,
+        revision=args.revision,
+        key_map=args.key_map,
+        device=args.device,
+        dtype=getattr(torch, args.dtype),
+    )
+
+
+def _info(args: argparse.Namespace) -> int:
+    from cytosyn_aug.info import describe_model, info_text
+
+    facts = describe_model(_load(args))
+    print(json.dumps(facts, indent=2) if args.json else info_text(facts))
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from cytosyn_aug.checkpoint import write_atomically
+    from cytosyn_aug.demo import load_samples
+    from cytosyn_aug.doctor import as_json, examine, verdict
+    from cytosyn_aug.info import describe_model, environment, info_text
+
+    generator = _load(args)
+    facts = describe_model(generator)
+    print(info_text(facts), end="\n\n", flush=True)
+    checks = []
+    for check in examine(generator, load_samples(), steps=args.steps):
+        mark = {True: "ok  ", False: "FAIL", None: "skip"}[check.passed]
+        value = "" if check.value is None else f" {check.value:.3g}"
+        print(f"{mark} {check.name}:{value} ({check.expected})", flush=True)
+        checks.append(check)
+    content = {"model": facts, "environment": environment(), "checks": as_json(checks)}
+    write_atomically(args.out, json.dumps(content, indent=2).encode())
+    print(f"\n{verdict(checks)}\nattach {args.out} to a bug report")
+    return int(any(c.passed is False for c in checks))
 
 
 if __name__ == "__main__":

@@ -77,6 +77,12 @@ def load_laboratories() -> dict[str, Tensor]:
     return {k: torch.stack([_read(name) for name in v]) for k, v in names.items()}
 
 
+def load_samples() -> Tensor:
+    """Return sample tiles, uint8 [8, 3, 224, 224]; k and k + 4 come from two laboratories."""
+    names = [name for pair in zip(CONTENT, RESAMPLED, strict=True) for name in pair]
+    return torch.stack([_read(name) for name in names])
+
+
 def _stain_transfer(
     generator: TileGenerator, references: dict[str, StainReference], out: Path
 ) -> list[tuple[str, ...]]:

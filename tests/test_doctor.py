@@ -1,0 +1,90 @@
+"""The doctor passes a sound model and names what is wrong with a broken one."""
+
+import json
+
+import pytest
+import torch
+
+from cytosyn_aug.cli import main
+from cytosyn_aug.demo import load_samples
+from cytosyn_aug.doctor import examine, verdict
+from cytosyn_aug.generator import TileGenerator
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return load_samples()
+
+
+def failures(generator, samples):
+    return (c.name for c in examine(generator, samples, steps=STEPS) if c.passed is False)
+
+
+def test_tiny_passes(samples):
+    checks = list(examine(TileGenerator.from_pretrained(), samples, steps=STEPS))
+    assert verdict(checks) == "all checks passed"
+    assert all(c.passed for c in checks)
+
+
+def negate_velocity(generator):
+    generator.transformer.final_layer.linear.weight.data.neg_()
+    generator.transformer.final_layer.linear.bias.data.neg_()
+
+
+def shift_latents(generator):
+    generator.transformer.bn.running_mean.add_(5 * generator.transformer.bn.running_var.sqrt())
+
+
+def scramble_decoder(generator):
+    generator.vae.decoder.conv_out.weight.data.neg_()
+
+
+def flip_features(generator):
+    weight = generator.transformer.y_embedder.linear.weight
+    weight.data.copy_(weight.flip(1))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "noticed"),
+    [
+        (negate_velocity, "velocity error"),
+        (shift_latents, "whitened latents"),
+        (scramble_decoder, "round trip"),
+        (flip_features, "own features"),
+    ],
+)
+def test_a_broken_part_is_noticed(samples, break_it, noticed):
+    generator = TileGenerator.from_pretrained()
+    break_it(generator)
+    assert any(noticed in name for name in failures(generator, samples))
+
+
+def test_without_an_encoder_the_condition_is_not_verified(samples):
+    generator = TileGenerator.from_pretrained(encoder=None)
+    checks = list(examine(generator, samples, steps=STEPS))
+    assert "not verified: own features" in verdict(checks)
+    features = TileGenerator.from_pretrained().features(samples).cls
+    checks = list(examine(generator, samples, features=features, steps=STEPS))
+    assert verdict(checks) == "all checks passed"
+
+
+def test_the_commands_print_facts_and_write_the_report(tmp_path, capsys):
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["parameters"]["all"] > 5_000_000
+    assert not facts["is_released_size"]
+    report = tmp_path / "report.json"
+    assert main(["doctor", "--steps", str(STEPS), "--out", str(report)]) == 0
+    assert "all checks passed" in capsys.readouterr().out
+    content = json.loads(report.read_text())
+    assert content["environment"]["torch"] == torch.__version__
+    assert all(c["passed"] for c in content["checks"])
+
+
+def test_bad_input_is_one_line_and_status_two(tmp_path, capsys):
+    assert main(["info", str(tmp_path)]) == 2
+    assert "is this a model folder" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "no.pt"), str(tmp_path / "out")]) == 2
+    assert "does not exist" in capsys.readouterr().err

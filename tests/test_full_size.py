@@ -1,0 +1,97 @@
+"""The released size, with random weights: loads in bounded time and memory, and runs once."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from conftest import write_released
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+from cytosyn_aug.checkpoint import ModelParts, load_model
+from cytosyn_aug.config import TileSpec
+from cytosyn_aug.transformer import SiT
+from cytosyn_aug.weights import WEIGHTS_NAME
+
+SD_VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+MEASURE = """
+    import json, resource, sys, time, torch
+    from pathlib import Path
+    from cytosyn_aug.generator import TileGenerator
+    TileGenerator.from_pretrained(None)  # imports and caches are not what is measured
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    generator = TileGenerator.from_pretrained(Path(sys.argv[1]), encoder=None, dtype=torch.float16)
+    seconds = time.monotonic() - began
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(json.dumps({"seconds": seconds, "grown_bytes": grown * 1024}))
+"""
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    with torch.device("meta"):
+        vae, transformer = AutoencoderKL(**SD_VAE), SiT()
+    generator = torch.Generator().manual_seed(0)
+    for part in (vae, transformer):
+        # Random everywhere, also where training starts at zero: zeros would hide errors.
+        part.to_empty(device="cpu").half()
+        for parameter in part.parameters():
+            parameter.data.normal_(std=0.02, generator=generator)
+    transformer.bn.float().reset_running_stats()
+    parts = ModelParts(vae, transformer, None, None, TileSpec(), digest="")
+    return write_released(tmp_path_factory.mktemp("released") / "m", parts, num_shards=2)
+
+
+@pytest.mark.slow
+def test_it_loads_within_ten_seconds_and_its_own_size(released):
+    size = sum(f.stat().st_size for f in released.rglob("*.safetensors"))
+    assert size > 1.5e9
+    program = [sys.executable, "-c", textwrap.dedent(MEASURE), str(released)]
+    run = subprocess.run(program, capture_output=True, text=True, check=True)
+    measured = json.loads(run.stdout.splitlines()[-1])
+    print(measured | {"file_bytes": size})
+    assert measured["grown_bytes"] <= 1.2 * size
+    assert measured["seconds"] < 10
+
+
+@pytest.mark.slow
+def test_xl_runs_once(released):
+    parts = load_model(released, encoder=None, dtype=torch.bfloat16)
+    assert sum(p.numel() for p in parts.transformer.parameters()) == 682_906_128
+    assert sum(p.numel() for p in parts.vae.parameters()) == 83_653_863
+    with torch.no_grad():
+        x = torch.randn(1, 4, 28, 28)
+        out = parts.transformer(x, torch.full((1,), 0.5), torch.randn(1, 768))
+    assert out.shape == x.shape
+    assert out.isfinite().all()
+    assert out.std() > 0
+
+
+@pytest.mark.slow
+def test_one_bad_number_among_the_millions_is_found(released, tmp_path):
+    folder = tmp_path / "m"
+    folder.mkdir()
+    for file in released.rglob("*.*"):
+        if file.is_file():
+            target = folder / file.relative_to(released)
+            target.parent.mkdir(exist_ok=True)
+            target.symlink_to(file)
+    index = json.loads((folder / "vae" / f"{WEIGHTS_NAME}.index.json").read_text())
+    name = "decoder.conv_out.weight"
+    shard = folder / "vae" / index["weight_map"][name]
+    from safetensors.torch import load_file, save_file
+
+    tensors = {k: v.clone() for k, v in load_file(shard).items()}
+    tensors[name][1, 2, 0, 0] = float("nan")
+    shard.unlink()
+    save_file(tensors, shard)
+    with pytest.raises(ValueError, match=r"not finite: decoder\.conv_out\.weight"):
+        load_model(folder, encoder=None, dtype=torch.float16)
