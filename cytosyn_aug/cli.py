@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--latent-stats", type=Path, metavar="FILE", help="*-latents-stats.pt")
     convert.add_argument("--weights", default="ema", choices=["ema", "model"])
     convert.add_argument("--time", default="repae", choices=["repae", "sit"], help="direction")
-    convert.add_argument("--num-heads", type=int, help="default: width / 72")
+    convert.add_argument("--num-heads", type=int, help="needed unless XL")
     convert.add_argument("--size-px", type=int, default=224, help="side of its tiles")
     convert.add_argument("--mpp", type=float, default=0.5, help="microns per pixel of its tiles")
     convert.add_argument("--dtype", default="float32", choices=_DTYPES)

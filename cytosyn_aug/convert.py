@@ -38,6 +38,7 @@ from cytosyn_aug.compvis import (
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.transformer import SiT
 
+_XL_WIDTH, _XL_HEADS = 1152, 16
 # What the training scripts call the one path and prediction this package computes. The words
 # differ, so they also tell the two directions of time apart.
 _TRAINED_AS: Mapping[str, Mapping[str, str]] = {
@@ -87,7 +88,7 @@ def convert(
     if time == "sit":
         transformer = reverse_time(transformer)
     if latent_stats is not None:
-        transformer |= latent_statistics(read_checkpoint(latent_stats))
+        transformer |= repae_statistics(read_checkpoint(latent_stats))
     config = transformer_config_from_state(transformer, num_heads, trained.get("encoder_depth"))
     autoencoder = _vae_state(vae, checkpoint)
     vae_config = vae_config_from_state(autoencoder)
@@ -212,8 +213,8 @@ def transformer_config_from_state(
 
     Args:
         state: The transformer's tensors.
-        num_heads: Not visible in any shape. None takes heads of 72, as SiT-XL has, if the width
-            divides by it; a wrong number loads without error and computes something else.
+        num_heads: Not visible in any shape, and a wrong number loads without error but computes
+            something else; so None is accepted for the width of SiT-XL only, which has 16.
         encoder_depth: Block whose tokens training aligns. None takes REPA-E's 8, or the last
             block of a shallower network.
 
@@ -221,7 +222,8 @@ def transformer_config_from_state(
         ValueError: A tensor is missing, or the number of heads is needed or does not divide.
     """
     width, channels, patch_size = find_tensor(state, "x_embedder.proj.weight").shape[:3]
-    if width % (num_heads or 72):
+    heads = _XL_HEADS if num_heads is None and width == _XL_WIDTH else num_heads
+    if not heads or width % heads:
         raise ValueError(
             f"num_heads is {num_heads} for a width of {width}; heads cannot be read off shapes, "
             "pass the training's number, a divisor of the width (SiT-S 6, SiT-B 12, SiT-L 16)"
@@ -236,7 +238,7 @@ def transformer_config_from_state(
         "in_channels": channels,
         "hidden_size": width,
         "depth": depth,
-        "num_heads": num_heads or width // 72,
+        "num_heads": heads,
         "mlp_ratio": find_tensor(state, "blocks.0.mlp.fc1.weight").shape[0] / width,
         "conditioning_dim": find_tensor(state, "y_embedder.linear.weight").shape[1],
         "encoder_depth": encoder_depth or min(8, depth),
@@ -245,7 +247,7 @@ def transformer_config_from_state(
     }
 
 
-def latent_statistics(stats: Mapping[str, Any]) -> State:
+def repae_statistics(stats: Mapping[str, Any]) -> State:
     """Return `bn.*` for latent statistics that whiten as (latents - bias) scale.
 
     Args:

@@ -21,8 +21,8 @@ from cytosyn_aug.compvis import compvis_vae_state, is_compvis_vae, vae_config_fr
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.convert import (
     convert,
-    latent_statistics,
     read_checkpoint,
+    repae_statistics,
     repae_transformer_state,
     reverse_time,
     transformer_config_from_state,
@@ -429,7 +429,7 @@ def test_a_sit_checkpoint_needs_time_and_statistics(checkpoint, written, tmp_pat
 
 def test_statistics_become_mean_and_variance():
     stats = {"latents_bias": torch.arange(4.0).view(1, 4, 1, 1), "latents_scale": torch.ones(4) / 2}
-    state = latent_statistics(stats)
+    state = repae_statistics(stats)
     assert state["bn.running_mean"].tolist() == [0, 1, 2, 3]
     assert state["bn.running_var"].tolist() == [4, 4, 4, 4]
 
