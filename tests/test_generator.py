@@ -94,5 +94,5 @@ def test_bad_arguments_of_sample_are_named(generator, kwargs, message):
 
 def test_a_model_without_encoder_says_so():
     parts = random_parts()._replace(encoder=None)
-    with pytest.raises(ValueError, match="has no encoder"):
+    with pytest.raises(ValueError, match="without an encoder"):
         TileGenerator(parts).features(synthetic_tiles(1))
