@@ -75,6 +75,7 @@ def test_the_commands_print_facts_and_write_the_report(tmp_path, capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["parameters"]["all"] > 5_000_000
     assert not facts["is_released_size"]
+    assert facts["licence"] == "apache-2.0"
     report = tmp_path / "report.json"
     assert main(["doctor", "--steps", str(STEPS), "--out", str(report)]) == 0
     assert "all checks passed" in capsys.readouterr().out

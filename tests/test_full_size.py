@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,15 +24,16 @@ SD_VAE = {
     "latent_channels": 4,
 }
 MEASURE = """
-    import json, resource, sys, time, torch
+    import json, re, sys, time, torch
     from pathlib import Path
     from cytosyn_aug.generator import TileGenerator
+    def peak():  # of this program; ru_maxrss would begin at what the test's own process had
+        return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
     TileGenerator.from_pretrained(None)  # imports and caches are not what is measured
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before, began = peak(), time.monotonic()
     generator = TileGenerator.from_pretrained(Path(sys.argv[1]), encoder=None, dtype=torch.float16)
     seconds = time.monotonic() - began
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(json.dumps({"seconds": seconds, "grown_bytes": grown * 1024}))
+    print(json.dumps({"seconds": seconds, "grown_bytes": peak() - before}))
 """
 
 
@@ -51,6 +53,9 @@ def released(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="memory and time to load not verified"
+)
 def test_it_loads_within_ten_seconds_and_its_own_size(released):
     size = sum(f.stat().st_size for f in released.rglob("*.safetensors"))
     assert size > 1.5e9
@@ -58,7 +63,7 @@ def test_it_loads_within_ten_seconds_and_its_own_size(released):
     run = subprocess.run(program, capture_output=True, text=True, check=True)
     measured = json.loads(run.stdout.splitlines()[-1])
     print(measured | {"file_bytes": size})
-    assert measured["grown_bytes"] <= 1.2 * size
+    assert 0.5 * size < measured["grown_bytes"] <= 1.2 * size  # mapped pages count as memory
     assert measured["seconds"] < 10
 
 

@@ -103,7 +103,7 @@ class SitStage:
         self.recipe, self.device = recipe, device
         self.vae, self.encoder = vae.to(device).eval(), encoder.to(device).eval()
         self.views = _views(self, tiles, recipe.num_views, cache)
-        self.usual_patch = _mean_token(self.views["patches"]).to(device)
+        self.usual_patch = mean_token(self.views["patches"]).to(device)
         shown = validation.images[:: max(1, len(validation) // 16)][:16]
         self.shown = shown
         self.held_out = _encode(self, validation.images[:: max(1, len(validation) // 160)])
@@ -212,13 +212,14 @@ def _views(stage: SitStage, tiles: TileSet, num_views: int, cache: Path) -> dict
     return {key: torch.cat([c[key] for c in chunks])[:num_views] for key in chunks[0]}
 
 
-def _mean_token(patches: Tensor) -> Tensor:
+def mean_token(patches: Tensor) -> Tensor:
     """Return the mean [D] of all tokens [N, P, D].
 
     Alignment is to what distinguishes a token: all tokens share so large a part that the cosine
     to the tokens themselves is 0.97 for a transformer that knows nothing (LOG.md, 2026-11-24).
     """
-    return torch.stack([part.float().mean((0, 1)) for part in patches.split(_CHUNK)]).mean(0)
+    total = torch.stack([part.double().sum((0, 1)) for part in patches.split(_CHUNK)]).sum(0)
+    return (total / (patches.shape[0] * patches.shape[1])).float()
 
 
 def _set_latent_statistics(network: SiT, views: dict[str, Tensor]) -> None:

@@ -7,8 +7,13 @@ import torch
 from conftest import synthetic_tiles
 from PIL import Image
 
+from cytosyn_aug.checkpoint import load_model
 from cytosyn_aug.generator import TileGenerator
 from training.__main__ import main
+from training.data import load_tiles
+from training.losses import alignment
+from training.recipes import smoke_sit
+from training.sit import SitStage, mean_token
 from training.weights import stage_weights
 
 
@@ -94,6 +99,36 @@ def test_a_run_starts_from_a_model_folder(runs, data, tmp_path, stage):
     rough = {"rtol": 0.0, "atol": 0.02}  # one step of the warm-up, and half precision
     for name, value in shipped.items():
         torch.testing.assert_close(first["average"][name], value, **rough)
+
+
+def test_alignment_is_to_tokens_without_their_common_part():
+    """A constant added to all tokens of the encoder changes nothing."""
+    patches = torch.randn(70, 9, 5, generator=torch.Generator().manual_seed(0))
+    common = torch.tensor([3.0, -40.0, 0.5, 0.0, 7.0])
+    centred = patches - mean_token(patches)
+    torch.testing.assert_close(centred.mean((0, 1)), torch.zeros(5), rtol=0, atol=1e-5)
+    shifted = patches + common
+    torch.testing.assert_close(shifted - mean_token(shifted), centred, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_transformer_is_aligned_to_centred_tokens(runs, data, monkeypatch):
+    seen = []
+
+    def watch(projected, target):
+        seen.append(target)
+        return alignment(projected, target)
+
+    monkeypatch.setattr("training.sit.alignment", watch)
+    tiles = load_tiles(data / "train")
+    parts = load_model(runs / "model")
+    cache = runs / "sit" / "views"
+    stage = SitStage(
+        smoke_sit(), tiles, tiles, parts.vae, parts.encoder, torch.device("cpu"), cache
+    )
+    stage.losses(0)
+    whole = stage.views["patches"].float()
+    assert seen[0].mean((0, 1)).norm() < 0.2 * whole.mean((0, 1)).norm()
 
 
 @pytest.mark.slow
