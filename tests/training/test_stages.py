@@ -101,6 +101,19 @@ def test_a_run_starts_from_a_model_folder(runs, data, tmp_path, stage):
         torch.testing.assert_close(first["average"][name], value, **rough)
 
 
+@pytest.mark.slow
+def test_a_warm_start_keeps_the_latent_statistics_of_its_own_views(runs, data, tmp_path):
+    old = torch.load(runs / "sit" / "checkpoint.pt", weights_only=True)
+    old["average"]["bn.running_mean"].fill_(99.0)
+    (tmp_path / "old").mkdir()
+    torch.save(old, tmp_path / "old" / "checkpoint.pt")
+    parts = ("--vae", runs / "vae", "--encoder", runs / "encoder")
+    run("sit", "--recipe", "smoke", "--data", data, *parts, "--minutes", "0",
+        "--out", tmp_path / "new", "--warm-start", tmp_path / "old")  # fmt: skip
+    new = torch.load(tmp_path / "new" / "checkpoint.pt", weights_only=True)
+    assert new["average"]["bn.running_mean"].abs().max() < 50
+
+
 def test_alignment_is_to_tokens_without_their_common_part():
     """A constant added to all tokens of the encoder changes nothing."""
     patches = torch.randn(70, 9, 5, generator=torch.Generator().manual_seed(0))
