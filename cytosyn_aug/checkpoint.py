@@ -24,7 +24,12 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cytosyn_aug.compvis import compvis_vae_state, is_compvis_vae, vae_config_from_state
+from cytosyn_aug.compvis import (
+    compvis_vae_state,
+    is_compvis_vae,
+    renew_attention,
+    vae_config_from_state,
+)
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.encoder import StainProbe, TileEncoder, read_encoder
 from cytosyn_aug.released import known_settings, latent_statistics, transformer_settings
@@ -205,6 +210,7 @@ def _draft(name: str, folder: Path, answers: KeyMap, is_ours: bool) -> _Draft:
         settings, notes = vae_config_from_state(tensors), ("vae: CompVis' names were translated",)
     else:
         settings, notes = known_settings(config, cls, name)
+        tensors = renew_attention(tensors) if cls is AutoencoderKL else tensors
     if is_ours and notes:
         raise ValueError(f"{file} does not describe a {cls.__name__}: {'; '.join(notes)}")
     try:

@@ -1,7 +1,9 @@
-"""Autoencoders under CompVis' names, as LDM and REPA-E store them, for diffusers' AutoencoderKL.
+"""Autoencoders under other names than diffusers' AutoencoderKL has today.
 
-CompVis counts decoder levels from the finest, diffusers from the coarsest; attention is 1x1
-convolutions there and linear layers here. The networks are the same.
+CompVis' names are LDM's and REPA-E's: decoder levels count from the finest there and from the
+coarsest here, attention is 1x1 convolutions there and linear layers here. Diffusers itself once
+named attention otherwise, and stable diffusion's autoencoders are still stored so. The networks
+are the same.
 
 Source: Rombach et al. (2022), whose architecture both follow.
 """
@@ -48,6 +50,20 @@ def compvis_vae_state(state: Mapping[str, Tensor]) -> State:
             "(f16d32 has more)"
         )
     return {str(to): _as_linear(str(to), kept[name]) for name, to in names.items()}
+
+
+def renew_attention(state: Mapping[str, Tensor]) -> State:
+    """Rename the attention of autoencoders that diffusers stored before 2023; pass others through.
+
+    Diffusers renames on loading, but only in its own loader.
+    """
+
+    def renew(name: str) -> str:
+        place, dot, leaf = name.partition(".attentions.0.")
+        layer, _, kind = leaf.rpartition(".")
+        return f"{place}{dot}{_OLD_ATTENTION.get(layer, layer)}.{kind}" if dot else name
+
+    return {renew(name): _as_linear(name, tensor) for name, tensor in state.items()}
 
 
 def vae_config_from_state(state: Mapping[str, Tensor], norm_num_groups: int = 32) -> dict[str, Any]:
@@ -105,6 +121,7 @@ _LEAVES = {
     "nin_shortcut": "conv_shortcut", "norm_out": "conv_norm_out", "norm": "group_norm",
     "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0",
 }  # fmt: skip
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def _diffusers_name(name: str, last_level: int) -> str | None:

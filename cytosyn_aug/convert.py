@@ -32,6 +32,7 @@ from cytosyn_aug.compvis import (
     count_matches,
     find_tensor,
     is_compvis_vae,
+    renew_attention,
     some_names,
     vae_config_from_state,
 )
@@ -287,7 +288,7 @@ def _vae_state(file: Path | None, checkpoint: Mapping[str, Any]) -> State:
     if file is not None:
         content = content.get("state_dict", content)
     state = _without_wrappers(content, str(file or "vae"))
-    return compvis_vae_state(state) if is_compvis_vae(state) else state
+    return compvis_vae_state(state) if is_compvis_vae(state) else renew_attention(state)
 
 
 def _without_wrappers(state: object, what: str) -> State:

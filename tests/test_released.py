@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import random_parts, write_released
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from cytosyn_aug.checkpoint import load_model
@@ -183,3 +184,31 @@ def test_code_beside_the_weights_is_not_executed(tmp_path):
         (folder / name).write_text(trap)
     load_model(folder)
     assert not (tmp_path / "executed").exists()
+
+
+def test_attention_under_diffusers_former_names_loads_as_in_diffusers(tmp_path):
+    """Stable diffusion's autoencoders are stored so; diffusers renames on loading."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 16, 16),
+        norm_num_groups=4,
+    )
+    parts = parts_with_statistics()._replace(vae=vae)
+    folder = write_released(tmp_path / "m", parts, dtype=torch.float32)
+    former = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def rename(tensors):
+        pairs = [(f"attentions.0.{a}.", f"attentions.0.{b}.") for a, b in former.items()]
+        return {
+            next((k.replace(a, b) for a, b in pairs if a in k), k): v for k, v in tensors.items()
+        }
+
+    edit_tensors(folder, "vae", rename)
+    assert "encoder.mid_block.attentions.0.query.weight" in load_file(folder / "vae" / WEIGHTS_NAME)
+    theirs = AutoencoderKL.from_pretrained(folder / "vae").eval()
+    pixels = torch.rand(1, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        wanted = theirs.encode(pixels).latent_dist.mean
+        assert torch.equal(load_model(folder).vae.encode(pixels).latent_dist.mean, wanted)
