@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cytosyn_aug.conditions import FeatureTable
     from cytosyn_aug.editing import EditRecipe
     from cytosyn_aug.encoder import Features
     from cytosyn_aug.generator import TileGenerator
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ConditionedResample": "transforms",
     "EditRecipe": "editing",
+    "FeatureTable": "conditions",
     "Features": "encoder",
     "StainNormalize": "transforms",
     "StainReference": "reference",
@@ -28,6 +30,7 @@ _HOMES = {
 __all__ = [
     "ConditionedResample",
     "EditRecipe",
+    "FeatureTable",
     "Features",
     "StainNormalize",
     "StainReference",

@@ -7,7 +7,7 @@ albumentations 2.0.8 would repeat its own in all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -157,6 +157,7 @@ class ConditionedResample(_TileImageTransform):
         steps: Velocity evaluations.
         guidance_scale: Classifier-free guidance; 1 for none.
         p: Probability that an image is replaced.
+        features: Gives CLS vectors of tiles, such as a `FeatureTable`; None asks the encoder.
         allow_geometry_change: Accept masks and boxes although structure changes.
     """
 
@@ -169,6 +170,7 @@ class ConditionedResample(_TileImageTransform):
         steps: int = 16,
         guidance_scale: float = 1.0,
         p: float = 0.3,
+        features: Callable[[Tensor], Tensor] | None = None,
         allow_geometry_change: bool = False,
     ) -> None:
         super().__init__(p=p)
@@ -179,6 +181,7 @@ class ConditionedResample(_TileImageTransform):
             steps=steps,
             guidance_scale=guidance_scale,
             p=1.0,
+            features=features,
             allow_geometry_change=allow_geometry_change,
         )
 

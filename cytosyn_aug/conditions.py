@@ -1,7 +1,8 @@
 """Precomputed features as conditions: read from files, cut to the CLS half, checked for scale.
 
 H0-mini is gated apart from CytoSyn, and features are often computed once for a whole cohort, so
-every place that needs features also takes them ready-made.
+every place that needs features also takes them ready-made: as rows in order, or looked up by a
+tile's own pixels where the order is not known.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from cytosyn_aug.images import tile_key
 
 Conditions = Tensor | np.ndarray | Path | str
 
@@ -49,6 +52,58 @@ def read_conditions(source: Conditions, width: int) -> Tensor:
         raise ValueError("conditions hold values that are not finite; recompute the features")
     _check_scale(cls)
     return cls
+
+
+class FeatureTable:
+    """Precomputed CLS vectors of tiles, looked up by the tiles' pixels, so in any order.
+
+    Held in memory: 3 KB a tile for 768 features. Tiles must arrive as they were when the table was
+    made, so look-ups come before cropping, flipping or any change of colour.
+
+    Args:
+        images: uint8 [N, 3, H, W], the tiles.
+        features: Their CLS vectors, one a row; see `read_conditions`.
+        width: Width D of the model's condition; 768 for CytoSyn.
+
+    Raises:
+        ValueError: As many rows as tiles are expected, and those `read_conditions` accepts.
+
+    Example:
+        >>> tiles = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+        >>> table = FeatureTable(tiles, torch.randn(2, 768), width=768)
+        >>> table(tiles.flip(0)).shape
+        torch.Size([2, 768])
+    """
+
+    def __init__(self, images: Tensor, features: Conditions, *, width: int = 768) -> None:
+        self.cls = read_conditions(features, width)
+        if len(self.cls) != len(images):
+            raise ValueError(
+                f"{len(self.cls)} rows of features for {len(images)} tiles; expected as many"
+            )
+        self._row = {tile_key(image): k for k, image in enumerate(images)}
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the features of tiles.
+
+        Args:
+            images: uint8 [B, 3, H, W], any device.
+
+        Returns:
+            float32 [B, D] on the CPU.
+
+        Raises:
+            ValueError: A tile is not in the table, all of them named by position.
+        """
+        rows = [self._row.get(tile_key(image)) for image in images]
+        unknown = [k for k, row in enumerate(rows) if row is None]
+        if unknown:
+            raise ValueError(
+                f"tiles {unknown} of {len(images)} are not among the {len(self._row)} with "
+                "precomputed features; were they cropped, flipped or stored lossily since? Look "
+                "features up before any other transform"
+            )
+        return self.cls[[row for row in rows if row is not None]]
 
 
 def _check_scale(cls: Tensor) -> None:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cytosyn_aug.conditions import Conditions, read_conditions
 from cytosyn_aug.flow import interpolate
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.reference import StainReference
@@ -146,7 +147,10 @@ def redraw(
 
 
 class Resampled(NamedTuple):
-    """Result of `resample`: new tiles, their similarity to the old, and which were not blank."""
+    """Result of `resample`: new tiles, their similarity to the old, and which were not blank.
+
+    The similarity is NaN without an encoder, which alone could tell it.
+    """
 
     images: Tensor
     similarity: Tensor
@@ -162,6 +166,7 @@ def resample(
     steps: int,
     guidance_scale: float,
     guidance_high: float = 0.75,
+    cls: Conditions | None = None,
 ) -> Resampled:
     """Generate a new tile from the features of each old one.
 
@@ -172,17 +177,24 @@ def resample(
         steps: Velocity evaluations.
         guidance_scale: Classifier-free guidance in t <= `guidance_high`; 1 for none.
         guidance_high: Upper end of the guidance interval, t = 1 is noise.
+        cls: Precomputed features of the tiles; None asks the encoder.
 
     Returns:
         uint8 tiles, cosine similarity of CLS features [B] and the tissue gate [B].
     """
-    cls = generator.features(images).cls
+    generator.check_images(images)
+    if cls is None:
+        cls = generator.features(images).cls
+    else:
+        cls = read_conditions(cls, len(generator.null_condition)).to(generator.device)
     velocity = guide(
         generator.velocity, cls, generator.null_condition, guidance_scale, high=guidance_high
     )
     noise = sample_noise(seeds, generator.latent_shape).to(cls)
     made = generator.decode(adams_bashforth2(velocity, noise, polynomial_grid(steps)))
-    similarity = torch.cosine_similarity(cls, generator.features(made).cls)
+    similarity = torch.full((len(made),), torch.nan, device=made.device)
+    if generator.encoder is not None:
+        similarity = torch.cosine_similarity(cls, generator.features(made).cls)
     is_tissue = tissue_moments(images).tissue >= MIN_TISSUE
     return Resampled(made, similarity, is_tissue.to(made.device))
 

@@ -8,7 +8,7 @@ refused when it does not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -132,6 +132,12 @@ class StainTransfer(_TileTransform):
             raise ValueError(f"strength is {strength}, expected 0 to 1")
         for reference in (*references, *([source] if source is not None else [])):
             reference.check_model(generator)
+        if preserve == "none" and generator.encoder is None:
+            raise ValueError(
+                "preserve='none' draws tiles from the features of their new colours, and this "
+                'model was loaded without an encoder; load it with encoder="bioptimus/H0-mini" or '
+                "use preserve='color'"
+            )
         keeps_structure = preserve == "color" or allow_geometry_change
         super().__init__(generator, p=p, keeps_structure=keeps_structure)
         self.references = list(references)
@@ -235,6 +241,9 @@ class ConditionedResample(_TileTransform):
         steps: Velocity evaluations.
         guidance_scale: Classifier-free guidance, in t <= 0.75 (1 = noise); 1 for none.
         p: Probability that a tile is replaced.
+        features: Gives CLS vectors [B, D] of uint8 tiles [B, 3, size, size], such as a
+            `FeatureTable`; None asks the model's encoder. A model without one cannot tell
+            similarity, so it needs features and no bounds.
         allow_geometry_change: Accept masks and boxes although structure changes.
     """
 
@@ -247,6 +256,7 @@ class ConditionedResample(_TileTransform):
         steps: int = 16,
         guidance_scale: float = 1.0,
         p: float = 0.3,
+        features: Callable[[Tensor], Tensor] | None = None,
         allow_geometry_change: bool = False,
     ) -> None:
         super().__init__(generator, p=p, keeps_structure=allow_geometry_change)
@@ -255,6 +265,14 @@ class ConditionedResample(_TileTransform):
                 f"similarities are {min_similarity} and {max_similarity}, expected "
                 "-1 <= min_similarity <= max_similarity <= 1"
             )
+        is_bounded = (min_similarity, max_similarity) != (-1.0, 1.0)
+        if generator.encoder is None and (features is None or is_bounded):
+            raise ValueError(
+                "this model was loaded without an encoder: pass features (a FeatureTable of "
+                "precomputed ones) and leave min_similarity and max_similarity alone, or load it "
+                'with encoder="bioptimus/H0-mini"'
+            )
+        self.features = features
         self.min_similarity = min_similarity
         self.max_similarity = max_similarity
         self.steps = steps
@@ -265,10 +283,16 @@ class ConditionedResample(_TileTransform):
         tiles = grey.round().to(torch.uint8)
         seeds = [params["seeds"][i] for i in index.tolist()]
         result = resample(
-            self.generator, tiles, seeds, steps=self.steps, guidance_scale=self.guidance_scale
+            self.generator,
+            tiles,
+            seeds,
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            cls=None if self.features is None else self.features(tiles),
         )
+        # Negated, since a similarity that nobody could tell is no reason to refuse.
         low, high = self.min_similarity, self.max_similarity
-        accepted = (result.similarity >= low) & (result.similarity <= high)
+        accepted = ~((result.similarity < low) | (result.similarity > high))
         self.num_rejected += int((result.is_tissue & ~accepted).sum())
         keep = (accepted & result.is_tissue).to(grey.device)[:, None, None, None]
         return torch.where(keep, result.images.to(grey), grey)

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from conftest import synthetic_tiles
 from safetensors.torch import save_file
 
-from cytosyn_aug.conditions import read_conditions
+from cytosyn_aug.conditions import FeatureTable, read_conditions
 
 RAW = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
 
@@ -61,3 +62,25 @@ def test_unfit_files_are_refused(tmp_path):
     (tmp_path / "f.csv").write_text("1,2")
     with pytest.raises(ValueError, match=r"neither .npy nor .safetensors"):
         read_conditions(tmp_path / "f.csv", 8)
+
+
+def test_a_table_finds_features_by_pixels_in_any_order():
+    tiles = synthetic_tiles(5)
+    table = FeatureTable(tiles, RAW, width=8)
+    order = [3, 0, 3, 4]
+    assert torch.equal(table(tiles[order]), RAW[order])
+
+
+def test_a_table_names_the_tiles_it_does_not_know():
+    tiles = synthetic_tiles(5)
+    table = FeatureTable(tiles, RAW, width=8)
+    changed = tiles.clone()
+    changed[1, 0, 0, 0] ^= 1
+    changed[4] = tiles[4].flip(2)
+    with pytest.raises(ValueError, match=r"tiles \[1, 4\] of 5 are not among the 5 .*flipped"):
+        table(changed)
+
+
+def test_a_table_needs_as_many_rows_as_tiles():
+    with pytest.raises(ValueError, match="5 rows of features for 4 tiles"):
+        FeatureTable(synthetic_tiles(4), RAW, width=8)

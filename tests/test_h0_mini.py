@@ -9,6 +9,13 @@ from conftest import SIZE, random_parts, synthetic_tiles, write_released
 from safetensors.torch import save_file
 from timm.layers.mlp import SwiGLUPacked
 
+from cytosyn_aug import (
+    ConditionedResample,
+    FeatureTable,
+    StainNormalize,
+    StainReference,
+    StainTransfer,
+)
 from cytosyn_aug.checkpoint import load_model
 from cytosyn_aug.encoder import H0_MINI_MEAN, H0_MINI_STD, read_encoder
 from cytosyn_aug.generator import TileGenerator
@@ -98,8 +105,6 @@ def test_full_size_names_and_shapes_are_timms():
 
 
 def test_without_an_encoder_colour_still_works_and_features_must_be_given(tmp_path):
-    from cytosyn_aug import StainNormalize, StainReference
-
     parts = random_parts()._replace(encoder=None, stain_probe=None)
     folder = write_released(tmp_path / "m", parts, dtype=torch.float32)
     generator = TileGenerator.from_pretrained(folder, encoder=None)
@@ -116,3 +121,25 @@ def test_without_an_encoder_colour_still_works_and_features_must_be_given(tmp_pa
     assert fitted.cls.shape == (3, 24)
     with pytest.raises(ValueError, match="2 rows of features for 3 tiles"):
         StainReference.fit(generator, tiles, features=cls)
+
+
+def test_resampling_takes_precomputed_features_of_a_model_without_encoder(tmp_path):
+    """The same tiles come out as with the encoder that computed the features."""
+    folder = write_released(tmp_path / "m", random_parts(), dtype=torch.float32)
+    with_encoder = TileGenerator(random_parts())
+    without = TileGenerator.from_pretrained(folder, encoder=None)
+    tiles = synthetic_tiles(3)
+    table = FeatureTable(tiles, with_encoder.features(tiles).cls, width=24)
+    made = []
+    for generator, features in ((with_encoder, None), (without, table)):
+        torch.manual_seed(0)
+        made.append(ConditionedResample(generator, p=1.0, steps=2, features=features)(tiles))
+    assert torch.equal(*made)
+    assert not torch.equal(made[0], tiles)
+    with pytest.raises(ValueError, match="without an encoder: pass features"):
+        ConditionedResample(without)
+    with pytest.raises(ValueError, match="leave min_similarity"):
+        ConditionedResample(without, features=table, min_similarity=0.5)
+    reference = StainReference.fit(without, tiles)
+    with pytest.raises(ValueError, match=r"preserve='none'.*without an encoder"):
+        StainTransfer(without, [reference], preserve="none")
