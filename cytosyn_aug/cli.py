@@ -64,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
         "cytosyn-aug doctor Owkin-Bioptimus/CytoSyn --encoder bioptimus/H0-mini --device cuda",
     )
     doctor.add_argument("--steps", type=int, default=250, help="of the reference sampler")
+    doctor.add_argument(
+        "--features",
+        type=Path,
+        metavar="FILE",
+        help="CLS of the 8 tiles of cytosyn_aug.demo.load_samples(), if there is no encoder",
+    )
     doctor.add_argument("--out", type=Path, default=Path("cytosyn-doctor.json"), metavar="FILE")
     convert = command(
         "convert",
@@ -152,7 +158,7 @@ def _doctor(args: argparse.Namespace) -> int:
     facts = describe_model(generator)
     print(info_text(facts), end="\n\n", flush=True)
     checks = []
-    for check in examine(generator, load_samples(), steps=args.steps):
+    for check in examine(generator, load_samples(), features=args.features, steps=args.steps):
         mark = {True: "ok  ", False: "FAIL", None: "skip"}[check.passed]
         value = "" if check.value is None else f" {check.value:.3g}"
         print(f"{mark} {check.name}:{value} ({check.expected})", flush=True)

@@ -24,7 +24,7 @@ Conditions = Tensor | np.ndarray | Path | str
 _SMALLEST, _LARGEST = 1e-2, 1e2
 
 
-def read_conditions(source: Conditions, width: int) -> Tensor:
+def read_conditions(source: Conditions, width: int, num_tiles: int | None = None) -> Tensor:
     """Return CLS vectors ready for a transformer.
 
     Args:
@@ -32,13 +32,15 @@ def read_conditions(source: Conditions, width: int) -> Tensor:
             the CLS half is kept; or a .npy or .safetensors file (with one tensor, or one named
             `cls` or `features`) that holds such an array.
         width: Width D of the model's condition; 768 for CytoSyn.
+        num_tiles: Tiles that the rows belong to; None for any number.
 
     Returns:
         float32 [N, D].
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: Another shape, values that are not finite, or features that were rescaled.
+        ValueError: Another shape, another number of rows than tiles, values that are not finite,
+            or features that were rescaled.
     """
     found = source if isinstance(source, Tensor) else _read(source)
     if found.ndim != 2 or found.shape[1] not in (width, 2 * width) or len(found) == 0:
@@ -47,6 +49,8 @@ def read_conditions(source: Conditions, width: int) -> Tensor:
             f"[N, {2 * width}] (CLS and mean of patches) with N >= 1; "
             "use the encoder this model was trained with"
         )
+    if num_tiles is not None and len(found) != num_tiles:
+        raise ValueError(f"{len(found)} rows of features for {num_tiles} tiles; expected as many")
     cls = found[:, :width].float()
     if not cls.isfinite().all():
         raise ValueError("conditions hold values that are not finite; recompute the features")
@@ -66,7 +70,7 @@ class FeatureTable:
         width: Width D of the model's condition; 768 for CytoSyn.
 
     Raises:
-        ValueError: As many rows as tiles are expected, and those `read_conditions` accepts.
+        ValueError: See `read_conditions`.
 
     Example:
         >>> tiles = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
@@ -76,11 +80,7 @@ class FeatureTable:
     """
 
     def __init__(self, images: Tensor, features: Conditions, *, width: int = 768) -> None:
-        self.cls = read_conditions(features, width)
-        if len(self.cls) != len(images):
-            raise ValueError(
-                f"{len(self.cls)} rows of features for {len(images)} tiles; expected as many"
-            )
+        self.cls = read_conditions(features, width, len(images))
         self._row = {tile_key(image): k for k, image in enumerate(images)}
 
     def __call__(self, images: Tensor) -> Tensor:

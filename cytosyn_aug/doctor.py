@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cytosyn_aug.conditions import Conditions, read_conditions
 from cytosyn_aug.flow import interpolate, velocity_target
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.sampling import sample_noise
@@ -40,21 +41,23 @@ class Check:
 
 
 def examine(
-    generator: TileGenerator, tiles: Tensor, *, features: Tensor | None = None, steps: int = 250
+    generator: TileGenerator, tiles: Tensor, *, features: Conditions | None = None, steps: int = 250
 ) -> Iterator[Check]:
     """Yield the checks one by one, cheap ones first.
 
     Args:
         generator: The model.
         tiles: uint8 [N, 3, size, size], real tissue of at least two looks, N >= 4.
-        features: CLS vectors [N, D] of these tiles, if the model has no encoder.
+        features: CLS vectors of these tiles, or a file of them, if the model has no encoder.
         steps: Steps of the reference sampler, which draws two tiles.
+
+    Raises:
+        ValueError: Features of another width or number than the tiles.
     """
-    moments = generator.encode(tiles)
-    latents = generator.whiten(moments.mean)
+    cls = _conditions(generator, tiles, features)
+    latents = generator.whiten(generator.encode(tiles).mean)
     yield _whitened(latents)
     yield _round_trip(tiles, generator.decode(latents))
-    cls = _conditions(generator, tiles, features)
     error = velocity_errors(generator, latents, cls)
     yield Check(
         "velocity error on real latents",
@@ -128,9 +131,10 @@ def _round_trip(tiles: Tensor, decoded: Tensor) -> Check:
     )
 
 
-def _conditions(generator: TileGenerator, tiles: Tensor, features: Tensor | None) -> Tensor:
+def _conditions(generator: TileGenerator, tiles: Tensor, features: Conditions | None) -> Tensor:
     if features is not None:
-        return features.to(generator.device)
+        width = len(generator.null_condition)
+        return read_conditions(features, width, len(tiles)).to(generator.device)
     if generator.encoder is None:
         return generator.null_condition.expand(len(tiles), -1)
     return generator.features(tiles).cls

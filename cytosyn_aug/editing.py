@@ -186,7 +186,8 @@ def resample(
     if cls is None:
         cls = generator.features(images).cls
     else:
-        cls = read_conditions(cls, len(generator.null_condition)).to(generator.device)
+        width = len(generator.null_condition)
+        cls = read_conditions(cls, width, len(images)).to(generator.device)
     velocity = guide(
         generator.velocity, cls, generator.null_condition, guidance_scale, high=guidance_high
     )

@@ -172,10 +172,7 @@ def _features(generator: TileGenerator, images: Tensor, given: Conditions | None
         if generator.encoder is None:
             return torch.zeros(len(images), 0)
         return generator.features(images).cls.cpu()
-    cls = read_conditions(given, len(generator.null_condition))
-    if len(cls) != len(images):
-        raise ValueError(f"{len(cls)} rows of features for {len(images)} tiles; expected as many")
-    return cls
+    return read_conditions(given, len(generator.null_condition), len(images))
 
 
 def _json_path(file: Path | str) -> Path:

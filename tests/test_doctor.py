@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,6 +69,18 @@ def test_without_an_encoder_the_condition_is_not_verified(samples):
     features = TileGenerator.from_pretrained().features(samples).cls
     checks = list(examine(generator, samples, features=features, steps=STEPS))
     assert verdict(checks) == "all checks passed"
+
+
+def test_features_of_the_samples_may_come_from_elsewhere(samples, tmp_path, capsys):
+    file = tmp_path / "cls.npy"
+    np.save(file, TileGenerator.from_pretrained().features(samples).cls.numpy())
+    arguments = ["doctor", "--encoder", "none", "--steps", str(STEPS)]
+    arguments += ["--out", str(tmp_path / "report.json"), "--features"]
+    assert main([*arguments, str(file)]) == 0
+    assert "all checks passed\n" in capsys.readouterr().out
+    np.save(file, np.ones((3, 192), np.float32))
+    assert main([*arguments, str(file)]) == 2
+    assert "3 rows of features for 8 tiles" in capsys.readouterr().err
 
 
 def test_the_commands_print_facts_and_write_the_report(tmp_path, capsys):
