@@ -130,25 +130,35 @@ def restain(images: Tensor, maps: Tensor) -> Tensor:
     return density_to_grey(density.clamp_min(0)).round().to(torch.uint8)
 
 
-def crop_and_turn(images: Tensor, generator: torch.Generator, crop_px: int) -> Tensor:
-    """Crop, turn and mirror each image at random.
+def draw_views(num: int, side_px: int, crop_px: int, generator: torch.Generator) -> Tensor:
+    """Draw how images are cropped, turned and mirrored: int64 [num, 4] of top, left, turns, flip.
+
+    Args:
+        num: Views to draw.
+        side_px: Side of the square images.
+        crop_px: Side of the crops; `side_px` for none.
+        generator: CPU generator that all draws come from.
+    """
+    limits = (side_px - crop_px + 1, side_px - crop_px + 1, 4, 2)
+    return torch.stack(
+        [torch.randint(0, limit, (num,), generator=generator) for limit in limits], dim=1
+    )
+
+
+def crop_and_turn(images: Tensor, views: Tensor, crop_px: int) -> Tensor:
+    """Crop, turn and mirror each image as drawn.
 
     Args:
         images: uint8 [B, 3, H, W].
-        generator: CPU generator that all draws come from.
-        crop_px: Side of the crop; H for none.
+        views: int64 [B, 4]; see `draw_views`.
+        crop_px: Side of the crops.
 
     Returns:
         uint8 [B, 3, crop_px, crop_px].
     """
     out = []
-    for image in images:
-        top, left = (
-            int(torch.randint(0, image.shape[i] - crop_px + 1, (), generator=generator))
-            for i in (1, 2)
-        )
-        turns, mirror = torch.randint(0, 4, (2,), generator=generator).tolist()
+    for image, (top, left, turns, flip) in zip(images, views.tolist(), strict=True):
         crop = image[:, top : top + crop_px, left : left + crop_px]
         crop = torch.rot90(crop, turns, (1, 2))
-        out.append(crop.flip(2) if mirror % 2 else crop)
+        out.append(crop.flip(2) if flip else crop)
     return torch.stack(out)

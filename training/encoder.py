@@ -115,14 +115,25 @@ class EncoderStage:
         probe.scale.copy_(std[-_NUM_STAIN:])
         return probe
 
-    def losses(self, step: int) -> dict[str, Tensor]:
+    @property
+    def batch_size(self) -> int:
+        """Views a step."""
+        return self.recipe.batch_size
+
+    def samples(self, step: int) -> list[int]:
+        """Return the views of a step."""
+        return self._index(step).tolist()
+
+    def _index(self, step: int) -> Tensor:
+        num = len(self.train_views.images)
+        return batch_indices(num, self.batch_size, self.recipe.seed, step)
+
+    def losses(self, step: int, rows: slice) -> dict[str, Tensor]:
         """Return patch, tile and stain errors; 1 is what predicting the mean would score."""
-        index = batch_indices(
-            len(self.train_views.images), self.recipe.batch_size, self.recipe.seed, step
-        )
         draw = step_generator(self.recipe.seed, step)
-        maps = stain_maps(len(index), draw, jitter=self.recipe.stain_jitter)
-        return self._errors(self.network, self.train_views.take(index), maps)
+        maps = stain_maps(self.batch_size, draw, jitter=self.recipe.stain_jitter)
+        views = self.train_views.take(self._index(step)[rows])
+        return self._errors(self.network, views, maps[rows])
 
     def _errors(self, network: nn.Module, views: _Views, maps: Tensor) -> dict[str, Tensor]:
         images = restain(views.images, maps)

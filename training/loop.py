@@ -2,7 +2,8 @@
 
 A stage gives the network and the loss of one step; the loop does the rest. Everything random is
 drawn from generators that depend on (seed, step), so that a run that was stopped and resumed
-reaches the same weights, bit for bit, as one that was not.
+reaches the same weights, bit for bit, as one that was not. Several processes may share a run; see
+`training.parallel`.
 """
 
 from __future__ import annotations
@@ -11,19 +12,29 @@ import copy
 import json
 import math
 import os
+import pickle
 import signal
+import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from training.muon import Muon, split_parameters
+from training.parallel import (
+    average_gradients,
+    is_true_anywhere,
+    mean_over_processes,
+    row_shares,
+    world,
+)
 
 Optimisers = list[torch.optim.Optimizer]
+_CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,10 +44,15 @@ class LoopConfig:
     Attributes:
         num_steps: Optimiser steps of the whole run.
         learning_rate: Peak of AdamW's rate, after a linear warm-up of `warmup_steps`.
-        muon_rate: The same for Muon, which takes the hidden weights; see `training.muon`.
+        muon_rate: The same for Muon, which takes the hidden weights; see `training.muon`. None
+            leaves all weights to AdamW, as published recipes do.
         cooldown_steps: The last steps, over which the rate falls linearly to a twentieth.
         ema_decay: Decay of the moving average, itself warmed up as min(decay, (1+n)/(10+n)).
-        grad_clip: Largest L2 norm of the gradient.
+        grad_clip: Largest L2 norm of the gradient, of each part of a `ModuleDict` by itself.
+        num_micro_batches: Passes that each process splits its rows of a batch into; their
+            gradients add up.
+        max_skipped: Steps in a row with a non-finite gradient that are skipped before the run
+            gives up.
         log_every_steps: Steps between rows of `curves.jsonl`.
         report_every_steps: Steps between validation reports (samples and numbers).
         save_every_s: Seconds between checkpoints.
@@ -44,11 +60,13 @@ class LoopConfig:
 
     num_steps: int
     learning_rate: float
-    muon_rate: float = 0.01
+    muon_rate: float | None = 0.01
     warmup_steps: int = 100
     cooldown_steps: int = 0
     ema_decay: float = 0.999
     grad_clip: float = 1.0
+    num_micro_batches: int = 1
+    max_skipped: int = 10
     log_every_steps: int = 20
     report_every_steps: int = 500
     save_every_s: float = 300.0
@@ -68,8 +86,17 @@ class Stage(Protocol):
 
     network: nn.Module
 
-    def losses(self, step: int) -> dict[str, Tensor]:
-        """Return scalar losses of this step's batch; "loss" is the one to minimise."""
+    @property
+    def batch_size(self) -> int:
+        """Samples a step, over all processes."""
+        ...
+
+    def losses(self, step: int, rows: slice) -> dict[str, Tensor]:
+        """Return scalar losses over these rows of the step's batch; minimise "loss"."""
+        ...
+
+    def samples(self, step: int) -> list[int]:
+        """Return which samples of the data set the step's batch holds, for messages."""
         ...
 
     def report(self, network: nn.Module, folder: Path, step: int) -> dict[str, float]:
@@ -88,11 +115,13 @@ def train(
 ) -> int:
     """Train until `config.num_steps`, for so many minutes, or until SIGTERM, then save.
 
+    A step whose gradient is not finite changes nothing, is counted and named.
+
     Args:
         stage: What to train.
         config: The loop's settings.
-        run_folder: Receives `checkpoint.pt`, `curves.jsonl`, `reports.jsonl`, `recipe.json`
-            and pictures. An existing checkpoint is resumed.
+        run_folder: Receives `checkpoint.pt` and the one before it, `curves.jsonl`,
+            `reports.jsonl`, `recipe.json` and pictures. An existing checkpoint is resumed.
         recipe: The whole resolved recipe; a checkpoint of another recipe is refused.
         minutes: Wall-clock budget; the run saves and returns when it is spent.
         warm_start: Weights that a new run starts from; see `training.weights`.
@@ -101,38 +130,65 @@ def train(
         The number of steps done so far.
 
     Raises:
-        ValueError: The folder holds a run of another recipe, or the weights do not fit.
+        ValueError: The folder holds a run of another recipe, the weights do not fit, or the batch
+            does not divide among the processes.
+        FloatingPointError: `config.max_skipped` steps in a row had no finite gradient.
+        OSError: A checkpoint could not be written; the one before it is kept.
     """
     run_folder.mkdir(parents=True, exist_ok=True)
+    shares = row_shares(stage.batch_size, config.num_micro_batches)
     optimisers = _optimisers(stage.network, config)
     average = copy.deepcopy(stage.network).requires_grad_(False).eval()
     start = _resume(run_folder, stage.network, average, optimisers, recipe, warm_start)
-    (run_folder / "recipe.json").write_text(json.dumps(recipe, indent=2))
+    is_first = world().rank == 0
+    if is_first:
+        (run_folder / "recipe.json").write_text(json.dumps(recipe, indent=2))
+
+    def save(done: int) -> None:
+        if is_first:
+            _save(run_folder, stage.network, average, optimisers, recipe, done)
+
     began, saved = time.monotonic(), time.monotonic()
-    step = start
+    step, num_skipped = start, 0
     asked_to_stop = _listen_for_sigterm()
     for step in range(start, config.num_steps):
-        row = _step(stage, config, optimisers, step)
-        _update_average(average, stage.network, config.ema_decay, step)
+        row = _step(stage, config, optimisers, step, shares)
         done = step + 1
-        if done % config.log_every_steps == 0 or done == 1:
+        if row["is_finite"]:
+            num_skipped = 0
+            _update_average(average, stage.network, config.ema_decay, step)
+        else:
+            num_skipped += 1
+            _warn_of_skipped(stage, run_folder, step, num_skipped)
+            if num_skipped >= config.max_skipped:
+                save(done)
+                raise FloatingPointError(
+                    f"{num_skipped} steps in a row up to {done} had no finite gradient; the "
+                    f"weights in {run_folder} are those before. Lower the rate and --warm-start "
+                    f"from there, or look at the samples {stage.samples(step)}"
+                )
+        if is_first and (done % config.log_every_steps == 0 or done == 1):
             seconds = (time.monotonic() - began) / (done - start)
             _append(run_folder / "curves.jsonl", {"step": done, "s_per_step": seconds} | row)
-        if done % config.report_every_steps == 0 or done == config.num_steps:
+        if is_first and (done % config.report_every_steps == 0 or done == config.num_steps):
             numbers = stage.report(average, run_folder, done)
             _append(run_folder / "reports.jsonl", {"step": done} | numbers)
             print(f"step {done}", json.dumps({k: round(v, 4) for k, v in numbers.items()}))
         if time.monotonic() - saved > config.save_every_s:
-            _save(run_folder, stage.network, average, optimisers, recipe, done)
+            save(done)
             saved = time.monotonic()
-        if time.monotonic() - began > minutes * 60 or asked_to_stop:
+        is_over = time.monotonic() - began > minutes * 60 or bool(asked_to_stop)
+        if is_true_anywhere(is_over, _device(stage.network)):
             break
     done = min(step + 1, config.num_steps)
-    _save(run_folder, stage.network, average, optimisers, recipe, done)
+    save(done)
     return done
 
 
 def _optimisers(network: nn.Module, config: LoopConfig) -> Optimisers:
+    if config.muon_rate is None:
+        every = [p for p in network.parameters() if p.requires_grad]
+        return [torch.optim.AdamW(every, lr=config.learning_rate, weight_decay=0.0)]
     hidden, rest = split_parameters(network)
     optimisers: Optimisers = []
     if hidden:
@@ -140,6 +196,10 @@ def _optimisers(network: nn.Module, config: LoopConfig) -> Optimisers:
     if rest:
         optimisers.append(torch.optim.AdamW(rest, lr=config.learning_rate, weight_decay=0.0))
     return optimisers
+
+
+def _device(network: nn.Module) -> torch.device:
+    return next(network.parameters()).device
 
 
 def _listen_for_sigterm() -> list[int]:
@@ -151,26 +211,57 @@ def _listen_for_sigterm() -> list[int]:
 
 
 def _step(
-    stage: Stage,
-    config: LoopConfig,
-    optimisers: Optimisers,
-    step: int,
+    stage: Stage, config: LoopConfig, optimisers: Optimisers, step: int, shares: list[slice]
 ) -> dict[str, float]:
+    """Do one step, unless its gradient is not finite; return the losses if they are to be logged.
+
+    Every process sees the same averaged gradient, so all skip the same steps.
+    """
     stage.network.train()
-    losses = stage.losses(step)
     stage.network.zero_grad(set_to_none=True)
-    losses["loss"].backward()
-    norm = nn.utils.clip_grad_norm_(
-        stage.network.parameters(), config.grad_clip, error_if_nonfinite=True
-    )
-    for optimiser in optimisers:
-        peak = config.muon_rate if isinstance(optimiser, Muon) else config.learning_rate
-        for group in optimiser.param_groups:
-            group["lr"] = peak * _rate(config, step)
-        optimiser.step()
+    total: dict[str, Tensor] = {}
+    for rows in shares:
+        losses = {k: v / len(shares) for k, v in stage.losses(step, rows).items()}
+        losses["loss"].backward()
+        total = {k: total.get(k, 0) + v.detach().float() for k, v in losses.items()}
+    average_gradients(stage.network.parameters())
+    norms = [
+        nn.utils.clip_grad_norm_(part.parameters(), config.grad_clip)
+        for part in _parts(stage.network)
+    ]
+    norm = torch.stack(norms).norm()
+    is_finite = bool(norm.isfinite())
+    if is_finite:
+        for optimiser in optimisers:
+            is_muon = isinstance(optimiser, Muon)
+            peak = config.muon_rate if is_muon else config.learning_rate
+            for group in optimiser.param_groups:
+                group["lr"] = (peak or 0.0) * _rate(config, step)
+            optimiser.step()
+    row = {"is_finite": float(is_finite)}
     if (step + 1) % config.log_every_steps and step:
-        return {}
-    return {k: float(v.detach()) for k, v in losses.items()} | {"grad_norm": float(norm)}
+        return row
+    means = mean_over_processes(torch.stack(list(total.values()))).tolist()
+    return row | dict(zip(total, means, strict=True)) | {"grad_norm": float(norm)}
+
+
+def _parts(network: nn.Module) -> list[nn.Module]:
+    """Return what is clipped by itself: networks that train side by side do not share a norm."""
+    if not isinstance(network, nn.ModuleDict):
+        return [network]
+    return [p for p in network.values() if any(x.requires_grad for x in p.parameters())]
+
+
+def _warn_of_skipped(stage: Stage, run_folder: Path, step: int, num_skipped: int) -> None:
+    samples = stage.samples(step)
+    print(
+        f"step {step + 1} skipped ({num_skipped} in a row): its gradient is not finite; samples "
+        f"{samples[:16]}{' ...' if len(samples) > 16 else ''}, all in skipped.jsonl",
+        file=sys.stderr,
+    )
+    if world().rank == 0:
+        with (run_folder / "skipped.jsonl").open("a") as stream:
+            stream.write(json.dumps({"step": step + 1, "samples": samples}) + "\n")
 
 
 def _rate(config: LoopConfig, step: int) -> float:
@@ -200,14 +291,13 @@ def _resume(
     recipe: dict[str, object],
     warm_start: dict[str, Tensor] | None,
 ) -> int:
-    file = run_folder / "checkpoint.pt"
-    if not file.exists():
+    state = _read_newest(run_folder)
+    if state is None:
         for target in (network, average):
             found = target.load_state_dict(warm_start or {}, strict=False)
             if found.unexpected_keys:
                 raise ValueError(f"this network has no {found.unexpected_keys} to start from")
         return 0
-    state = torch.load(file, map_location="cpu", weights_only=True)
     was = json.loads(state["recipe"])
     now = json.loads(json.dumps(recipe))
     if was != now:
@@ -223,6 +313,29 @@ def _resume(
     return int(state["step"])
 
 
+# Any: a checkpoint holds tensors, numbers and text.
+def _read_newest(run_folder: Path) -> dict[str, Any] | None:
+    """Return the newest checkpoint that can be read, or None for a new run.
+
+    Raises:
+        ValueError: There are checkpoints, and none can be read.
+    """
+    files = [f for name in _CHECKPOINTS if (f := run_folder / name).exists()]
+    for file in files:
+        try:
+            # Any: see above.
+            return torch.load(file, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            print(f"{file} was cut short ({reason}); trying the one before", file=sys.stderr)
+    if files:
+        raise ValueError(
+            f"no checkpoint in {run_folder} can be read; restore one from a backup, or start "
+            "again in another folder"
+        )
+    return None
+
+
 def _save(
     run_folder: Path,
     network: nn.Module,
@@ -231,6 +344,8 @@ def _save(
     recipe: dict[str, object],
     step: int,
 ) -> None:
+    """Write a checkpoint beside the last one, and only then let it take its place."""
+    newest, before = (run_folder / name for name in _CHECKPOINTS)
     temporary = run_folder / f"checkpoint.{os.getpid()}.tmp"
     state = {
         "step": step,
@@ -239,11 +354,20 @@ def _save(
         "average": average.state_dict(),
         "optimisers": [optimiser.state_dict() for optimiser in optimisers],
     }
-    with temporary.open("wb") as stream:
-        torch.save(state, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(run_folder / "checkpoint.pt")
+    try:
+        with temporary.open("wb") as stream:
+            torch.save(state, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as either
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"step {step} could not be saved in {run_folder} ({error}); the checkpoint before it "
+            "is kept. Make room and run the same command to resume from there"
+        ) from error
+    if newest.exists():
+        newest.replace(before)
+    temporary.replace(newest)
 
 
 def _append(file: Path, row: dict[str, float]) -> None:

@@ -27,6 +27,7 @@ from training.data import (
     TileSet,
     batch_indices,
     crop_and_turn,
+    draw_views,
     restain,
     stain_maps,
     step_generator,
@@ -112,17 +113,27 @@ class SitStage:
         self.network = network.to(device)
         self.compute = torch.compile(self._compute) if compiles else self._compute
 
-    def losses(self, step: int) -> dict[str, Tensor]:
-        """Return velocity and alignment losses of one batch of views."""
-        index = batch_indices(
-            len(self.views["cls"]), self.recipe.batch_size, self.recipe.seed, step
-        )
-        batch = {k: v[index].to(self.device).float() for k, v in self.views.items()}
-        draws = self._draws(batch, step_generator(self.recipe.seed, step))
-        return self.compute(self.network, batch, draws)
+    @property
+    def batch_size(self) -> int:
+        """Views a step."""
+        return self.recipe.batch_size
 
-    def _draws(self, batch: dict[str, Tensor], draw: torch.Generator) -> _Draws:
-        shape, num = batch["mean"].shape, len(batch["mean"])
+    def samples(self, step: int) -> list[int]:
+        """Return the views of a step."""
+        return self._index(step).tolist()
+
+    def _index(self, step: int) -> Tensor:
+        return batch_indices(len(self.views["cls"]), self.batch_size, self.recipe.seed, step)
+
+    def losses(self, step: int, rows: slice) -> dict[str, Tensor]:
+        """Return velocity and alignment losses of views."""
+        index = self._index(step)
+        draws = self._draws(len(index), step_generator(self.recipe.seed, step))
+        batch = {k: v[index[rows]].to(self.device).float() for k, v in self.views.items()}
+        return self.compute(self.network, batch, _Draws(*(x[rows] for x in draws)))
+
+    def _draws(self, num: int, draw: torch.Generator) -> _Draws:
+        shape = (num, *self.views["mean"].shape[1:])
         posterior = torch.randn(shape, generator=draw)
         eps = torch.randn(shape, generator=draw)
         # Stratified over the batch: the same uniform distribution, less variance a step.
@@ -150,7 +161,7 @@ class SitStage:
         """Write real tiles above tiles sampled from their features; return validation losses."""
         assert isinstance(network, SiT)
         batch = {k: v.to(self.device).float() for k, v in self.held_out.items()}
-        draws = self._draws(batch, step_generator(self.recipe.seed, 0, stream=3))
+        draws = self._draws(len(batch["cls"]), step_generator(self.recipe.seed, 0, stream=3))
         found = self._compute(network, batch, draws)
         cls = self.encoder(self.shown.to(self.device)).cls
         noise = torch.randn(
@@ -201,7 +212,9 @@ def _views(stage: SitStage, tiles: TileSet, num_views: int, cache: Path) -> dict
         if not file.exists():
             index = batch_indices(len(tiles), size, stage.recipe.seed, k)
             draw = step_generator(stage.recipe.seed, k, stream=2)
-            images = crop_and_turn(tiles.images[index], draw, tiles.images.shape[-1])
+            side = tiles.images.shape[-1]
+            turns = draw_views(len(index), side, side, draw)
+            images = crop_and_turn(tiles.images[index], turns, side)
             images = restain(
                 images, stain_maps(len(index), draw, share=0.5, jitter=stage.recipe.stain_jitter)
             )

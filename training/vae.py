@@ -20,6 +20,7 @@ from training.data import (
     TileSet,
     batch_indices,
     crop_and_turn,
+    draw_views,
     restain,
     stain_maps,
     step_generator,
@@ -103,22 +104,34 @@ class VaeStage:
         every = max(1, len(validation) // 48)
         self.validation = validation.images[::every][:48]
 
-    def losses(self, step: int) -> dict[str, Tensor]:
-        """Return the losses of one batch; the posterior is sampled as in the paper."""
+    @property
+    def batch_size(self) -> int:
+        """Crops a step."""
+        return self.recipe.batch_size
+
+    def samples(self, step: int) -> list[int]:
+        """Return the tiles of a step."""
+        return self._index(step).tolist()
+
+    def _index(self, step: int) -> Tensor:
+        return batch_indices(len(self.tiles), self.batch_size, self.recipe.seed, step)
+
+    def losses(self, step: int, rows: slice) -> dict[str, Tensor]:
+        """Return the losses of crops; the posterior is sampled as in the paper."""
         r = self.recipe
         draw = step_generator(r.seed, step)
-        index = batch_indices(len(self.tiles), r.batch_size, r.seed, step)
-        crops = crop_and_turn(self.tiles.images[index], draw, r.crop_px)
-        images = restain(crops, stain_maps(len(crops), draw, jitter=r.stain_jitter))
+        views = draw_views(r.batch_size, self.tiles.images.shape[-1], r.crop_px, draw)
+        maps = stain_maps(r.batch_size, draw, jitter=r.stain_jitter)
+        noise = torch.randn(r.batch_size, 4, r.crop_px // 8, r.crop_px // 8, generator=draw)
+        images = self.tiles.images[self._index(step)[rows]]
+        images = restain(crop_and_turn(images, views[rows], r.crop_px), maps[rows])
         pixels = images_to_pixels(images.to(self.device))
         pixels = pixels.to(memory_format=torch.channels_last)
-        side = pixels.shape[-1] // 8
-        noise = torch.randn(len(pixels), 4, side, side, generator=draw).to(self.device)
-        return self.compute(pixels, noise)
+        return self.compute(pixels, noise[rows].to(self.device))
 
     def _compute(self, pixels: Tensor, noise: Tensor) -> dict[str, Tensor]:
         r = self.recipe
-        num_perceived = max(1, round(r.perceptual_share * r.batch_size))
+        num_perceived = max(1, round(r.perceptual_share * len(pixels)))
         with torch.autocast(self.device.type, torch.bfloat16):
             posterior = self.network.encode(pixels).latent_dist
             mean, std = posterior.mean.float(), posterior.std.float()

@@ -6,6 +6,7 @@ from PIL import Image
 from training.data import (
     batch_indices,
     crop_and_turn,
+    draw_views,
     load_tiles,
     restain,
     stain_maps,
@@ -79,8 +80,16 @@ def test_the_share_of_restained_tiles_is_as_asked():
 
 def test_crops_are_turned_pieces_of_the_tile():
     image = torch.arange(3 * 6 * 6, dtype=torch.uint8).view(1, 3, 6, 6)
-    crop = crop_and_turn(image, step_generator(0, 1), 4)
+    crop = crop_and_turn(image, draw_views(1, 6, 4, step_generator(0, 1)), 4)
     assert crop.shape == (1, 3, 4, 4)
     assert set(crop.flatten().tolist()) < set(image.flatten().tolist())
-    whole = crop_and_turn(image, step_generator(0, 2), 6)
+    whole = crop_and_turn(image, draw_views(1, 6, 6, step_generator(0, 2)), 6)
     assert sorted(whole.flatten().tolist()) == sorted(image.flatten().tolist())
+
+
+def test_rows_of_a_batch_are_turned_alike_whoever_computes_them():
+    images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
+    views = draw_views(6, 8, 4, step_generator(0, 3))
+    assert len({tuple(v) for v in views.tolist()}) > 1
+    together = crop_and_turn(images, views, 4)
+    assert torch.equal(together[2:5], crop_and_turn(images[2:5], views[2:5], 4))

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,9 +28,14 @@ class Regression:
         )
         self.steps = []
 
-    def losses(self, step):
+    batch_size = 16
+
+    def samples(self, step):
+        return list(range(16 * step, 16 * step + 16))
+
+    def losses(self, step, rows):
         self.steps.append(step)
-        x = torch.randn(16, 3, generator=step_generator(1, step))
+        x = torch.randn(16, 3, generator=step_generator(1, step))[rows]
         return {"loss": (self.network(x)[:, 0] - x.sum(1)).square().mean()}
 
     def report(self, network, folder, step):
@@ -62,10 +68,10 @@ def test_a_run_told_to_stop_saves_and_resumes_bit_equal(tmp_path):
     stage = Regression()
     draw = stage.losses
 
-    def interrupted(step):
+    def interrupted(step, rows):
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return draw(step)
+        return draw(step, rows)
 
     stage.losses = interrupted
     assert train(stage, CONFIG, tmp_path / "parts", recipe={}) == 3
@@ -124,8 +130,97 @@ def test_curves_and_reports_are_written(tmp_path):
     assert "loss" in json.loads((tmp_path / "curves.jsonl").read_text().splitlines()[0])
 
 
-def test_a_diverged_step_stops_the_run(tmp_path):
+def spoil(stage, steps):
+    """Make the loss of some steps infinite."""
+    losses = stage.losses
+
+    def spoilt(step, rows):
+        found = losses(step, rows)
+        return {"loss": found["loss"] * (float("inf") if step in steps else 1.0)}
+
+    stage.losses = spoilt
+    return stage
+
+
+def test_a_step_without_a_finite_gradient_changes_nothing_and_is_named(tmp_path, capsys):
+    stage = spoil(Regression(), {0})
+    before = {k: v.clone() for k, v in stage.network.state_dict().items()}
+    train(stage, CONFIG, tmp_path, recipe={}, minutes=0.0)
+    for name, value in stage.network.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert "step 1 skipped (1 in a row)" in capsys.readouterr().err
+    named = json.loads((tmp_path / "skipped.jsonl").read_text())
+    assert named == {"step": 1, "samples": list(range(16))}
+
+
+def test_single_bad_steps_are_survived_but_not_many_in_a_row(tmp_path):
+    config = replace(CONFIG, max_skipped=3)
+    train(spoil(Regression(), {1, 2, 5, 6}), config, tmp_path / "some", recipe={})
+    stage = spoil(Regression(), {3, 4, 5})
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row up to 6 .*\[80, 81"):
+        train(stage, config, tmp_path / "many", recipe={})
+    for value in weights(tmp_path / "many").values():
+        assert value.isfinite().all()
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path):
+    train(Regression(), CONFIG, tmp_path / "whole", recipe={})
+    train(Regression(), replace(CONFIG, num_micro_batches=4), tmp_path / "parts", recipe={})
+    for name, value in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(value, weights(tmp_path / "parts")[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="batch of 16 cannot be shared by 1 processes with 3"):
+        train(Regression(), replace(CONFIG, num_micro_batches=3), tmp_path, recipe={})
+
+
+def test_parts_are_clipped_by_themselves(tmp_path):
+    """A part with a huge gradient does not shrink the step of another."""
+
+    class Two(Regression):
+        def __init__(self):
+            super().__init__()
+            self.network = nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.Linear(1, 1)})
+
+        def losses(self, step, rows):
+            a, b = self.network["a"], self.network["b"]
+            return {"loss": 1e6 * a.weight.sum() + b.weight.sum()}
+
+        def report(self, network, folder, step):
+            return {}
+
+    stage = Two()
+    train(stage, replace(CONFIG, num_steps=1, cooldown_steps=0), tmp_path, recipe={})
+    assert float(stage.network["b"].weight.grad) == pytest.approx(1.0, rel=1e-3)
+    assert float(stage.network["a"].weight.grad) == pytest.approx(1.0, rel=1e-3)
+
+
+def test_a_checkpoint_cut_short_gives_way_to_the_one_before(tmp_path, capsys):
+    saves_always = replace(CONFIG, save_every_s=-1.0)
+    train(Regression(), saves_always, tmp_path, recipe={})
+    file = tmp_path / "checkpoint.pt"
+    file.write_bytes(file.read_bytes()[:500])
     stage = Regression()
-    stage.losses = lambda step: {"loss": stage.network[0].weight.sum() * float("inf")}
-    with pytest.raises(RuntimeError, match="non-finite"):
-        train(stage, CONFIG, tmp_path, recipe={})
+    train(stage, CONFIG, tmp_path, recipe={})
+    assert "checkpoint.pt was cut short" in capsys.readouterr().err
+    assert stage.steps == []  # the last step was saved twice: in its turn and at the end
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        (tmp_path / name).write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read"):
+        train(Regression(), CONFIG, tmp_path, recipe={})
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
+    train(Regression(), CONFIG, tmp_path, recipe={}, minutes=0.0)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+
+    def full(state, stream):
+        stream.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"step 8 could not be saved .*No space left"):
+        train(Regression(), CONFIG, tmp_path, recipe={})
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))
