@@ -31,17 +31,22 @@ from cytosyn_aug.compvis import (
     vae_config_from_state,
 )
 from cytosyn_aug.config import TileSpec
+from cytosyn_aug.differences import compare, report
 from cytosyn_aug.encoder import StainProbe, TileEncoder, read_encoder
-from cytosyn_aug.released import known_settings, latent_statistics, transformer_settings
+from cytosyn_aug.released import (
+    LatentStatistics,
+    index_notes,
+    known_settings,
+    latent_statistics,
+    transformer_settings,
+)
 from cytosyn_aug.transformer import SiT
 from cytosyn_aug.weights import (
     WEIGHTS_NAME,
     KeyMap,
     assign,
-    compare,
     read_json,
     read_tensors,
-    report,
     weight_files,
 )
 
@@ -59,7 +64,9 @@ _REQUIRED = ("transformer", "vae")
 class ModelParts(NamedTuple):
     """What a model folder holds, in evaluation mode, with the digest of all its weights.
 
-    `notes` are remarks on what the folder states differently from what was expected.
+    Attributes:
+        null_condition: float32 [D] that stands for no condition; None for the zero vector.
+        notes: Remarks on what the folder states differently from what was expected.
     """
 
     vae: AutoencoderKL
@@ -68,6 +75,7 @@ class ModelParts(NamedTuple):
     stain_probe: StainProbe | None
     tile: TileSpec
     digest: str
+    null_condition: Tensor | None = None
     notes: tuple[str, ...] = ()
     folder: Path | None = None
 
@@ -81,7 +89,8 @@ def load_model(
 ) -> ModelParts:
     """Load every part of a model folder, strictly: this package's layout or the released one.
 
-    Weights are mapped into memory; only tensors stored in another type than `dtype` are copied.
+    Weights are mapped into memory: loading in the stored type takes no more than the files' size.
+    Another `dtype` takes a converted copy besides, while it loads.
 
     Args:
         folder: Folder with `model_index.json`, `transformer/` and `vae/`.
@@ -101,25 +110,28 @@ def load_model(
     folder = Path(folder)
     answers = key_map if isinstance(key_map, KeyMap) else KeyMap.load(key_map)
     index = _read_index(folder)
-    names = [k for k in _PARTS if k in index or k in _REQUIRED]
-    if encoder != "auto":
-        names = [k for k in names if k in _REQUIRED]
-    drafts = {k: _draft(k, folder / k, answers, "format_version" in index) for k in names}
-    if encoder is not None and encoder != "auto":
-        drafts["encoder"] = _draft_encoder(Path(encoder), answers)
+    is_ours = "format_version" in index
+    names = [k for k in _PARTS if k in _REQUIRED or (is_ours and k in index and encoder == "auto")]
+    drafts = {k: _draft(k, folder / k, answers, is_ours) for k in names}
+    tile, tile_notes = _tile(index, drafts["transformer"].network)
+    source = _encoder_source(folder, encoder, is_ours)
+    if source is not None:
+        drafts["encoder"] = _draft_encoder(source, answers, tile)
+    null_condition = drafts["transformer"].tensors.pop("null_condition", None)
     statistics = _fill_statistics(drafts, index, answers)
-    _assign_all(drafts, str(folder), dtype)
+    _assign_all(drafts, str(folder), dtype, statistics.problems)
     parts = {name: draft.network for name, draft in drafts.items()}
-    tile, tile_notes = _tile(index, parts["transformer"])
-    notes = [note for draft in drafts.values() for note in draft.notes]
+    _check_fit(parts, tile, null_condition)
+    notes = [*index_notes(index), *tile_notes, *statistics.notes]
     return ModelParts(
         vae=parts["vae"],
         transformer=parts["transformer"],
         encoder=parts.get("encoder"),
         stain_probe=parts.get("stain_probe"),
         tile=tile,
-        digest=parts_digest({k: d.files for k, d in drafts.items()}, answers),
-        notes=(*tile_notes, *statistics, *notes),
+        digest=parts_digest({k: d.files for k, d in drafts.items()}, answers, statistics.unfiled),
+        null_condition=None if null_condition is None else null_condition.float(),
+        notes=(*notes, *(note for draft in drafts.values() for note in draft.notes)),
         folder=folder,
     )
 
@@ -142,12 +154,21 @@ def save_model(folder: Path, parts: ModelParts, dtype: torch.dtype = torch.float
         part = getattr(parts, name)
         if part is not None:
             index[name] = [cls.__module__.split(".models")[0], cls.__name__]
-            _save_part(part, folder / name, dtype)
+            null = parts.null_condition if name == "transformer" else None
+            _save_part(part, folder / name, dtype, null)
     write_atomically(folder / "model_index.json", json.dumps(index, indent=2).encode())
 
 
-def parts_digest(files: Mapping[str, Sequence[Path]], answers: KeyMap) -> str:
-    """Return 16 hexadecimal digits of SHA-256 over the files of all parts and the key map."""
+def parts_digest(
+    files: Mapping[str, Sequence[Path]], answers: KeyMap, unfiled: Sequence[float] = ()
+) -> str:
+    """Return 16 hexadecimal digits of SHA-256 over all that decides what a model computes.
+
+    Args:
+        files: Weights and configurations of each part.
+        answers: The user's key map.
+        unfiled: Numbers that stand in none of these files.
+    """
     whole = hashlib.sha256()
     for part in sorted(files):
         for file in files[part]:
@@ -157,6 +178,8 @@ def parts_digest(files: Mapping[str, Sequence[Path]], answers: KeyMap) -> str:
                     whole.update(block)
     if answers != KeyMap():
         whole.update(json.dumps(asdict(answers), sort_keys=True).encode())
+    if unfiled:
+        whole.update(json.dumps(list(unfiled)).encode())
     return whole.hexdigest()[:16]
 
 
@@ -224,47 +247,105 @@ def _draft(name: str, folder: Path, answers: KeyMap, is_ours: bool) -> _Draft:
     return _Draft(network, network, config, tensors, notes, (file, *files))
 
 
-def _draft_encoder(source: Path, answers: KeyMap) -> _Draft:
+def _encoder_source(folder: Path, encoder: Path | str | None, is_ours: bool) -> Path | None:
+    """Return where H0-mini lies in timm's names: given, or as `encoder/` of a released folder."""
+    if encoder is None or encoder != "auto":
+        return None if encoder is None else Path(encoder)
+    beside = folder / "encoder"
+    return beside if not is_ours and beside.is_dir() else None
+
+
+def _draft_encoder(source: Path, answers: KeyMap, tile: TileSpec) -> _Draft:
     """Return H0-mini from timm's names, with or without a config beside them."""
-    files = (
-        [source] if source.suffix == ".safetensors" else weight_files(source, "model.safetensors")
-    )
+    if source.suffix in (".bin", ".pt", ".pth"):
+        raise ValueError(
+            f"{source} is a pickle, which is not loaded here; translate it once: "
+            f"`cytosyn-aug convert {source} {source.with_suffix('.safetensors')}`"
+        )
+    is_file = source.suffix == ".safetensors"
+    files = [source] if is_file else weight_files(source, "model.safetensors")
     config_file = files[0].parent / "config.json"
-    config = read_json(config_file, "") if config_file.is_file() else {}
+    has_config = config_file.is_file()
+    config = read_json(config_file, "copy it again") if has_config else {}
     tensors = answers.rename("encoder", read_tensors(files))
-    with torch.device("meta"):
-        network, notes = read_encoder(config, tensors)
-    return _Draft(network, network.vit, config, tensors, notes, tuple(files))
+    network, tensors, notes = read_encoder(config, tensors, tile.size_px)
+    read = (*files, config_file) if has_config else tuple(files)
+    return _Draft(network, network.vit, config, tensors, notes, read)
+
+
+class _Statistics(NamedTuple):
+    """How latent statistics were found: problems, remarks, numbers that no part's files hold."""
+
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    unfiled: tuple[float, ...] = ()
 
 
 def _fill_statistics(
     drafts: dict[str, _Draft], index: dict[str, Any], answers: KeyMap
-) -> tuple[str, ...]:
-    """Put the latent statistics of a folder into the transformer's tensors; return a remark."""
+) -> _Statistics:
+    """Put the latent statistics of a folder into the transformer's tensors."""
     transformer = drafts["transformer"]
     tensors, channels = transformer.tensors, transformer.network.config["in_channels"]
-    found = latent_statistics(tensors, transformer.config, drafts["vae"].config, index, answers)
-    if found.mean.numel() not in (1, channels):
-        raise ValueError(
-            f"{found.source} states latent statistics of {found.mean.numel()} channels, "
-            f"expected {channels}"
+    try:
+        found = latent_statistics(
+            tensors, transformer.config, drafts["vae"].config, index, answers, channels
         )
+    except ValueError as error:
+        # Under a wrapper's prefix they are there; then the names are what to report.
+        is_prefixed = any(name.endswith(".bn.running_mean") for name in tensors)
+        problems = () if is_prefixed else (str(error),)
+        found = LatentStatistics(torch.zeros(channels), torch.ones(channels), "bn.")
+    else:
+        problems = ()
     tensors["bn.running_mean"] = found.mean.expand(channels).contiguous()
     tensors["bn.running_var"] = found.variance.expand(channels).contiguous()
     tensors.setdefault("bn.num_batches_tracked", torch.zeros((), dtype=torch.int64))
-    expected = found.source.startswith("bn.")
-    return () if expected else (f"latent statistics come from {found.source}",)
+    if found.source.startswith("bn."):
+        return _Statistics(problems)
+    in_index = found.source.startswith("model_index")
+    unfiled = (*found.mean.tolist(), *found.variance.tolist()) if in_index else ()
+    return _Statistics(problems, (f"latent statistics come from {found.source}",), unfiled)
 
 
-def _assign_all(drafts: dict[str, _Draft], source: str, dtype: torch.dtype) -> None:
+def _assign_all(
+    drafts: dict[str, _Draft], source: str, dtype: torch.dtype, problems: Sequence[str]
+) -> None:
     differences = [
         compare(type(d.network).__name__, d.holder, d.tensors, part=k) for k, d in drafts.items()
     ]
-    if any(differences):
-        raise ValueError(report(source, [d for d in differences if d]))
+    if any(differences) or problems:
+        raise ValueError(report(source, [d for d in differences if d], problems))
     for draft in drafts.values():
         assign(draft.holder, draft.tensors, dtype)
         draft.network.eval().requires_grad_(False)
+
+
+def _check_fit(parts: dict[str, Any], tile: TileSpec, null_condition: Tensor | None) -> None:
+    """Refuse parts that load each by itself and do not belong together."""
+    transformer, vae = parts["transformer"].config, parts["vae"].config
+    if vae["latent_channels"] != transformer["in_channels"]:
+        raise ValueError(
+            f"the autoencoder has {vae['latent_channels']} latent channels, the transformer "
+            f"{transformer['in_channels']}; they are not of one model"
+        )
+    size_px = transformer["input_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+    if size_px != tile.size_px:
+        raise ValueError(
+            f"the networks make tiles of {size_px} px, model_index.json states {tile.size_px}"
+        )
+    width = transformer["conditioning_dim"]
+    encoder = parts.get("encoder")
+    if encoder is not None and encoder.config["embed_dim"] != width:
+        raise ValueError(
+            f"the encoder gives {encoder.config['embed_dim']} features, the transformer takes "
+            f"{width}; pass the encoder it was trained with"
+        )
+    if null_condition is not None and null_condition.shape != (width,):
+        raise ValueError(
+            f"null_condition is {list(null_condition.shape)}, expected [{width}], in the space of "
+            "the features; a null in the space of the embedding is not supported"
+        )
 
 
 def _tile(index: dict[str, Any], transformer: SiT) -> tuple[TileSpec, tuple[str, ...]]:
@@ -288,9 +369,10 @@ def _read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _save_part(part: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+def _save_part(part: nn.Module, folder: Path, dtype: torch.dtype, null: Tensor | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
+    tensors = {} if null is None else {"null_condition": null.contiguous()}
+    tensors |= {
         k: (v.to(dtype) if v.is_floating_point() and not k.startswith("bn.") else v).contiguous()
         for k, v in part.state_dict().items()
     }

@@ -18,7 +18,8 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from timm.layers.mlp import SwiGLUPacked
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 H0_MINI_MEAN = (0.707223, 0.578729, 0.703617)
@@ -98,24 +99,60 @@ class TileEncoder(ModelMixin, ConfigMixin):
 
 
 def read_encoder(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[TileEncoder, tuple[str, ...]]:
-    """Return an encoder of the shape that timm's tensors have, without their values, and remarks.
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], tile_px: int
+) -> tuple[TileEncoder, dict[str, Tensor], tuple[str, ...]]:
+    """Return an encoder of the shape that tensors have, on the meta device, tensors and remarks.
 
     H0-mini's repository holds timm's names and a config whose `pretrained_cfg` states mean and
-    standard deviation. Whether it has layer scale is read off the tensors.
+    standard deviation. As timm does on loading, DINOv2's own names are translated and positions
+    of another grid are interpolated. Whether it has layer scale is read off the tensors.
 
     Args:
         config: Content of the repository's `config.json`, or nothing.
-        tensors: Tensors in timm's names; where they say nothing, H0-mini's shape is taken.
+        tensors: Tensors in timm's or DINOv2's names; where they say nothing, H0-mini's shape is
+            taken.
+        tile_px: Side of the model's tiles.
+
+    Returns:
+        The encoder, the tensors under timm's names, and remarks.
     """
+    notes, named = [], dict(tensors)
+    if "register_tokens" in named or "mask_token" in named:
+        with torch.device("meta"):
+            like = TileEncoder(input_px=tile_px).vit
+        named = checkpoint_filter_fn(named, like)
+        notes.append("encoder: DINOv2's names were translated")
+    shape = _shape_of(named)
+    patch, width = shape.get("patch_px", 14), shape.get("embed_dim", 768)
+    grid = tile_px // patch
+    positions = named.get("pos_embed")
+    if positions is not None and positions.ndim == 3 and positions.shape[1] != grid * grid:
+        stored = math.isqrt(positions.shape[1])
+        if stored * stored == positions.shape[1]:
+            named["pos_embed"] = resample_abs_pos_embed(
+                positions.float(), [grid, grid], num_prefix_tokens=0
+            )
+            notes.append(f"encoder: positions of {stored}x{stored} patches were interpolated")
+    shape["input_px"] = tile_px
+    shape["num_heads"] = max(1, width // 64)
+    stated = config.get("pretrained_cfg") or {}
+    for name, usual in (("mean", H0_MINI_MEAN), ("std", H0_MINI_STD)):
+        values = tuple(stated.get(name) or usual)
+        shape[name] = values
+        if max(abs(a - b) for a, b in zip(values, usual, strict=True)) > 1e-4:
+            notes.append(f"encoder/config.json states {name} {values}, H0-mini's is {usual}")
+    with torch.device("meta"):
+        return TileEncoder(**shape), named, tuple(notes)
+
+
+def _shape_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the arguments of `TileEncoder` that the shapes of timm's tensors tell."""
     shape: dict[str, Any] = {}
-    if {"cls_token", "patch_embed.proj.weight", "pos_embed"} <= tensors.keys():
-        width, patch = tensors["cls_token"].shape[-1], tensors["patch_embed.proj.weight"].shape[-1]
+    if {"cls_token", "patch_embed.proj.weight"} <= tensors.keys():
+        width = tensors["cls_token"].shape[-1]
         blocks = [int(k.split(".")[1]) for k in tensors if k.startswith("blocks.")]
-        shape |= {"embed_dim": width, "patch_px": patch, "num_heads": max(1, width // 64)}
+        shape |= {"embed_dim": width, "patch_px": tensors["patch_embed.proj.weight"].shape[-1]}
         shape |= {"depth": 1 + max(blocks, default=0)}
-        shape |= {"input_px": patch * math.isqrt(tensors["pos_embed"].shape[1])}
         if "blocks.0.mlp.fc1.weight" in tensors:
             # A millionth more, since the layer's width is rounded down.
             shape["mlp_ratio"] = tensors["blocks.0.mlp.fc1.weight"].shape[0] / width + 1e-6
@@ -123,14 +160,7 @@ def read_encoder(
         shape["num_registers"] = tensors["reg_token"].shape[1]
     if "blocks.0.attn.qkv.weight" in tensors and "blocks.0.ls1.gamma" not in tensors:
         shape["init_values"] = None
-    stated = config.get("pretrained_cfg", {})
-    notes = []
-    for name, usual in (("mean", H0_MINI_MEAN), ("std", H0_MINI_STD)):
-        values = tuple(stated.get(name, usual))
-        shape[name] = values
-        if max(abs(a - b) for a, b in zip(values, usual, strict=True)) > 1e-4:
-            notes.append(f"encoder/config.json states {name} {values}, H0-mini's is {usual}")
-    return TileEncoder(**shape), tuple(notes)
+    return shape
 
 
 class StainProbe(ModelMixin, ConfigMixin):

@@ -66,12 +66,16 @@ class TileGenerator:
         self.notes, self.folder = parts.notes, parts.folder
         self.device, self.dtype = torch.device(device), dtype
         self.batch_size = batch_size
+        null = parts.null_condition
+        self._null_condition = None if null is None else null.float().to(self.device)
+        # The latent statistics are 8 numbers, and stain is in their last digits: they keep float32.
+        statistics = {k: v.clone() for k, v in parts.transformer.bn.named_buffers()}
         for part in (parts.vae, parts.transformer, parts.encoder, parts.stain_probe):
             if part is not None:
                 # Not diffusers' own to(): it warns about a float32 list that is empty here.
                 nn.Module.to(part, self.device, dtype)
-        # The latent statistics are 8 numbers, and stain is in their last digits.
-        parts.transformer.bn.float()
+        for name, value in statistics.items():
+            setattr(parts.transformer.bn, name, value.to(self.device))
         self.vae = parts.vae.to(memory_format=torch.channels_last)
         self.transformer = parts.transformer
         self.encoder = parts.encoder
@@ -133,7 +137,9 @@ class TileGenerator:
 
     @property
     def null_condition(self) -> Tensor:
-        """The condition that stands for none: the zero vector, float32 [D]."""
+        """The condition that stands for none, float32 [D]: zeros, unless one was learned."""
+        if self._null_condition is not None:
+            return self._null_condition
         return torch.zeros(self.transformer.config["conditioning_dim"], device=self.device)
 
     @torch.no_grad()
@@ -156,8 +162,18 @@ class TileGenerator:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return uint8 images [B, 3, size, size] of whitened latents [B, C, h, w]."""
-        return pixels_to_images(self.decode_pixels(latents))
+        """Return uint8 images [B, 3, size, size] of whitened latents [B, C, h, w].
+
+        Raises:
+            FloatingPointError: The decoder's range was left, as happens in float16.
+        """
+        pixels = self.decode_pixels(latents)
+        if not pixels.isfinite().all():
+            raise FloatingPointError(
+                f"decoding in {self.dtype} gave values that are not finite; load the model with "
+                "dtype=torch.bfloat16 or torch.float32"
+            )
+        return pixels_to_images(pixels)
 
     @torch.no_grad()
     def decode_pixels(self, latents: Tensor) -> Tensor:

@@ -27,8 +27,10 @@ _REQUIRED: Mapping[str, tuple[object, ...]] = {
 # Settings that matter in training only, or are read elsewhere.
 _WITHOUT_EFFECT = {
     "class_dropout_prob", "use_cfg", "fused_attn", "bn_momentum", "decoder_hidden_size",
-    "bn_running_mean", "bn_running_var",
+    "bn_running_mean", "bn_running_var", "latents_bias", "latents_scale", "z_dims",
 }  # fmt: skip
+# Entries of a pipeline that nothing here needs.
+_PIPELINE_ONLY = {"scheduler", "safety_checker", "feature_extractor", "image_encoder"}
 
 
 class Read(NamedTuple):
@@ -52,16 +54,21 @@ def transformer_settings(config: Settings, tensors: Mapping[str, Tensor], cls: t
     problems = [
         f"{k} is {config[k]!r}, expected {' or '.join(map(repr, allowed))}"
         for k, allowed in _REQUIRED.items()
-        if k in config and config[k] not in allowed
+        if config.get(k) is not None and config[k] not in allowed
     ]
     if problems:
         raise ValueError(f"transformer/config.json asks for another network: {'; '.join(problems)}")
     read = known_settings(config, cls, "transformer", _WITHOUT_EFFECT | _REQUIRED.keys())
     settings, notes = dict(read.settings), list(read.notes)
-    widths = _projector_widths(tensors)
-    if widths != tuple(settings.get("z_dims", (768,))):
-        settings["z_dims"] = widths
+    settings["z_dims"] = widths = _projector_widths(tensors)
+    stated = config.get("z_dims", (768,))
+    if list(widths) != (list(stated) if isinstance(stated, list | tuple) else [stated]):
         notes.append(f"transformer: alignment projector of widths {list(widths)} by its tensors")
+    if config.get("use_cfg") is False or config.get("class_dropout_prob") == 0:
+        notes.append(
+            "transformer/config.json: trained without dropping the condition; guidance other "
+            "than 1 and unconditional tiles mean nothing"
+        )
     condition = tensors.get("y_embedder.linear.weight")
     if "conditioning_dim" not in settings and condition is not None and condition.ndim == 2:
         settings["conditioning_dim"] = condition.shape[1]
@@ -89,6 +96,17 @@ def known_settings(config: Settings, cls: type, part: str, ignored: set[str] | N
     return Read(kept, notes)
 
 
+def index_notes(index: Settings) -> tuple[str, ...]:
+    """Return remarks on what `model_index.json` states beyond the parts that are read here."""
+    read = {"vae", "transformer", "encoder", "stain_probe", "tile", "format_version"}
+    read |= {"latents_bias", "latents_scale"}
+    return tuple(
+        f"model_index.json states {k} = {v!r}, which is not used"
+        for k, v in sorted(index.items())
+        if not k.startswith("_") and k not in read | _PIPELINE_ONLY and v != [None, None]
+    )
+
+
 class LatentStatistics(NamedTuple):
     """Per-channel mean and variance of the VAE's latents, float32 [C], and where they stood."""
 
@@ -103,15 +121,18 @@ def latent_statistics(
     vae: Settings,
     index: Settings,
     key_map: KeyMap,
+    num_channels: int,
 ) -> LatentStatistics:
     """Find the statistics that whiten latents, wherever a folder may keep them.
 
     Places, in this order: the user's key map; `bn.*` tensors of the transformer; its config
-    (`bn_running_mean`, `bn_running_var`); attributes of the pipeline in `model_index.json`
-    (`latents_bias`, `latents_scale`); the VAE's config (`latents_mean`, `latents_std`).
+    (`bn_running_mean` and `bn_running_var`, or `latents_bias` and `latents_scale`); attributes of
+    the pipeline in `model_index.json` (`latents_bias`, `latents_scale`); the VAE's config
+    (`latents_mean`, `latents_std`), where diffusers' pipelines multiply by `scaling_factor` too.
 
     Raises:
-        ValueError: None of them holds any, or two disagree by more than half precision explains.
+        ValueError: None of them holds any, two disagree by more than half precision explains, or
+            there are not as many as latent channels.
     """
     found = [
         *_scaled("the key map", key_map.latents_bias, key_map.latents_scale),
@@ -125,8 +146,13 @@ def latent_statistics(
             transformer.get("bn_running_mean"),
             transformer.get("bn_running_var"),
         ),
+        *_scaled(
+            "transformer/config.json",
+            transformer.get("latents_bias"),
+            transformer.get("latents_scale"),
+        ),
         *_scaled("model_index.json", index.get("latents_bias"), index.get("latents_scale")),
-        *_deviating("vae/config.json", vae.get("latents_mean"), vae.get("latents_std")),
+        *_deviating(vae),
     ]
     if not found:
         raise ValueError(
@@ -137,6 +163,11 @@ def latent_statistics(
             "key map file"
         )
     first = found[0]
+    if first.mean.numel() not in (1, num_channels):
+        raise ValueError(
+            f"{first.source} states latent statistics of {first.mean.numel()} channels, expected "
+            f"{num_channels}"
+        )
     for other in found[1:]:
         if first.source != "the key map" and not _agree(first, other):
             raise ValueError(
@@ -160,10 +191,13 @@ def _scaled(source: str, bias: object, scale: object) -> list[LatentStatistics]:
     return [_statistics(source, _vector(bias), _vector(scale).double().square().reciprocal())]
 
 
-def _deviating(source: str, mean: object, std: object) -> list[LatentStatistics]:
+def _deviating(vae: Settings) -> list[LatentStatistics]:
+    mean, std = vae.get("latents_mean"), vae.get("latents_std")
     if mean is None or std is None:
         return []
-    return [_statistics(source, _vector(mean), _vector(std).square())]
+    factor = vae.get("scaling_factor") or 1.0
+    source = "vae/config.json" + ("" if factor == 1 else f" with its scaling_factor {factor}")
+    return [_statistics(source, _vector(mean), (_vector(std) / factor).square())]
 
 
 def _statistics(source: str, mean: Tensor, variance: Tensor) -> LatentStatistics:

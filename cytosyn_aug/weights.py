@@ -1,4 +1,4 @@
-"""Named tensors on disk, and everything in which they differ from what a network expects.
+"""Named tensors on disk, and the names a user gives them.
 
 Files are mapped into memory, not read: a tensor costs memory only where its type is changed.
 Nothing here executes code from a file; only safetensors are opened.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-_SHOWN = 40
+_LFS_POINTER = b"version https://git-lfs"
 
 
 def weight_files(folder: Path, name: str = WEIGHTS_NAME) -> list[Path]:
@@ -31,21 +30,34 @@ def weight_files(folder: Path, name: str = WEIGHTS_NAME) -> list[Path]:
 
     Raises:
         FileNotFoundError: No weights, or a shard is missing, all named.
+        ValueError: An index of shards that is none.
     """
+    indices = sorted(folder.glob("*.safetensors.index.json"))
     index = folder / f"{name}.index.json"
-    if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    if index.is_file() or len(indices) == 1:
+        index = index if index.is_file() else indices[0]
+        where = read_json(index, "copy it again").get("weight_map")
+        if not isinstance(where, dict):
+            raise ValueError(f"{index} names no shards (weight_map); copy it again")
+        shards = sorted(set(where.values()))
         absent = [shard for shard in shards if not (folder / shard).is_file()]
         if absent:
             raise FileNotFoundError(f"{folder} is partial: {absent} are missing; copy them again")
         return [folder / shard for shard in shards]
     if (folder / name).is_file():
         return [folder / name]
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) == 1:  # a variant such as fp16, or another tool's name
+        return others
+    if others:
+        raise FileNotFoundError(
+            f"{folder} holds {[f.name for f in others]} but no {name}; keep the one you want"
+        )
     pickles = sorted(f.name for f in folder.glob("*") if f.suffix in (".bin", ".pt", ".ckpt"))
     if pickles:
         raise FileNotFoundError(
-            f"{folder} holds {pickles} but no {name}; pickles are not loaded here, "
-            "run `cytosyn-aug convert` once"
+            f"{folder} holds {pickles} but no {name}; pickles are not loaded here, translate them "
+            f"once: `cytosyn-aug convert {folder / pickles[0]} {folder / name}`"
         )
     raise FileNotFoundError(
         f"{folder / name} is missing; the model folder is partial, copy it again"
@@ -63,6 +75,11 @@ def read_tensors(files: list[Path]) -> dict[str, Tensor]:
         try:
             found = load_file(file)
         except SafetensorError as error:
+            with file.open("rb") as stream:
+                if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                    raise ValueError(
+                        f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` there"
+                    ) from error
             raise ValueError(f"{file} is corrupt ({error}); copy the model folder again") from error
         twice = tensors.keys() & found.keys()
         if twice:
@@ -106,6 +123,12 @@ class KeyMap:
             names = {part: dict(entries) for part, entries in content.items()}
         except (json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{file} is not a key map ({error}); see {cls.__name__}") from error
+        unknown = sorted(names.keys() - set(_MAPPED_PARTS))
+        if unknown or len(numbers) == 1:
+            raise ValueError(
+                f"{file} holds {unknown or sorted(numbers)}; expected {', '.join(_MAPPED_PARTS)}, "
+                "and latents_bias together with latents_scale"
+            )
         bad = [k for entries in names.values() for k, v in entries.items() if not _is_entry(k, v)]
         if bad:
             raise ValueError(
@@ -125,7 +148,8 @@ class KeyMap:
             raise ValueError(f"the key map names {unused} for {part}, which its file does not hold")
         out: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
-            entry = next((k for k in entries if _matches(k, name)), None)
+            # The longest entry is the most particular one.
+            entry = max((k for k in entries if _matches(k, name)), key=len, default=None)
             to = name if entry is None else _renamed(name, entry, entries[entry])
             if to in out:
                 raise ValueError(f"the key map gives two tensors of {part} the name {to}")
@@ -135,81 +159,7 @@ class KeyMap:
 
 
 _NUMBERS = ("latents_bias", "latents_scale")
-
-
-@dataclass(frozen=True, slots=True)
-class Differences:
-    """How the tensors of one part differ from what its network expects; empty if they fit.
-
-    Attributes:
-        cls: Name of the network's class.
-        part: Name of the part, under which a key map answers.
-        missing: Names the network expects.
-        unexpected: Names it does not know.
-        shapes: Sentences about tensors of another shape.
-        not_finite: Names of tensors with NaN or infinity.
-        guess: Renaming of unexpected to missing names that would fit, by shape and likeness.
-    """
-
-    cls: str
-    part: str
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    shapes: tuple[str, ...]
-    not_finite: tuple[str, ...]
-    guess: Mapping[str, str]
-
-    def __bool__(self) -> bool:
-        return bool(self.missing or self.unexpected or self.shapes or self.not_finite)
-
-    def lines(self) -> list[str]:
-        """Return one line for each difference."""
-        return [
-            *(f"missing: {k}" for k in self.missing),
-            *(f"unexpected: {k}" for k in self.unexpected),
-            *(f"shape: {s}" for s in self.shapes),
-            *(f"not finite: {k}" for k in self.not_finite),
-        ]
-
-
-def compare(
-    cls: str, network: nn.Module, tensors: Mapping[str, Tensor], part: str = ""
-) -> Differences:
-    """Compare tensors with the state a network expects; the network may be on the meta device."""
-    expected = network.state_dict()
-    missing = sorted(expected.keys() - tensors.keys())
-    unexpected = sorted(tensors.keys() - expected.keys())
-    shapes = tuple(
-        f"{k} is {list(tensors[k].shape)}, expected {list(expected[k].shape)}"
-        for k in sorted(expected.keys() & tensors.keys())
-        if tensors[k].shape != expected[k].shape
-    )
-    return Differences(
-        cls=cls,
-        part=part,
-        missing=tuple(missing),
-        unexpected=tuple(unexpected),
-        shapes=shapes,
-        not_finite=tuple(k for k in sorted(tensors) if not is_finite(tensors[k])),
-        guess=_guess({k: expected[k] for k in missing}, {k: tensors[k] for k in unexpected}),
-    )
-
-
-def report(source: str, differences: list[Differences]) -> str:
-    """Return one message that names all differences of all parts, and the likely answer."""
-    text = []
-    for one in differences:
-        lines = one.lines()
-        more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-        what = f"{source}{one.part and '/'}{one.part} does not fit {one.cls}"
-        text.append(f"{what}:\n  " + "\n  ".join(lines[:_SHOWN] + more))
-    guesses = {one.part: dict(one.guess) for one in differences if one.guess and one.part}
-    if guesses:
-        text.append(
-            "By shape and name this renaming would fit. If you agree, save it as a file and pass "
-            f"key_map=FILE (null leaves a tensor out):\n{json.dumps(guesses, indent=1)}"
-        )
-    return "\n".join(text)
+_MAPPED_PARTS = ("transformer", "vae", "encoder", "stain_probe")
 
 
 def assign(network: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
@@ -229,14 +179,6 @@ def assign(network: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype
     network.load_state_dict({k: cast(k, v) for k, v in tensors.items()}, assign=True)
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Return whether no element is NaN or infinite, in one pass without a copy."""
-    if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
-        return True
-    low, high = torch.aminmax(tensor)
-    return bool(low.isfinite() & high.isfinite())
-
-
 def read_json(file: Path, advice: str) -> dict[str, Any]:
     """Return the object in a JSON file.
 
@@ -253,36 +195,6 @@ def read_json(file: Path, advice: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds {type(content).__name__}, expected an object; {advice}")
     return content
-
-
-def _guess(missing: Mapping[str, Tensor], unexpected: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return names in the file to names of the network: a common prefix, else the closest names."""
-    if not missing or not unexpected:
-        return {}
-    for name in unexpected:
-        for prefix in _prefixes(name):
-            rest = {k.removeprefix(prefix) for k in unexpected if k.startswith(prefix)}
-            if len(rest) > 1 and rest <= missing.keys():
-                return {f"{prefix}*": "*"}
-    scored = sorted(
-        (
-            (SequenceMatcher(None, wanted, found).ratio(), wanted, found)
-            for wanted, a in missing.items()
-            for found, b in unexpected.items()
-            if a.shape == b.shape
-        ),
-        reverse=True,
-    )
-    guess: dict[str, str] = {}
-    for _, wanted, found in scored:
-        if found not in guess and wanted not in guess.values():
-            guess[found] = wanted
-    return dict(sorted(guess.items()))
-
-
-def _prefixes(name: str) -> list[str]:
-    pieces = name.split(".")
-    return [".".join(pieces[:k]) + "." for k in range(1, len(pieces))]
 
 
 def _is_entry(name: object, to: object) -> bool:

@@ -8,6 +8,7 @@ import torch
 from conftest import SIZE, random_parts, synthetic_tiles, write_released
 from safetensors.torch import save_file
 from timm.layers.mlp import SwiGLUPacked
+from timm.models.vision_transformer import checkpoint_filter_fn
 
 from cytosyn_aug import (
     ConditionedResample,
@@ -75,7 +76,7 @@ def test_features_are_timms(small, model_folder_for_small, tmp_path, with_config
 
 def test_a_config_of_other_pixel_statistics_is_followed_and_noted(small):
     config = {"pretrained_cfg": {"mean": [0.485, 0.456, 0.406]}}
-    encoder, notes = read_encoder(config, small.state_dict())
+    encoder, _, notes = read_encoder(config, small.state_dict(), SIZE)
     assert encoder.config["mean"] == (0.485, 0.456, 0.406)
     assert len(notes) == 1
     assert "mean (0.485, 0.456, 0.406)" in notes[0]
@@ -83,21 +84,64 @@ def test_a_config_of_other_pixel_statistics_is_followed_and_noted(small):
 
 def test_layer_scale_is_read_off_the_tensors(small):
     without = {k: v for k, v in small.state_dict().items() if ".ls" not in k}
-    encoder, _ = read_encoder({}, without)
+    encoder = read_encoder({}, without, SIZE)[0]
     assert encoder.vit.state_dict().keys() == without.keys()
 
 
 def test_a_wrong_encoder_is_reported_by_name(small, model_folder_for_small, tmp_path):
     state = {k: v for k, v in small.state_dict().items() if "norm1" not in k}
     save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"encoder does not fit TileEncoder[^$]*blocks.0.norm1"):
+    with pytest.raises(
+        ValueError, match=r"encoder does not fit TileEncoder[^$]*blocks.\[0-1\].norm1"
+    ):
         load_model(model_folder_for_small, encoder=tmp_path / "model.safetensors")
+
+
+def test_dinov2_names_are_read_as_timm_reads_them(small, model_folder_for_small, tmp_path):
+    """timm translates them on loading, and adds the position of CLS to the token."""
+    state = {k: v for k, v in small.state_dict().items() if "mlp" not in k}
+    position = torch.randn(1, 1, 128)
+    state["pos_embed"] = torch.cat([position, state["pos_embed"]], 1)
+    state["cls_token"] = state["cls_token"] - position
+    state["register_tokens"] = state.pop("reg_token")
+    state["mask_token"] = torch.zeros(1, 128)
+    for block in range(2):
+        for theirs, ours in (("w12", "fc1"), ("w3", "fc2")):
+            for kind in ("weight", "bias"):
+                name = f"blocks.{block}.mlp.{theirs}.{kind}"
+                state[name] = small.state_dict()[f"blocks.{block}.mlp.{ours}.{kind}"]
+    save_file(state, tmp_path / "model.safetensors")
+    parts = load_model(model_folder_for_small, encoder=tmp_path / "model.safetensors")
+    assert any("DINOv2" in note for note in parts.notes)
+    for name, value in small.state_dict().items():
+        torch.testing.assert_close(parts.encoder.vit.state_dict()[name], value, msg=name)
+
+
+def test_positions_of_another_grid_are_interpolated_as_in_timm(small, tmp_path):
+    larger = timm_h0_mini(embed_dim=128, depth=2, num_heads=2, img_size=2 * SIZE).state_dict()
+    _, named, notes = read_encoder({}, larger, SIZE)
+    wanted = checkpoint_filter_fn(larger, small)["pos_embed"]
+    torch.testing.assert_close(named["pos_embed"], wanted)
+    assert any("16x16 patches were interpolated" in note for note in notes)
+
+
+def test_an_encoder_of_another_width_is_refused(small, tmp_path):
+    folder = write_released(tmp_path / "m", random_parts(), dtype=torch.float32)
+    save_file(small.state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="encoder gives 128 features, the transformer takes 24"):
+        load_model(folder, encoder=tmp_path / "model.safetensors")
+
+
+def test_a_pickled_encoder_is_refused_with_the_way_out(tmp_path):
+    folder = write_released(tmp_path / "m", random_parts())
+    with pytest.raises(ValueError, match=r"cytosyn-aug convert .*pytorch_model.safetensors"):
+        load_model(folder, encoder=tmp_path / "pytorch_model.bin")
 
 
 def test_full_size_names_and_shapes_are_timms():
     with torch.device("meta"):
         theirs = timm_h0_mini().state_dict()
-        ours = read_encoder({}, theirs)[0].vit
+        ours = read_encoder({}, theirs, 224)[0].vit
     assert {k: v.shape for k, v in ours.state_dict().items()} == {
         k: v.shape for k, v in theirs.items()
     }

@@ -8,7 +8,8 @@ from conftest import random_parts, write_released
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from cytosyn_aug.checkpoint import load_model
+from cytosyn_aug.checkpoint import load_model, save_model
+from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.weights import WEIGHTS_NAME, KeyMap
 
 
@@ -212,3 +213,113 @@ def test_attention_under_diffusers_former_names_loads_as_in_diffusers(tmp_path):
     with torch.no_grad():
         wanted = theirs.encode(pixels).latent_dist.mean
         assert torch.equal(load_model(folder).vae.encode(pixels).latent_dist.mean, wanted)
+
+
+def test_wrapped_transformer_names_get_one_line_and_an_answer(tmp_path):
+    """Both sets of a training checkpoint side by side; the average is what to take."""
+    original = parts_with_statistics()
+    folder = write_released(tmp_path / "m", original, dtype=torch.float32)
+    edit_tensors(
+        folder,
+        "transformer",
+        lambda t: {f"{p}.{k}": v.clone() for p in ("model", "ema") for k, v in t.items()},
+    )
+    with pytest.raises(ValueError, match="does not fit SiT") as error:
+        load_model(folder)
+    message = str(error.value)
+    assert "latent statistics" not in message  # they are there, under the prefix
+    answer = tmp_path / "keys.json"
+    answer.write_text(message[message.index("{") :])
+    assert_same_weights(load_model(folder, key_map=answer), original, rtol=0, atol=0)
+
+
+def test_missing_statistics_stand_in_the_same_report(tmp_path):
+    folder = write_released(tmp_path / "m", parts_with_statistics(), statistics="nowhere")
+    edit_tensors(folder, "vae", lambda t: {k: v for k, v in t.items() if "conv_in" not in k})
+    with pytest.raises(ValueError, match=r"no latent statistics[^$]*does not fit AutoencoderKL"):
+        load_model(folder)
+
+
+def test_the_generator_keeps_latent_statistics_in_full(tmp_path):
+    original = parts_with_statistics()
+    original.transformer.bn.running_mean.fill_(0.5137)
+    folder = write_released(tmp_path / "m", original, dtype=torch.float32)
+    generator = TileGenerator.from_pretrained(folder, encoder=None, dtype=torch.bfloat16)
+    assert generator.transformer.x_embedder.proj.weight.dtype == torch.bfloat16
+    assert torch.equal(generator.transformer.bn.running_mean, torch.full((4,), 0.5137))
+
+
+def test_a_learned_null_condition_is_used_once_it_is_named(tmp_path):
+    null = torch.linspace(-1, 1, 24)
+    folder = write_released(tmp_path / "m", parts_with_statistics(), dtype=torch.float32)
+    edit_tensors(folder, "transformer", lambda t: t | {"y_embedder.null_token": null})
+    with pytest.raises(ValueError, match=r"unexpected: y_embedder\.null_token"):
+        load_model(folder)
+    answer = tmp_path / "keys.json"
+    answer.write_text('{"transformer": {"y_embedder.null_token": "null_condition"}}')
+    generator = TileGenerator(load_model(folder, key_map=answer))
+    assert torch.equal(generator.null_condition, null)
+    save_model(tmp_path / "ours", load_model(folder, key_map=answer), torch.float32)
+    assert torch.equal(load_model(tmp_path / "ours").null_condition, null)
+    edit_tensors(folder, "transformer", lambda t: t | {"y_embedder.null_token": torch.zeros(32)})
+    with pytest.raises(ValueError, match=r"null_condition is \[32\], expected \[24\]"):
+        load_model(folder, key_map=answer)
+
+
+@pytest.mark.parametrize("setting", [{"use_cfg": False}, {"class_dropout_prob": 0}])
+def test_a_model_trained_without_guidance_says_so(tmp_path, setting):
+    folder = write_released(tmp_path / "m", parts_with_statistics())
+    edit_config(folder, "transformer", **setting)
+    assert any("guidance other than 1" in note for note in load_model(folder).notes)
+
+
+def test_the_vaes_scaling_factor_counts_as_in_diffusers(tmp_path):
+    """There whitened latents are (z - mean) scaling_factor / std."""
+    original = parts_with_statistics()
+    folder = write_released(tmp_path / "m", original, dtype=torch.float32, statistics="vae")
+    edit_config(folder, "vae", scaling_factor=0.5)
+    found = load_model(folder)
+    wanted = original.transformer.bn.running_var / 0.5**2
+    torch.testing.assert_close(found.transformer.bn.running_var, wanted)
+    assert any("scaling_factor 0.5" in note for note in found.notes)
+
+
+def test_what_only_the_index_states_is_part_of_the_digest(tmp_path):
+    folder = write_released(tmp_path / "m", parts_with_statistics(), statistics="index")
+    before = load_model(folder).digest
+    index = json.loads((folder / "model_index.json").read_text())
+    index["latents_bias"][0] += 0.25
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert load_model(folder).digest != before
+
+
+@pytest.mark.parametrize(
+    ("entry", "noted"), [([None, None], False), (["timm", "VisionTransformer"], False), (7, True)]
+)
+def test_odd_entries_of_the_index_are_survived(tmp_path, entry, noted):
+    folder = write_released(tmp_path / "m", parts_with_statistics())
+    index = json.loads((folder / "model_index.json").read_text())
+    name = "strange" if noted else "encoder"
+    (folder / "model_index.json").write_text(json.dumps(index | {name: entry}))
+    parts = load_model(folder)
+    assert parts.encoder is None
+    assert any("strange = 7" in note for note in parts.notes) == noted
+
+
+@pytest.mark.parametrize(
+    "settings", [{"z_dims": 768}, {"z_dims": None}, {"qk_norm": None}, {"z_dims": [24]}]
+)
+def test_odd_settings_that_change_nothing_are_survived(tmp_path, settings):
+    original = parts_with_statistics()
+    folder = write_released(tmp_path / "m", original, dtype=torch.float32)
+    edit_config(folder, "transformer", **settings)
+    assert_same_weights(load_model(folder), original, rtol=0, atol=0)
+
+
+def test_parts_of_two_models_are_refused(tmp_path):
+    folder = write_released(tmp_path / "m", parts_with_statistics())
+    file = folder / "model_index.json"
+    tile = {"tile": {"size_px": 224, "mpp": 0.5}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | tile))
+    with pytest.raises(ValueError, match=r"make tiles of 112 px, model_index.json states 224"):
+        load_model(folder)
