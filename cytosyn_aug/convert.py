@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cytosyn_aug.checkpoint import ModelParts, load_model, load_strictly, save_model
@@ -106,6 +106,33 @@ def convert(
         _compare(draft, states, dtype)
         if out.exists():
             out.rmdir()  # empty, as checked above
+        draft.rename(out)
+    return out
+
+
+def convert_tensors(source: Path, out: Path) -> Path:
+    """Write the tensors of a pickled state dict as safetensors, names and values unchanged.
+
+    For parts that are stored as `pytorch_model.bin` or `diffusion_pytorch_model.bin` only.
+
+    Args:
+        source: `.bin` or `.pt` that holds a flat dict of tensors.
+        out: `.safetensors` to write; must not exist.
+
+    Returns:
+        `out`.
+
+    Raises:
+        FileNotFoundError: `source` is missing.
+        ValueError: `source` holds more than tensors, or `out` exists.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists; choose another file or remove it")
+    state = _without_wrappers(read_checkpoint(source), str(source))
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as work:
+        draft = Path(work) / out.name
+        # Copies, since safetensors refuses tensors that share memory.
+        save_file({k: v.clone().contiguous() for k, v in state.items()}, draft)
         draft.rename(out)
     return out
 

@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import cast
+from typing import NoReturn, cast
 
 MODEL_PATTERNS = (
     "model_index.json",
@@ -118,20 +118,26 @@ def _fetch(source: str, revision: str | None, token: str | None, patterns: tuple
 
     # The client's `*` also matches slashes.
     too_deep = "*/" * (1 + max(pattern.count("/") for pattern in patterns)) + "*"
-    try:
-        path = snapshot_download(
-            source,
-            revision=revision,
-            token=token,
-            allow_patterns=list(patterns),
-            ignore_patterns=[*_VARIANTS, too_deep],
-        )
-    except errors.HFValidationError as error:
-        raise _neither(source) from error
-    except _failures() as error:
-        raise _explain(error, source, revision, token) from error
-    _check_complete(Path(path), source, revision, token, patterns)
-    return Path(path)
+    path = Path()
+    # Variants are only asked for where a repository holds nothing else.
+    for variants in (_VARIANTS, ()):
+        try:
+            path = Path(
+                snapshot_download(
+                    source,
+                    revision=revision,
+                    token=token,
+                    allow_patterns=list(patterns),
+                    ignore_patterns=[*variants, too_deep],
+                )
+            )
+        except errors.HFValidationError as error:
+            raise _neither(source) from error
+        except _failures() as error:
+            raise _explain(error, source, revision, token) from error
+        if not _missing_weights(path, patterns):
+            return path
+    _refuse_incomplete(path, source, revision, token, patterns)
 
 
 def _failures() -> tuple[type[Exception], ...]:
@@ -222,15 +228,13 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(text.split())[:200]}"
 
 
-def _check_complete(
+def _refuse_incomplete(
     folder: Path, source: str, revision: str | None, token: str | None, patterns: tuple[str, ...]
-) -> None:
-    """Refuse a snapshot without weights: pickles only, or a cache from a broken download."""
+) -> NoReturn:
+    """Say why a snapshot has no weights: pickles only, or a cache from a broken download."""
     from huggingface_hub import HfApi
 
     missing = _missing_weights(folder, patterns)
-    if not missing:
-        return
     try:
         stored = HfApi().list_repo_files(source, revision=revision, token=token)
     except _failures() as error:
@@ -242,7 +246,8 @@ def _check_complete(
     if pickles:
         raise FileNotFoundError(
             f"{source} lacks {missing} and stores {pickles}; pickles can execute code and are not "
-            f"loaded. Download them with `hf download {source}` and run `cytosyn-aug convert` once"
+            f"loaded. Download with `hf download {source} --local-dir DIR`, translate each once "
+            "with `cytosyn-aug convert FILE.bin FILE.safetensors`, and give the folder"
         )
     raise FileNotFoundError(
         f"{source} lacks {missing}; it stores {stored[:20]}. Is this the right repository and "

@@ -84,3 +84,10 @@ def test_a_table_names_the_tiles_it_does_not_know():
 def test_a_table_needs_as_many_rows_as_tiles():
     with pytest.raises(ValueError, match="5 rows of features for 4 tiles"):
         FeatureTable(synthetic_tiles(4), RAW, width=8)
+
+
+def test_a_double_vector_of_unit_length_is_refused_before_it_is_cut():
+    both = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+    unit = torch.nn.functional.normalize(both, dim=1)
+    with pytest.raises(ValueError, match="L2-normalised"):
+        read_conditions(unit, 8)

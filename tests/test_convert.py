@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from cytosyn_aug import convert as conversion
 from cytosyn_aug.checkpoint import load_model
+from cytosyn_aug.cli import main
 from cytosyn_aug.compvis import compvis_vae_state, is_compvis_vae, vae_config_from_state
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.convert import (
@@ -561,3 +562,24 @@ def test_the_folder_names_its_parts_and_scale(written, tmp_path):
     index = json.loads((out / "model_index.json").read_text())
     assert index["tile"] == {"size_px": 64, "mpp": 0.5}
     assert "encoder" not in index
+
+
+def test_a_pickled_part_becomes_safetensors_with_nothing_changed(tmp_path, capsys):
+    state = {"a.weight": torch.randn(3, 4), "b": torch.arange(3), "c": torch.randn(4, 3).half().T}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    out = tmp_path / "model.safetensors"
+    assert main(["convert", str(tmp_path / "pytorch_model.bin"), str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    stored = load_file(out)
+    assert stored.keys() == state.keys()
+    for name, value in state.items():
+        assert torch.equal(stored[name], value)
+        assert stored[name].dtype == value.dtype
+    assert main(["convert", str(tmp_path / "pytorch_model.bin"), str(out)]) == 2
+    assert "exists" in capsys.readouterr().err
+    torch.save({"state": state}, tmp_path / "nested.bin")
+    assert main(["convert", str(tmp_path / "nested.bin"), str(tmp_path / "x.safetensors")]) == 2
+    assert "expected a state dict of tensors only" in capsys.readouterr().err
+    assert sorted(f.name for f in tmp_path.iterdir()) == [
+        "model.safetensors", "nested.bin", "pytorch_model.bin",
+    ]  # fmt: skip

@@ -225,6 +225,14 @@ def test_weights_and_card_arrive_but_no_code_data_or_variants(hub):
     }
 
 
+def test_a_variant_arrives_where_there_is_nothing_else(hub):
+    variant = "transformer/diffusion_pytorch_model.fp16.safetensors"
+    hub.files = {k: v for k, v in FILES.items() if k != WEIGHTS and "non_ema" not in k}
+    kind, folder = hub.find()
+    assert kind == "found", folder
+    assert variant in files_in(folder)
+
+
 def test_of_an_encoder_only_its_root_arrives(hub):
     wanted = dict.fromkeys(["README.md", "config.json", "model.safetensors"], "{}")
     unwanted = ["pytorch_model.bin", "model.py", "checkpoints/model.safetensors", "x/config.json"]
