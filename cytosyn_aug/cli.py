@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         return run(args)
-    except (OSError, ValueError) as error:
+    except (ArithmeticError, OSError, ValueError) as error:
         print(f"cytosyn-aug {args.command}: {error}", file=sys.stderr)
         return 2
 
@@ -74,11 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     convert = command(
         "convert",
         _convert,
-        "turn a REPA-E or SiT checkpoint into a model folder, once",
+        "turn a REPA-E or SiT checkpoint into a model folder, or a .bin into .safetensors, once",
         "cytosyn-aug convert 0400000.pt my-model --vae sdvae-f8d4.pt",
     )
-    convert.add_argument("checkpoint", type=Path, help=".pt file of the training")
-    convert.add_argument("out", type=Path, help="model folder to write; must not exist")
+    convert.add_argument("checkpoint", type=Path, help=".pt file of the training, or a .bin")
+    convert.add_argument(
+        "out", type=Path, help="model folder to write, or .safetensors; must not exist"
+    )
     convert.add_argument("--vae", type=Path, metavar="FILE", help="default: the checkpoint's own")
     convert.add_argument("--latent-stats", type=Path, metavar="FILE", help="*-latents-stats.pt")
     convert.add_argument("--weights", default="ema", choices=["ema", "model"])
@@ -108,8 +110,11 @@ def _convert(args: argparse.Namespace) -> int:
     import torch
 
     from cytosyn_aug.config import TileSpec
-    from cytosyn_aug.convert import convert
+    from cytosyn_aug.convert import convert, convert_tensors
 
+    if args.out.suffix == ".safetensors":
+        print(convert_tensors(args.checkpoint, args.out))
+        return 0
     folder = convert(
         args.checkpoint,
         args.out,
@@ -152,20 +157,30 @@ def _doctor(args: argparse.Namespace) -> int:
     from cytosyn_aug.checkpoint import write_atomically
     from cytosyn_aug.demo import load_samples
     from cytosyn_aug.doctor import as_json, examine, verdict
-    from cytosyn_aug.info import describe_model, environment, info_text
+    from cytosyn_aug.info import describe_model, environment, info_text, inventory
 
-    generator = _load(args)
-    facts = describe_model(generator)
-    print(info_text(facts), end="\n\n", flush=True)
+    content: dict[str, object] = {"environment": environment()}
+    content["asked"] = {k: str(v) for k, v in vars(args).items() if k != "run"}
     checks = []
-    for check in examine(generator, load_samples(), features=args.features, steps=args.steps):
-        mark = {True: "ok  ", False: "FAIL", None: "skip"}[check.passed]
-        value = "" if check.value is None else f" {check.value:.3g}"
-        print(f"{mark} {check.name}:{value} ({check.expected})", flush=True)
-        checks.append(check)
-    content = {"model": facts, "environment": environment(), "checks": as_json(checks)}
-    write_atomically(args.out, json.dumps(content, indent=2).encode())
-    print(f"\n{verdict(checks)}\nattach {args.out} to a bug report")
+    try:
+        content["files"] = inventory(args.model, args.revision)
+        generator = _load(args)
+        content["model"] = facts = describe_model(generator)
+        print(info_text(facts), end="\n\n", flush=True)
+        samples = load_samples()
+        for check in examine(generator, samples, features=args.features, steps=args.steps):
+            mark = {True: "ok  ", False: "FAIL", None: "skip"}[check.passed]
+            value = "" if check.value is None else f" {check.value:.3g}"
+            print(f"{mark} {check.name}:{value} ({check.expected})", flush=True)
+            checks.append(check)
+    except (ArithmeticError, OSError, ValueError) as error:
+        content["error"] = f"{type(error).__name__}: {error}"
+        raise
+    finally:  # a model that does not load is what the file is for
+        content["checks"] = as_json(checks)
+        write_atomically(args.out, json.dumps(content, indent=2).encode())
+        print(f"attach {args.out} to a bug report", file=sys.stderr)
+    print(f"\n{verdict(checks)}")
     return int(any(c.passed is False for c in checks))
 
 

@@ -115,8 +115,10 @@ class TileGenerator:
             FileNotFoundError: The folder, a file in it or the repository does not exist.
             PermissionError: The repository is gated and access has not been granted.
             ConnectionError: The Hub cannot be reached and nothing usable is in the cache.
-            ValueError: The folder does not hold a model of this kind; every difference named.
+            ValueError: The folder does not hold a model of this kind, every difference named; or
+                there is no such device.
         """
+        _check_device(device)
         folder = EMBEDDED_MODEL
         if source is not None:
             folder = find_folder(source, revision=revision, token=token)
@@ -311,3 +313,19 @@ class TileGenerator:
     def _batches(self, tensor: Tensor) -> Iterator[Tensor]:
         for part in tensor.split(self.batch_size):
             yield part.to(self.device)
+
+
+def _check_device(given: torch.device | str) -> None:
+    """Fail before the weights are read, not after."""
+    try:
+        device = torch.device(given)
+    except RuntimeError as error:
+        raise ValueError(f"device is {given!r}, expected one like 'cuda:0' or 'cpu'") from error
+    missing = (device.type == "cuda" and not torch.cuda.is_available()) or (
+        device.type == "mps" and not torch.backends.mps.is_available()
+    )
+    if missing:
+        raise ValueError(
+            f"device is {device}, which this torch ({torch.__version__}) does not find here; "
+            "install the build for it, or use device='cpu'"
+        )

@@ -12,8 +12,9 @@ import timm
 import torch
 from torch import nn
 
+from cytosyn_aug.checkpoint import EMBEDDED_MODEL
 from cytosyn_aug.generator import TileGenerator
-from cytosyn_aug.hub import licence_of
+from cytosyn_aug.hub import find_folder, licence_of
 
 RELEASED_PARAMETERS = {"transformer": (682_906_128, 674_774_800), "vae": (83_653_863,)}
 _PARTS = ("vae", "transformer", "encoder", "stain_probe")
@@ -50,6 +51,37 @@ def describe_model(generator: TileGenerator) -> dict[str, Any]:
 
 def _licence(folder: Path | None) -> str:
     return (folder and licence_of(folder)) or "not stated by a model card in the folder"
+
+
+def inventory(source: Path | str | None, revision: str | None = None) -> dict[str, Any]:
+    """Return what lies in a model folder, weights or not, for the report of one that fails.
+
+    Args:
+        source: As for `TileGenerator.from_pretrained`; None for the embedded model.
+        revision: Likewise.
+
+    Returns:
+        The content of every JSON file, and of every safetensors file the size, and each tensor's
+        type and shape; under the path inside the folder.
+    """
+    folder = EMBEDDED_MODEL if source is None else find_folder(source, revision=revision)
+    found: dict[str, Any] = {}
+    for file in sorted(f for f in folder.rglob("*") if f.is_file()):
+        name = file.relative_to(folder).as_posix()
+        if file.suffix == ".json":
+            found[name] = file.read_text(errors="replace")
+        elif file.suffix == ".safetensors":
+            found[name] = {"bytes": file.stat().st_size, "tensors": _tensors_in(file)}
+    return found
+
+
+def _tensors_in(file: Path) -> dict[str, str] | str:
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return {k: f"{part.get_dtype()} {part.get_shape()}" for k, part in parts.items()}
+    except safetensors.SafetensorError as error:
+        return f"cannot be read: {error}"
 
 
 def num_parameters(part: nn.Module) -> int:

@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import random_parts, write_released
 
 from cytosyn_aug.cli import main
 from cytosyn_aug.demo import load_samples
-from cytosyn_aug.doctor import examine, verdict
+from cytosyn_aug.doctor import IMAGENET_MEAN, IMAGENET_STD, examine, verdict
+from cytosyn_aug.encoder import Features
 from cytosyn_aug.generator import TileGenerator
 
 STEPS = 12
@@ -47,6 +49,29 @@ def flip_features(generator):
     weight.data.copy_(weight.flip(1))
 
 
+def ignore_time(generator):
+    forward = generator.transformer.forward
+    generator.transformer.forward = lambda x, t, c: forward(x, torch.full_like(t, 0.5), c)
+
+
+def ignore_condition(generator):
+    generator.transformer.y_embedder.linear.weight.data.zero_()
+
+
+def take_the_patch_half(generator):
+    forward = generator.encoder.forward
+
+    def swapped(images):
+        features = forward(images)
+        return Features(features.patches.mean(1), features.cls[:, None].expand_as(features.patches))
+
+    generator.encoder.forward = swapped
+
+
+def normalise_as_imagenet(generator):
+    generator.encoder.register_to_config(mean=IMAGENET_MEAN, std=IMAGENET_STD)
+
+
 @pytest.mark.parametrize(
     ("break_it", "noticed"),
     [
@@ -54,6 +79,9 @@ def flip_features(generator):
         (shift_latents, "whitened latents"),
         (scramble_decoder, "round trip"),
         (flip_features, "own features"),
+        (ignore_time, "the right time"),
+        (ignore_condition, "better than none"),
+        (take_the_patch_half, "the mean of the patches"),
     ],
 )
 def test_a_broken_part_is_noticed(samples, break_it, noticed):
@@ -62,13 +90,49 @@ def test_a_broken_part_is_noticed(samples, break_it, noticed):
     assert any(noticed in name for name in failures(generator, samples))
 
 
+def test_other_pixel_statistics_make_the_features_worse(samples):
+    generator = TileGenerator.from_pretrained()
+    checks = {c.name: c for c in examine(generator, samples, steps=2)}
+    assert checks["own pixel statistics predict better than ImageNet's"].value > 0.9
+    normalise_as_imagenet(generator)
+    wrong = {c.name: c for c in examine(generator, samples, steps=2)}
+    name = "velocity error on real latents"
+    assert wrong[name].value > checks[name].value
+
+
 def test_without_an_encoder_the_condition_is_not_verified(samples):
     generator = TileGenerator.from_pretrained(encoder=None)
-    checks = list(examine(generator, samples, steps=STEPS))
-    assert "not verified: own features" in verdict(checks)
+    text = verdict(list(examine(generator, samples, steps=STEPS)))
+    assert text.startswith("all checks passed; not verified: own features")
     features = TileGenerator.from_pretrained().features(samples).cls
     checks = list(examine(generator, samples, features=features, steps=STEPS))
-    assert verdict(checks) == "all checks passed"
+    asked = [c for c in checks if c.passed is None]
+    assert verdict(checks).startswith("all checks passed")
+    assert {c.expected for c in asked} == {"needs an encoder"}
+
+
+def test_a_model_that_does_not_load_is_what_the_report_is_for(tmp_path, capsys):
+    folder = write_released(tmp_path / "m", random_parts(), num_shards=2)
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"depth": 3}))
+    report = tmp_path / "report.json"
+    assert main(["doctor", str(folder), "--out", str(report)]) == 2
+    assert "missing: blocks.2.attn.qkv.bias" in capsys.readouterr().err
+    content = json.loads(report.read_text())
+    assert "missing: blocks.2.attn.qkv.bias" in content["error"]
+    files = content["files"].items()
+    shards = [v["tensors"] for k, v in files if k.endswith(".safetensors")]
+    stored = {k: v for shard in shards for k, v in shard.items()}
+    assert stored["blocks.0.attn.qkv.bias"] == "F16 [96]"
+    assert json.loads(content["files"]["transformer/config.json"])["depth"] == 3
+
+
+def test_a_device_that_is_not_there_is_refused_before_loading(capsys):
+    assert main(["info", "--device", "abacus"]) == 2
+    assert "expected one like 'cuda:0'" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert main(["info", "--device", "cuda"]) == 2
+        assert "does not find here" in capsys.readouterr().err
 
 
 def test_features_of_the_samples_may_come_from_elsewhere(samples, tmp_path, capsys):
@@ -77,7 +141,7 @@ def test_features_of_the_samples_may_come_from_elsewhere(samples, tmp_path, caps
     arguments = ["doctor", "--encoder", "none", "--steps", str(STEPS)]
     arguments += ["--out", str(tmp_path / "report.json"), "--features"]
     assert main([*arguments, str(file)]) == 0
-    assert "all checks passed\n" in capsys.readouterr().out
+    assert "all checks passed; not verified: own CLS" in capsys.readouterr().out
     np.save(file, np.ones((3, 192), np.float32))
     assert main([*arguments, str(file)]) == 2
     assert "3 rows of features for 8 tiles" in capsys.readouterr().err

@@ -2,6 +2,7 @@ import pytest
 import torch
 from conftest import SIZE, random_parts, synthetic_tiles
 
+from cytosyn_aug.checkpoint import load_model
 from cytosyn_aug.generator import TileGenerator
 
 
@@ -96,3 +97,10 @@ def test_a_model_without_encoder_says_so():
     parts = random_parts()._replace(encoder=None)
     with pytest.raises(ValueError, match="without an encoder"):
         TileGenerator(parts).features(synthetic_tiles(1))
+
+
+def test_values_that_are_not_finite_do_not_become_black_tiles(model_folder):
+    generator = TileGenerator(load_model(model_folder))
+    generator.vae.decoder.conv_out.bias.data.fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match=r"torch.float32 gave .* not finite; load"):
+        generator.sample(steps=2)
