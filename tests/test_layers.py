@@ -21,7 +21,7 @@ ROWS = [
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "misc", "common", "core", "base"}
 TRAINING_ROWS = [
     {"data", "losses", "perception", "sheets", "muon", "weights"},
-    {"loop"},
+    {"latents", "loop"},
     {"vae", "encoder", "sit"},
     {"evaluate", "export", "recipes", "restaining"},
     {"__main__"},

@@ -11,9 +11,10 @@ from cytosyn_aug.checkpoint import load_model
 from cytosyn_aug.generator import TileGenerator
 from training.__main__ import main
 from training.data import load_tiles
+from training.latents import mean_token
 from training.losses import alignment
 from training.recipes import smoke_sit
-from training.sit import SitStage, mean_token
+from training.sit import SitStage
 from training.weights import stage_weights
 
 
