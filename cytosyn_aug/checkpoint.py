@@ -2,7 +2,8 @@
 
     model_index.json                     parts, tile specification, format version
     transformer/{config.json, diffusion_pytorch_model.safetensors}
-    vae/{...}   encoder/{...}   stain_probe/{...}   (the last two are optional)
+    vae/{...}
+    encoder/{...}   stain_probe/{...}   student/{...}   (optional)
 
 Released folders have the same layout without `format_version`; `cytosyn_aug.released` reads what
 they say otherwise. Loading never executes code from a folder and never fills a gap: missing,
@@ -47,14 +48,17 @@ _PARTS: dict[str, type] = {
     "transformer": SiT,
     "encoder": TileEncoder,
     "stain_probe": StainProbe,
+    "student": SiT,
 }
 _REQUIRED = ("transformer", "vae")
+_OF_THE_ENCODER = ("encoder", "stain_probe")
 
 
 class ModelParts(NamedTuple):
     """What a model folder holds, in evaluation mode, with the digest of all its weights.
 
-    `notes` are remarks on what the folder states differently from what was expected.
+    `student` jumps along the flow of `transformer` in a few forwards. `notes` are remarks on what
+    the folder states differently from what was expected.
     """
 
     vae: AutoencoderKL
@@ -65,6 +69,7 @@ class ModelParts(NamedTuple):
     digest: str
     notes: tuple[str, ...] = ()
     folder: Path | None = None
+    student: SiT | None = None
 
 
 def load_model(
@@ -98,13 +103,15 @@ def load_model(
     index = _read_index(folder)
     names = [k for k in _PARTS if k in index or k in _REQUIRED]
     if encoder != "auto":
-        names = [k for k in names if k in _REQUIRED]
+        names = [k for k in names if k not in _OF_THE_ENCODER]
     drafts = {k: _draft(k, folder / k, answers, "format_version" in index) for k in names}
     if encoder is not None and encoder != "auto":
         drafts["encoder"] = _draft_encoder(Path(encoder), answers)
     statistics = _fill_statistics(drafts, index, answers)
     _assign_all(drafts, str(folder), dtype)
     parts = {name: draft.network for name, draft in drafts.items()}
+    if "student" in parts:
+        _check_student(parts["student"], parts["transformer"], folder)
     tile, tile_notes = _tile(index, parts["transformer"])
     notes = [note for draft in drafts.values() for note in draft.notes]
     return ModelParts(
@@ -116,6 +123,7 @@ def load_model(
         digest=parts_digest({k: d.files for k, d in drafts.items()}, answers),
         notes=(*tile_notes, *statistics, *notes),
         folder=folder,
+        student=parts.get("student"),
     )
 
 
@@ -259,6 +267,26 @@ def _assign_all(drafts: dict[str, _Draft], source: str, dtype: torch.dtype) -> N
     for draft in drafts.values():
         assign(draft.holder, draft.tensors, dtype)
         draft.network.eval().requires_grad_(False)
+
+
+def _check_student(student: SiT, transformer: SiT, folder: Path) -> None:
+    """Raise unless a student can stand in for the transformer: same latents, same conditions."""
+    shared = ("input_size", "in_channels", "conditioning_dim")
+    problems = [
+        f"{k} {student.config[k]} for {transformer.config[k]}"
+        for k in shared
+        if student.config[k] != transformer.config[k]
+    ]
+    statistics = ("bn.running_mean", "bn.running_var")
+    own, expected = student.state_dict(), transformer.state_dict()
+    problems += [f"another {k}" for k in statistics if not torch.equal(own[k], expected[k])]
+    settings = ("decoupled_depth", "taught_guidance")
+    problems += [f"no {k}" for k in settings if student.config[k] is None]
+    if problems:
+        raise ValueError(
+            f"{folder / 'student'} is no student of the transformer beside it: "
+            f"{'; '.join(problems)}; distil it from this transformer"
+        )
 
 
 def _tile(index: dict[str, Any], transformer: SiT) -> tuple[TileSpec, tuple[str, ...]]:
