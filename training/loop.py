@@ -66,7 +66,10 @@ class LoopConfig:
 class Stage(Protocol):
     """One trainable thing: its network, the loss of a step, and how to look at it."""
 
-    network: nn.Module
+    @property
+    def network(self) -> nn.Module:
+        """What is trained, averaged and saved."""
+        ...
 
     def losses(self, step: int) -> dict[str, Tensor]:
         """Return scalar losses of this step's batch; "loss" is the one to minimise."""
