@@ -2,7 +2,8 @@
 
     model_index.json                     parts, tile specification, format version
     transformer/{config.json, diffusion_pytorch_model.safetensors}
-    vae/{...}   encoder/{...}   stain_probe/{...}   (the last two are optional)
+    vae/{...}
+    encoder/{...}   stain_probe/{...}   student/{...}   (optional)
 
 Released folders have the same layout without `format_version`; `cytosyn_aug.released` reads what
 they say otherwise. Loading never executes code from a folder and never fills a gap: missing,
@@ -57,14 +58,17 @@ _PARTS: dict[str, type] = {
     "transformer": SiT,
     "encoder": TileEncoder,
     "stain_probe": StainProbe,
+    "student": SiT,
 }
 _REQUIRED = ("transformer", "vae")
+_OF_THE_ENCODER = ("encoder", "stain_probe")
 
 
 class ModelParts(NamedTuple):
     """What a model folder holds, in evaluation mode, with the digest of all its weights.
 
     Attributes:
+        student: Jumps along the flow of `transformer` in a few forwards.
         null_condition: float32 [D] that stands for no condition; None for the zero vector.
         notes: Remarks on what the folder states differently from what was expected.
     """
@@ -78,6 +82,7 @@ class ModelParts(NamedTuple):
     null_condition: Tensor | None = None
     notes: tuple[str, ...] = ()
     folder: Path | None = None
+    student: SiT | None = None
 
 
 def load_model(
@@ -111,7 +116,9 @@ def load_model(
     answers = key_map if isinstance(key_map, KeyMap) else KeyMap.load(key_map)
     index = _read_index(folder)
     is_ours = "format_version" in index
-    names = [k for k in _PARTS if k in _REQUIRED or (is_ours and k in index and encoder == "auto")]
+    left_out = () if encoder == "auto" else _OF_THE_ENCODER
+    own = [k for k in _PARTS if is_ours and k in index and k not in left_out]
+    names = [k for k in _PARTS if k in _REQUIRED or k in own]
     drafts = {k: _draft(k, folder / k, answers, is_ours) for k in names}
     tile, tile_notes = _tile(index, drafts["transformer"].network)
     source = _encoder_source(folder, encoder, is_ours)
@@ -122,6 +129,8 @@ def load_model(
     _assign_all(drafts, str(folder), dtype, statistics.problems)
     parts = {name: draft.network for name, draft in drafts.items()}
     _check_fit(parts, tile, null_condition)
+    if "student" in parts:
+        _check_student(parts["student"], parts["transformer"], folder)
     notes = [*index_notes(index), *tile_notes, *statistics.notes]
     return ModelParts(
         vae=parts["vae"],
@@ -133,6 +142,7 @@ def load_model(
         null_condition=None if null_condition is None else null_condition.float(),
         notes=(*notes, *(note for draft in drafts.values() for note in draft.notes)),
         folder=folder,
+        student=parts.get("student"),
     )
 
 
@@ -345,6 +355,26 @@ def _check_fit(parts: dict[str, Any], tile: TileSpec, null_condition: Tensor | N
         raise ValueError(
             f"null_condition is {list(null_condition.shape)}, expected [{width}], in the space of "
             "the features; a null in the space of the embedding is not supported"
+        )
+
+
+def _check_student(student: SiT, transformer: SiT, folder: Path) -> None:
+    """Raise unless a student can stand in for the transformer: same latents, same conditions."""
+    shared = ("input_size", "in_channels", "conditioning_dim")
+    problems = [
+        f"{k} {student.config[k]} for {transformer.config[k]}"
+        for k in shared
+        if student.config[k] != transformer.config[k]
+    ]
+    statistics = ("bn.running_mean", "bn.running_var")
+    own, expected = student.state_dict(), transformer.state_dict()
+    problems += [f"another {k}" for k in statistics if not torch.equal(own[k], expected[k])]
+    settings = ("decoupled_depth", "taught_guidance")
+    problems += [f"no {k}" for k in settings if student.config[k] is None]
+    if problems:
+        raise ValueError(
+            f"{folder / 'student'} is no student of the transformer beside it: "
+            f"{'; '.join(problems)}; distil it from this transformer"
         )
 
 

@@ -21,13 +21,17 @@ from cytosyn_aug.hub import ENCODER_PATTERNS, announce_licence, find_folder
 from cytosyn_aug.images import images_to_pixels, pixels_to_images
 from cytosyn_aug.sampling import (
     adams_bashforth2,
+    bind_student,
     euler_maruyama,
+    flow_map,
     guide,
+    linear_grid,
     polynomial_grid,
     sample_noise,
 )
 
-Sampler = Literal["ab2", "euler_maruyama"]
+Sampler = Literal["student", "ab2", "euler_maruyama"]
+_STEPS: dict[Sampler, int] = {"student": 4, "ab2": 16, "euler_maruyama": 250}
 
 
 class Moments(NamedTuple):
@@ -70,7 +74,13 @@ class TileGenerator:
         self._null_condition = None if null is None else null.float().to(self.device)
         # The latent statistics are 8 numbers, and stain is in their last digits: they keep float32.
         statistics = {k: v.clone() for k, v in parts.transformer.bn.named_buffers()}
-        for part in (parts.vae, parts.transformer, parts.encoder, parts.stain_probe):
+        for part in (
+            parts.vae,
+            parts.transformer,
+            parts.encoder,
+            parts.stain_probe,
+            parts.student,
+        ):
             if part is not None:
                 # Not diffusers' own to(): it warns about a float32 list that is empty here.
                 nn.Module.to(part, self.device, dtype)
@@ -80,6 +90,7 @@ class TileGenerator:
         self.transformer = parts.transformer
         self.encoder = parts.encoder
         self.stain_probe = parts.stain_probe
+        self.student = parts.student
 
     @classmethod
     def from_pretrained(
@@ -221,16 +232,42 @@ class TileGenerator:
         return self.transformer(x, t, condition)
 
     @torch.no_grad()
+    def average_velocity(
+        self, x: Tensor, t: Tensor, condition: Tensor, r: Tensor, guidance: Tensor
+    ) -> Tensor:
+        """Return the student's average velocity from t to r at whitened latents.
+
+        Args:
+            x: float [B, C, h, w] at time t.
+            t: float [B], 1 = noise, 0 = data.
+            condition: float [B, D].
+            r: float [B], r <= t.
+            guidance: float [B], scales to fold in; 1 for none.
+
+        Returns:
+            u with x_r = x_t + (r - t) u, shape and dtype of `x`.
+
+        Raises:
+            ValueError: The model has no student.
+        """
+        if self.student is None:
+            raise ValueError(
+                f"{self.folder} holds no student; sample with 'ab2', or distil one with "
+                "`python -m training distil`"
+            )
+        return self.student(x, t, condition, r, guidance)
+
+    @torch.no_grad()
     def sample(
         self,
         cls: Conditions | None = None,
         *,
         per_condition: int = 1,
         steps: int | None = None,
-        sampler: Sampler = "ab2",
+        sampler: Sampler | None = None,
         guidance_scale: float = 1.0,
-        guidance_low: float = 0.0,
-        guidance_high: float = 0.75,
+        guidance_low: float | None = None,
+        guidance_high: float | None = None,
         seed: int = 0,
     ) -> Tensor:
         """Generate tiles from noise, with or without conditions.
@@ -239,46 +276,76 @@ class TileGenerator:
             cls: Conditions [N, D] (encoder CLS vectors), or a file of them; see
                 `cytosyn_aug.conditions`. None for unconditional tiles.
             per_condition: Tiles k for each condition.
-            steps: Velocity evaluations; None for 16 with "ab2" and 250 with "euler_maruyama".
-            sampler: "ab2" (few steps, deterministic) or "euler_maruyama" (the reference).
-            guidance_scale: Classifier-free guidance; 1 for none.
-            guidance_low: Lower end of the guidance interval in t (1 = noise).
-            guidance_high: Upper end; 0.75 means none in the noisiest quarter.
+            steps: Evaluations of the network; None for 4 with "student", 16 with "ab2" and 250
+                with "euler_maruyama".
+            sampler: "student" (few jumps, for models that have one), "ab2" (few steps of the
+                transformer) or "euler_maruyama" (the reference); the first two are deterministic.
+                None for "student" if there is one, else "ab2".
+            guidance_scale: Classifier-free guidance; 1 for none. A student costs the same with it.
+            guidance_low: Lower end of the guidance interval in t (1 = noise); None for 0, or for
+                what the student was taught.
+            guidance_high: Upper end; None for 0.75, no guidance in the noisiest quarter, or for
+                what the student was taught.
             seed: Tile i of the result has seed `seed + i`.
 
         Returns:
             uint8 [N k, 3, size, size]; the k tiles of a condition follow each other.
 
         Raises:
-            ValueError: Conditions of another width, or counts below 1.
+            ValueError: Conditions of another width, counts below 1, no student, or guidance that
+                the student was not taught.
         """
+        if sampler is None:
+            sampler = "ab2" if self.student is None else "student"
+        if sampler not in _STEPS:
+            raise ValueError(f"sampler is {sampler!r}, expected one of {sorted(_STEPS)}")
+        guidance = self._guidance(sampler, guidance_scale, guidance_low, guidance_high)
         conditions = self._conditions(cls, per_condition)
-        count = steps if steps is not None else (16 if sampler == "ab2" else 250)
-        if count < 2:
-            raise ValueError(f"steps is {count}, expected at least 2")
+        count = steps if steps is not None else _STEPS[sampler]
+        least = 1 if sampler == "student" else 2
+        if count < least:
+            raise ValueError(f"steps is {count}, expected at least {least} with {sampler!r}")
         images = []
         for start in range(0, len(conditions), self.batch_size):
             condition = conditions[start : start + self.batch_size]
             seeds = range(seed + start, seed + start + len(condition))
-            velocity = guide(
-                self.velocity,
-                condition,
-                self.null_condition,
-                guidance_scale,
-                guidance_low,
-                guidance_high,
-            )
-            noise = sample_noise(seeds, self.latent_shape).to(self.device)
-            if sampler == "ab2":
-                latents = adams_bashforth2(velocity, noise, polynomial_grid(count))
-            elif sampler == "euler_maruyama":
-                latents = euler_maruyama(
-                    velocity, noise.double(), self._step_noise(seeds), num_steps=count
-                )
-            else:
-                raise ValueError(f"sampler is {sampler!r}, expected 'ab2' or 'euler_maruyama'")
-            images.append(self.decode(latents))
+            images.append(self.decode(self._draw(condition, seeds, sampler, count, guidance)))
         return torch.cat(images)
+
+    def _draw(
+        self,
+        condition: Tensor,
+        seeds: Sequence[int],
+        sampler: Sampler,
+        steps: int,
+        guidance: tuple[float, float, float],
+    ) -> Tensor:
+        """Return whitened latents of one batch."""
+        noise = sample_noise(seeds, self.latent_shape).to(self.device)
+        if sampler == "student":
+            jumps = bind_student(self.average_velocity, condition, guidance[0])
+            return flow_map(jumps, noise, linear_grid(steps))
+        velocity = guide(self.velocity, condition, self.null_condition, *guidance)
+        if sampler == "ab2":
+            return adams_bashforth2(velocity, noise, polynomial_grid(steps))
+        return euler_maruyama(velocity, noise.double(), self._step_noise(seeds), num_steps=steps)
+
+    def _guidance(
+        self, sampler: Sampler, scale: float, low: float | None, high: float | None
+    ) -> tuple[float, float, float]:
+        """Return scale and interval, or raise if a student has learned neither."""
+        taught = None if self.student is None else self.student.config["taught_guidance"]
+        if sampler != "student" or taught is None:
+            return scale, 0.0 if low is None else low, 0.75 if high is None else high
+        largest, *interval = taught
+        given = [interval[k] if x is None else x for k, x in enumerate((low, high))]
+        if not 1 <= scale <= largest or given != interval:
+            raise ValueError(
+                f"guidance is {scale} in t from {given[0]} to {given[1]}, but the student was "
+                f"taught 1 to {largest} in {interval[0]} to {interval[1]}; stay inside or use "
+                "sampler='ab2'"
+            )
+        return scale, interval[0], interval[1]
 
     def check_images(self, images: Tensor) -> None:
         """Raise unless `images` are uint8 [B, 3, size, size] with the model's tile side."""

@@ -18,7 +18,7 @@ MODEL_PATTERNS = (
     "README.md",
     *(
         f"{part}/*.{suffix}"
-        for part in ("transformer", "vae", "encoder", "stain_probe", "scheduler")
+        for part in ("transformer", "vae", "encoder", "stain_probe", "student", "scheduler")
         for suffix in ("json", "safetensors")
     ),
 )

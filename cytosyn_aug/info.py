@@ -17,7 +17,7 @@ from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.hub import find_folder, licence_of
 
 RELEASED_PARAMETERS = {"transformer": (682_906_128, 674_774_800), "vae": (83_653_863,)}
-_PARTS = ("vae", "transformer", "encoder", "stain_probe")
+_PARTS = ("vae", "transformer", "encoder", "stain_probe", "student")
 
 
 def describe_model(generator: TileGenerator) -> dict[str, Any]:

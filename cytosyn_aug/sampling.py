@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 Velocity = Callable[[Tensor, float], Tensor]
+AverageVelocity = Callable[[Tensor, float, float], Tensor]
 ConditionalVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+ConditionalAverage = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def linear_grid(num_steps: int, start: float = 1.0) -> list[float]:
@@ -69,6 +71,31 @@ def adams_bashforth2(velocity: Velocity, x: Tensor, times: Sequence[float]) -> T
             r = h / h_previous
             x = x + h * ((1 + r / 2) * v - (r / 2) * v_previous)
         v_previous, h_previous = v, h
+    return x
+
+
+def flow_map(average_velocity: AverageVelocity, x: Tensor, times: Sequence[float]) -> Tensor:
+    """Jump along `times` with a network that knows the average velocity of a flow.
+
+    x_r = x_t + (r - t) u(x_t, t, r), one forward a jump; exact for an exact u, whatever the grid.
+
+    Args:
+        average_velocity: u(x, t, r) with host floats t >= r, 1 = noise.
+        x: State at `times[0]`.
+        times: Falling times; students are taught jumps towards data only.
+
+    Returns:
+        State at `times[-1]`, dtype of `x`.
+
+    Raises:
+        ValueError: Times that rise.
+
+    Source: Geng et al. (2025), "Mean Flows", algorithm 2.
+    """
+    for now, following in itertools.pairwise(times):
+        if following > now:
+            raise ValueError(f"jump from t = {now} to {following}; times must fall (1 is noise)")
+        x = x + (following - now) * average_velocity(x, now, following).to(x.dtype)
     return x
 
 
@@ -139,6 +166,28 @@ def guide(
         return v_null + scale * (v_condition - v_null)
 
     return guided
+
+
+def bind_student(
+    student: ConditionalAverage, condition: Tensor, scale: float = 1.0
+) -> AverageVelocity:
+    """Bind a condition and a guidance scale to a student, for `flow_map`.
+
+    Guidance costs nothing here: the student has learned it.
+
+    Args:
+        student: student(x [B, ...], t [B], condition [B, F], r [B], scale [B]).
+        condition: [B, F].
+        scale: Guidance scale; 1 for none.
+    """
+
+    def average_velocity(x: Tensor, t: float, r: float) -> Tensor:
+        start, end, scales = (
+            torch.full((len(x),), value, device=x.device) for value in (t, r, scale)
+        )
+        return student(x, start, condition, end, scales)
+
+    return average_velocity
 
 
 def sample_noise(seeds: Sequence[int], shape: Sequence[int], stream: int = 0) -> Tensor:

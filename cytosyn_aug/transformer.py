@@ -30,6 +30,10 @@ class SiT(ModelMixin, ConfigMixin):
     parameters with the alignment projector. Latents are whitened: `whiten` and `unwhiten` hold
     the statistics (buffers of `bn`) that translate to and from the VAE's own latents.
 
+    With `decoupled_depth` it is a flow map as well, without new parameters: the first blocks see
+    the time t at which a jump starts, the others and the last layer the time r at which it ends.
+    At r = t it is the velocity, bit for bit that of a plain trunk with the same weights.
+
     Args:
         input_size: Side of the latent, tile side / 8.
         patch_size: Latent positions per token side.
@@ -42,6 +46,14 @@ class SiT(ModelMixin, ConfigMixin):
         encoder_depth: Block after which tokens are aligned to the encoder in training.
         z_dims: Widths of the alignment targets; empty for no projector (inference only).
         projector_dim: Hidden width of the projector.
+        decoupled_depth: Blocks that see t while the others see r; None for a plain trunk.
+        taught_guidance: What guidance a student has learned to fold in: (largest scale, lower end,
+            upper end of the interval in t, 1 = noise). None for no guidance embedding.
+
+    Raises:
+        ValueError: `decoupled_depth` leaves no block for either time.
+
+    Source for the flow map: Lee et al. (2025), "Decoupled MeanFlow", arXiv 2510.24474.
     """
 
     @register_to_config
@@ -59,14 +71,23 @@ class SiT(ModelMixin, ConfigMixin):
         encoder_depth: int = 8,
         z_dims: tuple[int, ...] = (768,),
         projector_dim: int = 2048,
+        decoupled_depth: int | None = None,
+        taught_guidance: tuple[float, float, float] | None = None,
     ) -> None:
         super().__init__()
+        if decoupled_depth is not None and not 0 < decoupled_depth < depth:
+            raise ValueError(
+                f"decoupled_depth is {decoupled_depth}, expected 1 to {depth - 1} of {depth} "
+                "blocks, or None for a plain trunk"
+            )
         self.grid_size = input_size // patch_size
         self.patch_size = patch_size
         self.encoder_depth = encoder_depth
+        self.decoupled_depth = decoupled_depth
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
-        self.t_embedder = _TimeEmbedder(hidden_size)
+        self.t_embedder = _NumberEmbedder(hidden_size)
         self.y_embedder = _ConditionEmbedder(conditioning_dim, hidden_size)
+        self.guidance_embedder = _NumberEmbedder(hidden_size) if taught_guidance else None
         self.pos_embed = nn.Parameter(self.fixed_positions(), requires_grad=False)
         self.blocks = nn.ModuleList(_Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.projectors = nn.ModuleList(
@@ -80,33 +101,68 @@ class SiT(ModelMixin, ConfigMixin):
         """Return the fixed sin-cos positions [1, N, D] that `pos_embed` holds."""
         return _sincos_positions(self.config["hidden_size"], self.grid_size)
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, condition_BF: Tensor) -> Tensor:
-        """Return the velocity at whitened latents.
+    def forward(
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        condition_BF: Tensor,
+        r_B: Tensor | None = None,
+        guidance_B: Tensor | None = None,
+    ) -> Tensor:
+        """Return the velocity at whitened latents, or the average velocity of a jump.
 
         Args:
             x_BCHW: Latents at time t, any float dtype; the network's dtype is used inside.
             t_B: Times in [0, 1], 1 = noise.
             condition_BF: Encoder CLS vectors; the zero vector is the null condition.
+            r_B: Times r <= t to jump to, x_r = x_t + (r - t) u; None for r = t.
+            guidance_B: Scales, 1 = none, to be folded in; None for 1.
 
         Returns:
-            Velocity eps - x, shape and dtype of `x_BCHW`.
+            Velocity eps - x, or its average u from t to r; shape and dtype of `x_BCHW`.
+
+        Raises:
+            ValueError: Given r without `decoupled_depth`, or guidance without `taught_guidance`.
         """
-        return self.forward_tokens(x_BCHW, t_B, condition_BF)[0]
+        return self.forward_tokens(x_BCHW, t_B, condition_BF, r_B, guidance_B)[0]
 
     def forward_tokens(
-        self, x_BCHW: Tensor, t_B: Tensor, condition_BF: Tensor
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        condition_BF: Tensor,
+        r_B: Tensor | None = None,
+        guidance_B: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the velocity and the tokens [B, N, D] after block `encoder_depth`."""
-        dtype = self.x_embedder.proj.weight.dtype
-        c_BD = self.t_embedder(t_B, dtype) + self.y_embedder(condition_BF.to(dtype))
-        h_BND = self.x_embedder(x_BCHW.to(dtype)) + self.pos_embed
+        """Return what `forward` does and the tokens [B, N, D] after block `encoder_depth`."""
+        start_BD, end_BD = self._modulations(t_B, condition_BF, r_B, guidance_B)
+        h_BND = self.x_embedder(x_BCHW.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed
         aligned_BND = h_BND
         for number, block in enumerate(self.blocks, start=1):
-            h_BND = block(h_BND, c_BD)
+            is_start = self.decoupled_depth is None or number <= self.decoupled_depth
+            h_BND = block(h_BND, start_BD if is_start else end_BD)
             if number == self.encoder_depth:
                 aligned_BND = h_BND
-        out = self._unpatchify(self.final_layer(h_BND, c_BD))
+        out = self._unpatchify(self.final_layer(h_BND, end_BD))
         return out.to(x_BCHW.dtype), aligned_BND
+
+    def _modulations(
+        self, t_B: Tensor, condition_BF: Tensor, r_B: Tensor | None, guidance_B: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return what modulates the blocks at either end of a jump [B, D], the same at r = t."""
+        dtype = self.x_embedder.proj.weight.dtype
+        shared_BD = self.y_embedder(condition_BF.to(dtype))
+        if self.guidance_embedder is not None:
+            scale_B = torch.ones_like(t_B) if guidance_B is None else guidance_B
+            shared_BD = shared_BD + self.guidance_embedder(scale_B, dtype)
+        elif guidance_B is not None:
+            raise ValueError("this network takes no guidance scale; guide its velocity instead")
+        start_BD = self.t_embedder(t_B, dtype) + shared_BD
+        if r_B is None:
+            return start_BD, start_BD
+        if self.decoupled_depth is None:
+            raise ValueError("a plain trunk knows no jumps to r; it has no decoupled_depth")
+        return start_BD, self.t_embedder(r_B, dtype) + shared_BD
 
     def whiten(self, latents: Tensor) -> Tensor:
         """Translate VAE latents [B, C, H, W] to the whitened ones the transformer sees.
@@ -143,6 +199,8 @@ class SiT(ModelMixin, ConfigMixin):
         for name, parameter in self.named_parameters():
             if name.startswith(("t_embedder.", "y_embedder.")) and name.endswith("weight"):
                 nn.init.normal_(parameter, std=0.02)
+            elif name == "guidance_embedder.mlp.2.weight":  # an untaught scale changes nothing
+                nn.init.zeros_(parameter)
         for block in (*self.blocks, self.final_layer):
             nn.init.zeros_(block.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
@@ -180,8 +238,8 @@ class _FinalLayer(nn.Module):
         return self.linear(self.norm_final(h_BND) * (1 + scale) + shift)
 
 
-class _TimeEmbedder(nn.Module):
-    """256 sinusoids of raw t in [0, 1], then a two-layer MLP."""
+class _NumberEmbedder(nn.Module):
+    """256 sinusoids of a raw number, t in [0, 1] or a guidance scale, then a two-layer MLP."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -189,10 +247,10 @@ class _TimeEmbedder(nn.Module):
             nn.Linear(_NUM_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width)
         )
 
-    def forward(self, t_B: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(self, number_B: Tensor, dtype: torch.dtype) -> Tensor:
         half = _NUM_FREQUENCIES // 2
-        steps = torch.arange(half, dtype=torch.float32, device=t_B.device)
-        angles = t_B.float()[:, None] * torch.exp(-math.log(10000.0) / half * steps)
+        steps = torch.arange(half, dtype=torch.float32, device=number_B.device)
+        angles = number_B.float()[:, None] * torch.exp(-math.log(10000.0) / half * steps)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
 
 

@@ -72,6 +72,19 @@ def random_parts(seed=0):
     return ModelParts(vae, transformer, encoder, probe, TileSpec(size_px=SIZE), digest="")
 
 
+def with_student(parts, **changes):
+    """Add a student of the transformer's shape and latents, random in every weight."""
+    settings = {k: v for k, v in parts.transformer.config.items() if not k.startswith("_")}
+    split = {"decoupled_depth": 1, "taught_guidance": (3.0, 0.0, 0.75)}
+    torch.manual_seed(1)
+    student = SiT(**settings | split | changes).eval()
+    for parameter in student.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    student.bn.load_state_dict(parts.transformer.bn.state_dict())
+    return parts._replace(student=student)
+
+
 def write_released(folder, parts, *, dtype=torch.float16, num_shards=1, statistics="bn"):
     """Write parts as the released repository is laid out: no version, REPA-E's config, no tiles.
 
@@ -135,6 +148,13 @@ def model_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def generator(model_folder):
     return TileGenerator(load_model(model_folder))
+
+
+@pytest.fixture(scope="session")
+def student_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("with_student")
+    save_model(folder, with_student(random_parts()), torch.float32)
+    return folder
 
 
 @pytest.fixture

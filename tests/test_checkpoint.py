@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import random_parts
+from conftest import random_parts, with_student
 from safetensors.torch import load_file, save_file
 
 from cytosyn_aug.checkpoint import WEIGHTS_NAME, load_model, save_model
@@ -90,3 +90,63 @@ def test_a_config_of_another_class_is_refused(copy):
     (copy / "transformer" / "config.json").write_text(json.dumps({"num_layers": 3}))
     with pytest.raises(ValueError, match="does not describe a SiT"):
         load_model(copy)
+
+
+def test_a_student_comes_back_bit_equal_and_is_optional(student_folder, model_folder):
+    student = load_model(student_folder).student
+    written = with_student(random_parts()).student
+    assert student.config["decoupled_depth"] == 1
+    assert student.config["taught_guidance"] == (3.0, 0.0, 0.75)
+    state = student.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in written.state_dict().items())
+    assert load_model(model_folder).student is None
+
+
+def test_the_student_is_part_of_the_digest(student_folder, model_folder, tmp_path):
+    folder = shutil.copytree(student_folder, tmp_path / "model")
+    before = load_model(folder).digest
+    assert before != load_model(model_folder).digest
+    file = folder / "student" / WEIGHTS_NAME
+    tensors = load_file(file)
+    tensors["final_layer.linear.bias"].add_(1)
+    save_file(tensors, file)
+    assert load_model(folder).digest != before
+
+
+def test_a_student_stays_when_another_encoder_is_asked_for(student_folder):
+    parts = load_model(student_folder, encoder=None)
+    assert parts.encoder is None
+    assert parts.stain_probe is None
+    assert parts.student is not None
+
+
+def test_a_student_without_a_tensor_is_refused(student_folder, tmp_path):
+    folder = shutil.copytree(student_folder, tmp_path / "model")
+    file = folder / "student" / WEIGHTS_NAME
+    tensors = load_file(file)
+    del tensors["guidance_embedder.mlp.0.bias"]
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"missing: guidance_embedder.mlp.0.bias"):
+        load_model(folder)
+
+
+def other_statistics(student):
+    student.bn.running_mean.add_(1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "edit", "message"),
+    [
+        ({}, other_statistics, "another bn.running_mean"),
+        ({"conditioning_dim": 7}, None, "conditioning_dim 7 for 24"),
+        ({"decoupled_depth": None}, None, "no decoupled_depth"),
+        ({"taught_guidance": None}, None, "no taught_guidance"),
+    ],
+)
+def test_a_student_of_another_transformer_is_refused(tmp_path, changes, edit, message):
+    parts = with_student(random_parts(), **changes)
+    if edit:
+        edit(parts.student)
+    save_model(tmp_path, parts, torch.float32)
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path)

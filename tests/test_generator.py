@@ -4,6 +4,7 @@ from conftest import SIZE, random_parts, synthetic_tiles
 
 from cytosyn_aug.checkpoint import load_model
 from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.sampling import bind_student, flow_map, sample_noise
 
 
 def test_moments_have_the_latent_shape_and_positive_spread(generator, tiles):
@@ -19,10 +20,10 @@ def test_features_are_rows_of_the_batch(generator, tiles):
     assert together.patches.shape == (4, (SIZE // 14) ** 2, 24)
 
 
-@pytest.mark.parametrize("sampler", ["ab2", "euler_maruyama"])
-def test_a_sample_is_a_function_of_its_seed_in_any_batch(model_folder, sampler):
-    small = TileGenerator.from_pretrained(model_folder, batch_size=2)
-    large = TileGenerator.from_pretrained(model_folder, batch_size=8)
+@pytest.mark.parametrize("sampler", ["student", "ab2", "euler_maruyama"])
+def test_a_sample_is_a_function_of_its_seed_in_any_batch(student_folder, sampler):
+    small = TileGenerator.from_pretrained(student_folder, batch_size=2)
+    large = TileGenerator.from_pretrained(student_folder, batch_size=8)
     kwargs = {"per_condition": 5, "steps": 3, "sampler": sampler}
     a, b = small.sample(**kwargs, seed=10), large.sample(**kwargs, seed=10)
     assert (a.int() - b.int()).abs().max() <= 1  # kernels round differently by batch shape
@@ -51,6 +52,47 @@ def test_without_a_condition_the_null_condition_is_used(generator):
         generator.sample(per_condition=2, steps=2),
         generator.sample(torch.zeros(1, 24), per_condition=2, steps=2),
     )
+
+
+@pytest.fixture(scope="module")
+def taught(student_folder):
+    return TileGenerator.from_pretrained(student_folder)
+
+
+def test_a_student_samples_in_four_jumps_unless_told_otherwise(taught):
+    cls = torch.randn(2, 24, generator=torch.Generator().manual_seed(0))
+    usual = taught.sample(cls, seed=3)
+    assert torch.equal(usual, taught.sample(cls, seed=3, sampler="student", steps=4))
+    noise = sample_noise([3, 4], taught.latent_shape)
+    average = bind_student(taught.average_velocity, cls, 1.0)
+    by_hand = flow_map(average, noise, [1.0, 0.75, 0.5, 0.25, 0.0])
+    assert torch.equal(usual, taught.decode(by_hand))
+    assert taught.sample(cls, steps=1).shape == usual.shape
+
+
+def test_the_transformer_of_a_model_with_a_student_samples_as_without(taught, generator):
+    assert torch.equal(taught.sample(sampler="ab2"), generator.sample())
+
+
+def test_a_student_folds_guidance_in(taught):
+    cls = torch.randn(1, 24)
+    plain = taught.sample(cls)
+    assert torch.equal(plain, taught.sample(cls, guidance_scale=1.0, guidance_high=0.75))
+    assert not torch.equal(plain, taught.sample(cls, guidance_scale=3.0))
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"guidance_scale": 3.5}, {"guidance_scale": 0.5}, {"guidance_high": 1.0}]
+)
+def test_guidance_that_a_student_was_not_taught_is_refused(taught, kwargs):
+    with pytest.raises(ValueError, match=r"taught 1 to 3.0 in 0.0 to 0.75"):
+        taught.sample(**kwargs)
+    assert taught.sample(**kwargs, sampler="ab2", steps=2).shape[0] == 1
+
+
+def test_a_model_without_a_student_says_so(generator):
+    with pytest.raises(ValueError, match="holds no student"):
+        generator.sample(sampler="student")
 
 
 def test_bfloat16_networks_stay_close_to_float32(model_folder, tiles):

@@ -20,9 +20,9 @@ ROWS = [
 ]
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "misc", "common", "core", "base"}
 TRAINING_ROWS = [
-    {"data", "losses", "perception", "sheets", "muon", "weights", "parallel"},
-    {"loop"},
-    {"vae", "encoder", "sit"},
+    {"data", "losses", "mean_flow", "perception", "sheets", "muon", "weights", "parallel"},
+    {"latents", "loop"},
+    {"vae", "encoder", "sit", "distil"},
     {"evaluate", "export", "recipes", "restaining"},
     {"__main__"},
 ]

@@ -9,8 +9,10 @@ import torch
 
 from cytosyn_aug.sampling import (
     adams_bashforth2,
+    bind_student,
     euler,
     euler_maruyama,
+    flow_map,
     guide,
     linear_grid,
     polynomial_grid,
@@ -86,6 +88,46 @@ def test_euler_maruyama_equals_the_reference_in_its_own_terms():
         num_steps=10,
     )
     np.testing.assert_allclose(got.numpy(), x, rtol=1e-12)
+
+
+def growth(x, t, r):
+    """Average velocity of dx/dt = 2 x, whose flow is x_r = x_t exp(2 (r - t))."""
+    return x * (math.exp(2 * (r - t)) - 1) / (r - t)
+
+
+@pytest.mark.parametrize("times", [[1.0, 0.0], [1.0, 0.3, 0.0], linear_grid(7), polynomial_grid(5)])
+def test_an_exact_average_velocity_lands_on_the_flow_whatever_the_jumps(times):
+    x = torch.randn(5, dtype=F64)
+    torch.testing.assert_close(flow_map(growth, x, times), x * math.exp(-2))
+
+
+def test_jumps_compose():
+    x = torch.randn(5, dtype=F64)
+    whole = flow_map(growth, x, [0.9, 0.5, 0.2])
+    parts = flow_map(growth, flow_map(growth, x, [0.9, 0.5]), [0.5, 0.2])
+    assert torch.equal(whole, parts)
+
+
+def test_a_jump_of_a_constant_velocity_is_exact():
+    x, v = torch.randn(2, 3, dtype=F64), torch.randn(2, 3, dtype=F64)
+    torch.testing.assert_close(flow_map(lambda x_t, t, r: v, x, [1.0, 0.25]), x - 0.75 * v)
+
+
+def test_jumps_towards_noise_are_refused():
+    with pytest.raises(ValueError, match=r"jump from t = 0.2 to 0.5; times must fall"):
+        flow_map(growth, torch.zeros(1), [1.0, 0.2, 0.5])
+
+
+def test_a_bound_student_gets_times_condition_and_scale_for_every_row():
+    seen = []
+
+    def student(x, t, condition, r, scale):
+        seen.append([y.tolist() for y in (t, condition, r, scale)])
+        return x
+
+    average = bind_student(student, torch.tensor([[3.0], [4.0]]), 2.5)
+    flow_map(average, torch.zeros(2, 1), [1.0, 0.5])
+    assert seen == [[[1.0, 1.0], [[3.0], [4.0]], [0.5, 0.5], [2.5, 2.5]]]
 
 
 def gaussian_velocity(mean, std):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cytosyn_aug.encoder import TileEncoder
 from cytosyn_aug.transformer import SiT
@@ -93,6 +94,87 @@ def random_sit():
     return network
 
 
+@pytest.fixture
+def student(random_sit):
+    """The same weights, the first two of three blocks at t, with an untaught guidance scale."""
+    settings = SMALL | {"decoupled_depth": 2, "taught_guidance": (3.0, 0.0, 0.75)}
+    network = SiT(**settings).eval()
+    found = network.load_state_dict(random_sit.state_dict(), strict=False)
+    assert not found.unexpected_keys
+    assert all(k.startswith("guidance_embedder.") for k in found.missing_keys)
+    return network
+
+
+def inputs(num=2):
+    draw = torch.Generator().manual_seed(0)
+    t, r = torch.rand(2, num, generator=draw).sort(0, descending=True).values
+    x, condition = torch.randn(num, 4, 8, 8, generator=draw), torch.randn(num, 6, generator=draw)
+    return x, t, condition, r
+
+
+def test_a_split_adds_no_parameter():
+    split = SiT(**SMALL | {"decoupled_depth": 2})
+    assert list(split.state_dict()) == list(SiT(**SMALL).state_dict())
+
+
+@pytest.mark.parametrize("scale", [None, 1.0, 2.5])
+@pytest.mark.parametrize("with_r", [False, True])
+def test_an_untaught_student_at_r_equal_t_is_its_teacher_bit_for_bit(
+    random_sit, student, with_r, scale
+):
+    x, t, condition, _ = inputs()
+    guidance = None if scale is None else torch.full_like(t, scale)
+    got = student(x, t, condition, t.clone() if with_r else None, guidance)
+    assert torch.equal(got, random_sit(x, t, condition))
+
+
+def test_only_the_last_blocks_see_r(student):
+    """The tokens after block 2 (`encoder_depth`, the split) depend on t alone."""
+    x, t, condition, r = inputs()
+    u, tokens = student.forward_tokens(x, t, condition, r)
+    v, same = student.forward_tokens(x, t, condition, t)
+    assert torch.equal(tokens, same)
+    assert not torch.allclose(u, v)
+    assert not torch.equal(student.forward_tokens(x, r, condition, r)[1], tokens)
+
+
+def test_a_taught_guidance_scale_changes_the_jump_and_one_is_the_default(student):
+    torch.nn.init.normal_(student.guidance_embedder.mlp[2].weight)
+    x, t, condition, r = inputs()
+    plain = student(x, t, condition, r)
+    assert torch.equal(plain, student(x, t, condition, r, torch.ones_like(t)))
+    assert not torch.allclose(plain, student(x, t, condition, r, torch.full_like(t, 2.0)))
+
+
+def test_a_plain_trunk_refuses_jumps_and_guidance(random_sit):
+    x, t, condition, r = inputs()
+    with pytest.raises(ValueError, match="a plain trunk knows no jumps"):
+        random_sit(x, t, condition, r)
+    with pytest.raises(ValueError, match="takes no guidance scale"):
+        random_sit(x, t, condition, guidance_B=torch.ones_like(t))
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+def test_a_split_that_leaves_no_block_is_refused(depth):
+    with pytest.raises(ValueError, match=f"decoupled_depth is {depth}, expected 1 to 2"):
+        SiT(**SMALL | {"decoupled_depth": depth})
+
+
+def test_forward_mode_derivatives_are_those_of_differences(student):
+    """Along a direction in latents and time; float64, hence a small step."""
+    network = torch.nn.Module.to(student, torch.float64)
+    x, t, condition, r = (y.double() for y in inputs())
+    v = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with sdpa_kernel(SDPBackend.MATH):
+        _, derivative = torch.func.jvp(
+            lambda x, t: network(x, t, condition, r), (x, t), (v, torch.ones_like(t))
+        )
+    h = 1e-3  # the time embedding is float32, and limits how small it may be
+    ahead, behind = (network(x + s * v, t + s, condition, r) for s in (h, -h))
+    difference = (ahead - behind) / (2 * h)
+    assert (derivative - difference).norm() < 1e-3 * derivative.norm()
+
+
 def test_a_batch_is_its_rows(random_sit):
     x, t, c = torch.randn(3, 4, 8, 8), torch.rand(3), torch.randn(3, 6)
     rows = torch.cat([random_sit(x[i : i + 1], t[i : i + 1], c[i : i + 1]) for i in range(3)])
@@ -135,3 +217,12 @@ def test_it_compiles_without_graph_breaks(random_sit):
     x, t, c = torch.randn(2, 4, 8, 8), torch.rand(2), torch.randn(2, 6)
     compiled = torch.compile(random_sit, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x, t, c), random_sit(x, t, c))
+
+
+def test_jumps_compile_without_graph_breaks(student):
+    x, t, condition, r = inputs()
+    compiled = torch.compile(student, fullgraph=True, backend="eager")
+    scale = torch.full_like(t, 2.0)
+    torch.testing.assert_close(
+        compiled(x, t, condition, r, scale), student(x, t, condition, r, scale)
+    )

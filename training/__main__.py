@@ -4,7 +4,8 @@ python -m training vae     --data TILES --out RUN
 python -m training encoder --data TILES --out RUN
 python -m training sit     --data TILES --out RUN --vae RUN --encoder RUN
 python -m training decoder --data TILES --out RUN --warm-start VAE_RUN
-python -m training export  --vae RUN --encoder RUN --sit RUN --out FOLDER
+python -m training distil  --data TILES --out RUN --vae RUN --encoder RUN --teacher RUN
+python -m training export  --vae RUN --encoder RUN --sit RUN [--student RUN] --out FOLDER
 python -m training evaluate --data TILES --model FOLDER --out REPORT
 python -m training restaining --data SLIDES --model FOLDER --out REPORT
 
@@ -24,15 +25,18 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
-from cytosyn_aug.checkpoint import ModelParts
+from cytosyn_aug.checkpoint import ModelParts, load_model
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.encoder import StainProbe, TileEncoder
 from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.transformer import SiT
 from training import recipes
 from training.data import load_tiles
+from training.distil import DistilRecipe, DistilStage, build_student
 from training.encoder import EncoderRecipe, EncoderStage, build_encoder
 from training.evaluate import evaluate
 from training.export import export
+from training.latents import LatentSpace
 from training.loop import Stage, recipe_dict, train
 from training.restaining import gap_closed, known_answer, methods
 from training.sheets import write_sheet
@@ -40,7 +44,7 @@ from training.sit import SitRecipe, SitStage, build_transformer
 from training.vae import VaeRecipe, VaeStage, build_vae
 from training.weights import load_stage, mean_weights, stage_weights
 
-_TRAINED = ("vae", "encoder", "sit", "decoder")
+_TRAINED = ("vae", "encoder", "sit", "decoder", "distil")
 
 
 def main() -> None:
@@ -62,6 +66,8 @@ def main() -> None:
     )
     parser.add_argument("--encoder", type=Path, help="run or model folder of the encoder")
     parser.add_argument("--sit", type=Path, help="run or model folder of the transformer")
+    parser.add_argument("--teacher", type=Path, help="distil: run or model folder of the teacher")
+    parser.add_argument("--student", type=Path, help="export: run or model folder of the student")
     parser.add_argument("--model", type=Path, help="model folder to evaluate; default: tiny")
     parser.add_argument("--only", default="", help="restaining: methods whose name holds this")
     parser.add_argument("--warm-start", type=Path, help="run or model folder to start from")
@@ -95,6 +101,11 @@ def _train(args: argparse.Namespace, device: torch.device) -> None:
     elif isinstance(recipe, EncoderRecipe):
         cache = args.out / "teacher"
         stage = EncoderStage(recipe, tiles, validation, device, cache, args.compile)
+    elif isinstance(recipe, DistilRecipe):
+        _need(args, "vae", "encoder", "teacher")
+        space = LatentSpace(_load_vae(args).to(device), _load_encoder(args).to(device))
+        teacher, cache = _load_transformer(args, args.teacher), args.out / "views"
+        stage = DistilStage(recipe, tiles, validation, space, teacher, cache, args.compile)
     else:
         assert isinstance(recipe, SitRecipe)
         _need(args, "vae", "encoder")
@@ -113,14 +124,16 @@ def _train(args: argparse.Namespace, device: torch.device) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     _need(args, "vae", "encoder", "sit")
-    recipe = _recipe(args.recipe, "sit")
-    assert isinstance(recipe, SitRecipe)
-    encoder = _load_encoder(args)
-    width = encoder.config["embed_dim"]
-    transformer, probe = build_transformer(recipe, width), StainProbe(conditioning_dim=width)
-    load_stage(args.sit, "sit", transformer)
+    encoder, transformer = _load_encoder(args), _load_transformer(args, args.sit)
+    probe = StainProbe(conditioning_dim=encoder.config["embed_dim"])
     load_stage(args.encoder, "encoder", probe, prefix="stain_probe.")
     parts = ModelParts(_load_vae(args), transformer, encoder, probe, TileSpec(), digest="")
+    if args.student is not None:
+        recipe = _recipe(args.recipe, "distil")
+        assert isinstance(recipe, DistilRecipe)
+        student = build_student(recipe, transformer)
+        load_stage(args.student, "distil", student, prefix="student.")
+        parts = parts._replace(student=student)
     print(export(args.out, parts))
 
 
@@ -152,7 +165,7 @@ def _compare_restaining(args: argparse.Namespace, device: torch.device) -> None:
             stream.write(row + "\n")
 
 
-def _recipe(name: str, stage: str) -> VaeRecipe | EncoderRecipe | SitRecipe:
+def _recipe(name: str, stage: str) -> VaeRecipe | EncoderRecipe | SitRecipe | DistilRecipe:
     function = getattr(recipes, f"{name}_{stage}", None)
     if function is None:
         raise SystemExit(f"no recipe {name}_{stage} in training/recipes.py")
@@ -164,7 +177,7 @@ def _starting_weights(args: argparse.Namespace) -> dict[str, Tensor] | None:
     if args.warm_start is None:
         return None
     weights = stage_weights(args.warm_start, args.stage)
-    return {k: v for k, v in weights.items() if not k.startswith("bn.")}
+    return {k: v for k, v in weights.items() if not k.removeprefix("student.").startswith("bn.")}
 
 
 def _load_vae(args: argparse.Namespace) -> AutoencoderKL:
@@ -181,6 +194,19 @@ def _load_encoder(args: argparse.Namespace) -> TileEncoder:
     encoder = load_stage(args.encoder, "encoder", build_encoder(recipe), prefix="encoder.")
     assert isinstance(encoder, TileEncoder)
     return encoder
+
+
+def _load_transformer(args: argparse.Namespace, source: Path) -> SiT:
+    """Return the transformer of a run, shaped by the recipe, or of a model folder as it is."""
+    if not (source / "checkpoint.pt").is_file():
+        return load_model(source).transformer
+    recipe = _recipe(args.recipe, "sit")
+    assert isinstance(recipe, SitRecipe)
+    encoder = _recipe(args.recipe, "encoder")
+    assert isinstance(encoder, EncoderRecipe)
+    transformer = load_stage(source, "sit", build_transformer(recipe, encoder.embed_dim))
+    assert isinstance(transformer, SiT)
+    return transformer
 
 
 def _keep_freed_memory() -> None:

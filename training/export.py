@@ -1,4 +1,4 @@
-"""Write the averaged weights of three runs as one model folder, reopen it and compare."""
+"""Write the averaged weights of several runs as one model folder, reopen it and compare."""
 
 from __future__ import annotations
 

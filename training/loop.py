@@ -84,7 +84,10 @@ class LoopConfig:
 class Stage(Protocol):
     """One trainable thing: its network, the loss of a step, and how to look at it."""
 
-    network: nn.Module
+    @property
+    def network(self) -> nn.Module:
+        """What is trained, averaged and saved."""
+        ...
 
     @property
     def batch_size(self) -> int:

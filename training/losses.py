@@ -43,3 +43,22 @@ def velocity_error(predicted: Tensor, target: Tensor) -> Tensor:
 def standardised_error(predicted: Tensor, target: Tensor) -> Tensor:
     """Return the mean squared error of predicted statistics, already scaled to unit variance."""
     return torch.mean((predicted.float() - target.float()).square())
+
+
+def cauchy_error(predicted: Tensor, target: Tensor, log_scale: Tensor) -> Tensor:
+    """Return the mean over a batch of log(1 + e / s) + log(s) / 2, e the squared error of a row.
+
+    The likelihood of a Cauchy distribution: a row weighs 1 / (e + s) in the gradient, so that the
+    few rows of a bootstrapped target that are far off do not rule the batch. A trained s settles
+    near the median of e and evens out times that are easy and hard.
+
+    Args:
+        predicted: [B, ...].
+        target: Shape of `predicted`.
+        log_scale: log s [B].
+
+    Source: Lee et al. (2025), Decoupled MeanFlow, whose log(e / s + 0.01) + log(s) falls without
+    end in s when trained: here log(s) has the weight of the distribution's normalisation.
+    """
+    error = (predicted.float() - target.float()).square().flatten(1).mean(1)
+    return (torch.log1p(error * torch.exp(-log_scale)) + log_scale / 2).mean()

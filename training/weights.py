@@ -17,7 +17,7 @@ def stage_weights(source: Path, stage: str) -> dict[str, Tensor]:
 
     Args:
         source: Run folder of the same stage, or a model folder.
-        stage: "vae", "decoder", "encoder" or "sit".
+        stage: "vae", "decoder", "encoder", "sit" or "distil".
 
     Raises:
         FileNotFoundError: The folder is neither.
@@ -26,10 +26,12 @@ def stage_weights(source: Path, stage: str) -> dict[str, Tensor]:
         state = torch.load(source / "checkpoint.pt", map_location="cpu", weights_only=True)
         return state["average"]
     parts = load_model(source)
+    named = {"": parts.transformer if stage == "sit" else parts.vae}
     if stage == "encoder":
         named = {"encoder.": parts.encoder, "stain_probe.": parts.stain_probe}
-        return {p + k: v for p, part in named.items() for k, v in _state(part).items()}
-    return _state(parts.transformer if stage == "sit" else parts.vae)
+    elif stage == "distil":
+        named = {"student.": parts.student}
+    return {p + k: v for p, part in named.items() for k, v in _state(part).items()}
 
 
 def _state(part: nn.Module | None) -> dict[str, Tensor]:

@@ -11,9 +11,10 @@ from cytosyn_aug.checkpoint import load_model
 from cytosyn_aug.generator import TileGenerator
 from training.__main__ import main
 from training.data import load_tiles
+from training.latents import mean_token
 from training.losses import alignment
 from training.recipes import smoke_sit
-from training.sit import SitStage, mean_token
+from training.sit import SitStage
 from training.weights import stage_weights
 
 
@@ -44,6 +45,9 @@ def runs(data, tmp_path_factory):
     parts = ("--vae", root / "vae", "--encoder", root / "encoder")
     run("sit", *smoke, "--out", root / "sit", *parts)
     run("export", "--recipe", "smoke", "--out", root / "model", "--sit", root / "sit", *parts)
+    run("distil", *smoke, "--out", root / "distil", "--teacher", root / "sit", *parts)
+    run("export", "--recipe", "smoke", "--out", root / "with_student", "--sit", root / "sit",
+        "--student", root / "distil", *parts)  # fmt: skip
     return root
 
 
@@ -51,6 +55,31 @@ def runs(data, tmp_path_factory):
 def test_the_exported_model_generates(runs):
     generator = TileGenerator.from_pretrained(runs / "model")
     assert generator.sample(steps=2).shape == (1, 3, 224, 224)
+
+
+@pytest.mark.slow
+def test_a_model_exported_with_a_student_generates_with_it(runs):
+    plain = TileGenerator.from_pretrained(runs / "model")
+    generator = TileGenerator.from_pretrained(runs / "with_student")
+    assert generator.digest != plain.digest
+    jumped = generator.sample(seed=1)
+    assert torch.equal(jumped, generator.sample(seed=1, sampler="student", steps=4))
+    assert torch.equal(generator.sample(sampler="ab2"), plain.sample())
+    averaged = stage_weights(runs / "distil", "distil")["student.final_layer.linear.weight"]
+    stored = stage_weights(runs / "with_student", "distil")["student.final_layer.linear.weight"]
+    assert torch.equal(averaged.half().float(), stored)
+
+
+@pytest.mark.slow
+def test_a_student_is_distilled_from_a_model_folder_alone(runs, data, tmp_path):
+    """As its own teacher, autoencoder, encoder and starting point."""
+    model = runs / "with_student"
+    run("distil", "--recipe", "smoke", "--data", data, "--out", tmp_path, "--minutes", "0",
+        "--vae", model, "--encoder", model, "--teacher", model, "--warm-start", model)  # fmt: skip
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["average"]
+    rough = {"rtol": 0.0, "atol": 0.02}  # one step of the warm-up, and half precision
+    for name, value in stage_weights(model, "distil").items():
+        torch.testing.assert_close(state[name], value, **rough)
 
 
 @pytest.mark.slow
@@ -67,7 +96,7 @@ def test_the_latents_of_the_training_tiles_are_white(runs, data):
 
 @pytest.mark.slow
 def test_every_stage_wrote_curves_reports_and_pictures(runs):
-    for name in ("vae", "encoder", "sit"):
+    for name in ("vae", "encoder", "sit", "distil"):
         report = json.loads((runs / name / "reports.jsonl").read_text().splitlines()[-1])
         assert report["step"] == 2
     assert (runs / "sit" / "samples_000002.png").exists()

@@ -1,0 +1,265 @@
+"""Compare samplers of a model at equal numbers of forwards: one table and one plot.
+
+usage: python examples/compare_samplers.py --model FOLDER --data SLIDES --out REPORT [--num 1000]
+SLIDES holds <slide>/<tile>. Of 2 x num tiles, evenly spaced, every second one is a source: tiles
+are drawn from its features, from the same noise by every sampler, and compared with the other half.
+The real sources compared with that half give the floor. Rows are kept in REPORT/rows.jsonl, so an
+interrupted comparison resumes.
+
+frechet   between normal fits of 16 principal components of AlexNet features
+recall    share of the other half within the 3rd-neighbour distance of a drawn tile
+coverage  share of the other half that a drawn tile is within the 3rd-neighbour distance of
+fidelity  mean cosine of a drawn tile's features to its source's, by the model's encoder
+to ODE    root mean square distance of latents from those of the long ODE
+
+Sources: Heusel et al. (2017), Kynkaanniemi et al. (2019), Naeem et al. (2020).
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.sampling import (
+    Velocity,
+    adams_bashforth2,
+    bind_student,
+    euler,
+    euler_maruyama,
+    flow_map,
+    guide,
+    linear_grid,
+    polynomial_grid,
+    sample_noise,
+)
+
+FORWARDS = (1, 2, 4, 8)
+NUM_COMPONENTS = 16
+NEIGHBOUR = 3
+COLUMNS = ("frechet", "recall", "coverage", "fidelity", "to_ode", "seconds")
+
+
+class Run(NamedTuple):
+    """One row: a sampler, its forwards, and how it draws latents (seeds, condition)."""
+
+    sampler: str
+    forwards: int
+    draw: Callable[[Sequence[int], Tensor], Tensor]
+
+
+def heun(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
+    """Integrate dx/dt = v with Heun's method, two velocities a step."""
+    for now, following in pairwise(times):
+        v = velocity(x, now)
+        ahead = velocity(x + (following - now) * v, following)
+        x = x + (following - now) * (v + ahead) / 2
+    return x
+
+
+def unipc(velocity: Velocity, x: Tensor, num_steps: int) -> Tensor:
+    """Sample with diffusers' UniPC, set up for a flow.
+
+    The network is given the noise levels, which are its times; diffusers' timesteps are rounded.
+    """
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2, solver_type="bh2"
+    )
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_steps, num_steps))
+    scheduler.set_begin_index(0)
+    for time_, timestep in zip(scheduler.sigmas.tolist(), scheduler.timesteps, strict=False):
+        x = scheduler.step(velocity(x, time_), timestep, x, return_dict=False)[0]
+    return x
+
+
+def runs(generator: TileGenerator, scale: float, num_reference: int) -> Iterator[Run]:
+    """Yield the rows of the table, the long ODE first; `num_reference` 0 leaves out both."""
+
+    def start(seeds: Sequence[int]) -> Tensor:
+        return sample_noise(seeds, generator.latent_shape).to(generator.device)
+
+    def solved(solver: Callable[[Velocity, Tensor], Tensor]) -> Callable[..., Tensor]:
+        def draw(seeds: Sequence[int], condition: Tensor) -> Tensor:
+            null = generator.null_condition
+            velocity = guide(generator.velocity, condition, null, scale, high=0.75)
+            return solver(velocity, start(seeds))
+
+        return draw
+
+    def jumped(n: int) -> Callable[..., Tensor]:
+        def draw(seeds: Sequence[int], condition: Tensor) -> Tensor:
+            average = bind_student(generator.average_velocity, condition, scale)
+            return flow_map(average, start(seeds), linear_grid(n))
+
+        return draw
+
+    def stochastic(seeds: Sequence[int], condition: Tensor) -> Tensor:
+        def solver(velocity: Velocity, x: Tensor) -> Tensor:
+            def noise(step: int) -> Tensor:
+                return sample_noise(seeds, generator.latent_shape, stream=step + 1)
+
+            return euler_maruyama(velocity, x.double(), noise, num_reference).float()
+
+        return solved(solver)(seeds, condition)
+
+    if num_reference:
+        ode = solved(lambda v, x: euler(v, x, linear_grid(num_reference)))
+        yield Run("ODE", num_reference, ode)
+    for n in FORWARDS:
+        if generator.student is not None:
+            yield Run("student", n, jumped(n))
+        yield Run("Euler", n, solved(lambda v, x, n=n: euler(v, x, linear_grid(n))))
+        if n % 2 == 0:
+            yield Run("Heun", n, solved(lambda v, x, n=n: heun(v, x, linear_grid(n // 2))))
+        yield Run("UniPC", n, solved(lambda v, x, n=n: unipc(v, x, n)))
+        ab2 = solved(lambda v, x, n=n: adams_bashforth2(v, x, polynomial_grid(n)))
+        yield Run("AB2", n, ab2)
+    if num_reference:
+        yield Run("SDE", num_reference, stochastic)
+
+
+def measure(real: Tensor, made: Tensor) -> dict[str, float]:
+    """Return distances between two sets of features, float64 [N, F] and [M, F]."""
+    from training.evaluate import frechet_distance, principal_components
+
+    basis = principal_components(real, NUM_COMPONENTS)
+    spread = real.std(0).clamp_min(1e-9)
+    real_points, made_points = real / spread, made / spread
+    apart = torch.cdist(real_points, made_points)
+    real_reach, made_reach = (
+        torch.cdist(x, x).kthvalue(NEIGHBOUR + 1, 1).values for x in (real_points, made_points)
+    )
+    return {
+        "frechet": frechet_distance(real @ basis, made @ basis),
+        "recall": float((apart <= made_reach).any(1).double().mean()),
+        "coverage": float((apart <= real_reach[:, None]).any(1).double().mean()),
+    }
+
+
+def compare(
+    generator: TileGenerator, images: Tensor, out: Path, scale: float, num_reference: int
+) -> list[dict[str, object]]:
+    """Return the rows of the table, and write each as soon as it is known.
+
+    Args:
+        generator: The model.
+        images: uint8 [2 N, 3, size, size]; even ones are sources, odd ones the other half.
+        out: Folder of `rows.jsonl`.
+        scale: Guidance scale in t <= 0.75, 1 = noise.
+        num_reference: Forwards of the references.
+    """
+    from training.evaluate import describe
+    from training.perception import PerceptualNetwork
+
+    judge = PerceptualNetwork("alex").to(generator.device)
+    sources, others = (describe(judge, images[k::2], generator.device) for k in (0, 1))
+    cls = generator.features(images[0::2]).cls
+    file, ode_file = out / "rows.jsonl", out / "ode.safetensors"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    if not rows:
+        rows = [{"sampler": "real", "forwards": 0} | measure(others, sources)]
+        file.write_text(json.dumps(rows[0]) + "\n")
+    done = {(row["sampler"], row["forwards"]) for row in rows}
+    for run in runs(generator, scale, num_reference):
+        if (run.sampler, run.forwards) in done:
+            continue
+        began = time.monotonic()
+        latents = draw_all(run, cls, generator.batch_size)
+        row = {"sampler": run.sampler, "forwards": run.forwards}
+        row["seconds"] = time.monotonic() - began
+        if run.sampler == "ODE":
+            save_file({"latents": latents}, ode_file)
+        made = torch.cat([generator.decode(x).cpu() for x in latents.split(generator.batch_size)])
+        row |= measure(others, describe(judge, made, generator.device))
+        row["fidelity"] = float(torch.cosine_similarity(generator.features(made).cls, cls).mean())
+        if ode_file.exists():
+            row["to_ode"] = distance(latents, load_file(ode_file)["latents"])
+        with file.open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+        rows.append(row)
+        print(table([row]), flush=True)
+    return rows
+
+
+def draw_all(run: Run, cls: Tensor, batch_size: int) -> Tensor:
+    """Return whitened latents [N, C, h, w] on the CPU; tile i has seed i."""
+    drawn = []
+    for start in range(0, len(cls), batch_size):
+        condition = cls[start : start + batch_size]
+        drawn.append(run.draw(range(start, start + len(condition)), condition).float().cpu())
+    return torch.cat(drawn)
+
+
+def distance(first: Tensor, second: Tensor) -> float:
+    """Return the root mean square difference."""
+    return float((first - second).square().mean().sqrt())
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """Return rows in Markdown."""
+    lines = []
+    for row in rows:
+        cells = [f"{row[c]:.3f}" if c in row else "-" for c in COLUMNS]
+        lines.append(f"| {row['sampler']} | {row['forwards']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, object]], file: Path) -> None:
+    """Draw Frechet distance against forwards, where matplotlib is installed."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        print("matplotlib is not installed; no plot")
+        return
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    names = dict.fromkeys(row["sampler"] for row in rows)
+    for name in names:
+        points = [(row["forwards"], row["frechet"]) for row in rows if row["sampler"] == name]
+        if name in ("real", "SDE", "ODE"):
+            label = f"{name} {points[0][0]}" if points[0][0] else name
+            axes.axhline(points[0][1], linestyle=":", label=label, color=f"C{len(axes.lines)}")
+        else:
+            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="forwards", ylabel="Frechet distance")
+    axes.set_xticks(FORWARDS, labels=map(str, FORWARDS))
+    axes.legend()
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    """Compare and write `table.md` and `plot.png`."""
+    from training.data import load_tiles
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="model folder; default: tiny")
+    parser.add_argument("--data", type=Path, required=True, help="folder <slide>/<tile>")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--num", type=int, default=1000, help="tiles drawn by every sampler")
+    parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale")
+    parser.add_argument("--reference", type=int, default=250, help="steps of SDE and ODE; 0: none")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    args = parser.parse_args()
+    generator = TileGenerator.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+    images = load_tiles(args.data, generator.tile.size_px).images
+    if len(images) < 2 * args.num:
+        parser.error(f"{args.data} holds {len(images)} tiles, expected {2 * args.num} for --num")
+    chosen = torch.linspace(0, len(images) - 1, 2 * args.num).round().long()
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = compare(generator, images[chosen], args.out, args.guidance, args.reference)
+    head = f"| sampler | forwards | {' | '.join(COLUMNS)} |\n|{'---|' * (2 + len(COLUMNS))}\n"
+    (args.out / "table.md").write_text(head + table(rows) + "\n")
+    plot(rows, args.out / "plot.png")
+    print(head + table(rows))
+
+
+if __name__ == "__main__":
+    main()
