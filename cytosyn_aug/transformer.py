@@ -146,6 +146,14 @@ class SiT(ModelMixin, ConfigMixin):
         out = self._unpatchify(self.final_layer(h_BND, end_BD))
         return out.to(x_BCHW.dtype), aligned_BND
 
+    def aligned_tokens(self, x_BCHW: Tensor, t_B: Tensor, condition_BF: Tensor) -> Tensor:
+        """Return the tokens of `forward_tokens` alone, without the blocks behind them."""
+        start_BD, _ = self._modulations(t_B, condition_BF, None, None)
+        h_BND = self.x_embedder(x_BCHW.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed
+        for block in self.blocks[: self.encoder_depth]:
+            h_BND = block(h_BND, start_BD)
+        return h_BND
+
     def _modulations(
         self, t_B: Tensor, condition_BF: Tensor, r_B: Tensor | None, guidance_B: Tensor | None
     ) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,9 @@ ROWS = [
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "misc", "common", "core", "base"}
 TRAINING_ROWS = [
     {"data", "losses", "mean_flow", "perception", "sheets", "muon", "weights", "parallel"},
-    {"latents", "loop"},
+    {"discriminator", "latents", "loop"},
     {"vae", "encoder", "sit", "distil"},
+    {"repae"},
     {"evaluate", "export", "recipes", "restaining"},
     {"__main__"},
 ]

@@ -4,6 +4,7 @@ python -m training vae     --data TILES --out RUN
 python -m training encoder --data TILES --out RUN
 python -m training sit     --data TILES --out RUN --vae RUN --encoder RUN
 python -m training decoder --data TILES --out RUN --warm-start VAE_RUN
+python -m training repae   --data TILES --out RUN --vae RUN --encoder RUN [--sit RUN]
 python -m training distil  --data TILES --out RUN --vae RUN --encoder RUN --teacher RUN
 python -m training export  --vae RUN --encoder RUN --sit RUN [--student RUN] --out FOLDER
 python -m training evaluate --data TILES --model FOLDER --out REPORT
@@ -25,26 +26,28 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
-from cytosyn_aug.checkpoint import ModelParts, load_model
+from cytosyn_aug.checkpoint import ModelParts, load_model, load_strictly
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.encoder import StainProbe, TileEncoder
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.transformer import SiT
 from training import recipes
-from training.data import load_tiles
+from training.data import TileSet, load_tiles
 from training.distil import DistilRecipe, DistilStage, build_student
 from training.encoder import EncoderRecipe, EncoderStage, build_encoder
 from training.evaluate import evaluate
 from training.export import export
-from training.latents import LatentSpace
+from training.latents import LatentSpace, evenly_spaced, set_latent_statistics
 from training.loop import Stage, recipe_dict, train
+from training.parallel import join_world
+from training.repae import RepaeRecipe, RepaeStage
 from training.restaining import gap_closed, known_answer, methods
 from training.sheets import write_sheet
 from training.sit import SitRecipe, SitStage, build_transformer
 from training.vae import VaeRecipe, VaeStage, build_vae
 from training.weights import load_stage, mean_weights, stage_weights
 
-_TRAINED = ("vae", "encoder", "sit", "decoder", "distil")
+_TRAINED = ("vae", "encoder", "sit", "decoder", "repae", "distil")
 
 
 def main() -> None:
@@ -77,7 +80,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _, device = join_world()
     _keep_freed_memory()
     if args.stage == "export":
         _export(args)
@@ -106,8 +109,12 @@ def _train(args: argparse.Namespace, device: torch.device) -> None:
         space = LatentSpace(_load_vae(args).to(device), _load_encoder(args).to(device))
         teacher, cache = _load_transformer(args, args.teacher), args.out / "views"
         stage = DistilStage(recipe, tiles, validation, space, teacher, cache, args.compile)
+    elif isinstance(recipe, RepaeRecipe):
+        _need(args, "vae", "encoder")
+        vae, encoder = _load_vae(args), _load_encoder(args)
+        networks = (vae, _untaught_transformer(args, vae, encoder, tiles), encoder)
+        stage = RepaeStage(recipe, tiles, validation, *networks, device, args.compile)
     else:
-        assert isinstance(recipe, SitRecipe)
         _need(args, "vae", "encoder")
         parts = (_load_vae(args), _load_encoder(args))
         cache = args.out / "views"
@@ -165,7 +172,10 @@ def _compare_restaining(args: argparse.Namespace, device: torch.device) -> None:
             stream.write(row + "\n")
 
 
-def _recipe(name: str, stage: str) -> VaeRecipe | EncoderRecipe | SitRecipe | DistilRecipe:
+Recipe = VaeRecipe | EncoderRecipe | SitRecipe | RepaeRecipe | DistilRecipe
+
+
+def _recipe(name: str, stage: str) -> Recipe:
     function = getattr(recipes, f"{name}_{stage}", None)
     if function is None:
         raise SystemExit(f"no recipe {name}_{stage} in training/recipes.py")
@@ -206,6 +216,23 @@ def _load_transformer(args: argparse.Namespace, source: Path) -> SiT:
     assert isinstance(encoder, EncoderRecipe)
     transformer = load_stage(source, "sit", build_transformer(recipe, encoder.embed_dim))
     assert isinstance(transformer, SiT)
+    return transformer
+
+
+def _untaught_transformer(
+    args: argparse.Namespace, vae: AutoencoderKL, encoder: TileEncoder, tiles: TileSet
+) -> SiT:
+    """Return a transformer with projector, from --sit if given, else with statistics of tiles."""
+    recipe = _recipe(args.recipe, "sit")
+    assert isinstance(recipe, SitRecipe)
+    transformer = build_transformer(recipe, encoder.config["embed_dim"])
+    if args.sit is None:
+        sample = evenly_spaced(tiles.images, 256)
+        set_latent_statistics(transformer, LatentSpace(vae, encoder).encode(sample))
+        return transformer
+    weights = stage_weights(args.sit, "sit")
+    kept = {k: v for k, v in transformer.state_dict().items() if k.startswith("projectors.")}
+    load_strictly(transformer, kept | weights, str(args.sit))  # model folders have no projector
     return transformer
 
 

@@ -29,7 +29,7 @@ from training.latents import (
 )
 from training.loop import LoopConfig
 from training.losses import alignment, velocity_error
-from training.sheets import write_sheet
+from training.sheets import write_comparison
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,7 +162,5 @@ class SitStage:
         draws = self._draws(len(batch["cls"]), step_generator(self.recipe.seed, 0, stream=3))
         found = self._compute(network, batch, draws)
         drawn = self.space.sample(network, self.shown, step_generator(self.recipe.seed, 0, 4))
-        images = torch.stack([self.shown, drawn])
-        rows = images.unflatten(1, (2, 8)).transpose(0, 1).flatten(0, 2)
-        write_sheet(folder / f"samples_{step:06d}.png", rows, columns=8)
+        write_comparison(folder / f"samples_{step:06d}.png", [self.shown, drawn])
         return {f"val_{k}": float(v) for k, v in found.items()}

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from cytosyn_aug.checkpoint import load_model, load_strictly
 
+# Names of the networks inside an end-to-end run.
+_OF_REPAE = {"vae": "vae.", "decoder": "vae.", "sit": "transformer."}
+
 
 def stage_weights(source: Path, stage: str) -> dict[str, Tensor]:
     """Return the averaged weights of a run, or the same weights out of a model folder.
@@ -17,18 +20,24 @@ def stage_weights(source: Path, stage: str) -> dict[str, Tensor]:
 
     Args:
         source: Run folder of the same stage, or a model folder.
-        stage: "vae", "decoder", "encoder", "sit" or "distil".
+        stage: "vae", "decoder", "encoder", "sit", "repae" or "distil". Autoencoder and transformer
+            may also come from an end-to-end run.
 
     Raises:
         FileNotFoundError: The folder is neither.
     """
     if (source / "checkpoint.pt").is_file():
         state = torch.load(source / "checkpoint.pt", map_location="cpu", weights_only=True)
-        return state["average"]
+        weights: dict[str, Tensor] = state["average"]
+        prefix = _OF_REPAE.get(stage, "")
+        inside = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+        return inside or weights
     parts = load_model(source)
     named = {"": parts.transformer if stage == "sit" else parts.vae}
     if stage == "encoder":
         named = {"encoder.": parts.encoder, "stain_probe.": parts.stain_probe}
+    elif stage == "repae":
+        named = {"vae.": parts.vae, "transformer.": parts.transformer}
     elif stage == "distil":
         named = {"student.": parts.student}
     return {p + k: v for p, part in named.items() for k, v in _state(part).items()}

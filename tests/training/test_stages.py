@@ -174,6 +174,25 @@ def test_the_transformer_is_aligned_to_centred_tokens(runs, data, monkeypatch):
 
 
 @pytest.mark.slow
+def test_an_end_to_end_run_starts_from_parts_and_is_exported(runs, data, tmp_path):
+    parts = ("--vae", runs / "vae", "--encoder", runs / "encoder", "--sit", runs / "model")
+    run("repae", "--recipe", "smoke", "--data", data, *parts, "--out", tmp_path / "repae")
+    end_to_end = ("--vae", tmp_path / "repae", "--sit", tmp_path / "repae")
+    run("export", "--recipe", "smoke", *end_to_end, "--encoder", runs / "encoder",
+        "--out", tmp_path / "model")  # fmt: skip
+    average = torch.load(tmp_path / "repae" / "checkpoint.pt", weights_only=True)["average"]
+    exported = load_model(tmp_path / "model")
+    name = "final_layer.linear.weight"
+    stored = average[f"transformer.{name}"].half().float()
+    assert torch.equal(exported.transformer.state_dict()[name], stored)
+    stored = average["vae.decoder.conv_out.weight"].half().float()
+    assert torch.equal(exported.vae.decoder.conv_out.weight, stored)
+    assert not torch.equal(
+        exported.transformer.bn.running_mean, load_model(runs / "model").transformer.bn.running_mean
+    )
+
+
+@pytest.mark.slow
 def test_several_autoencoders_are_averaged(runs, data, tmp_path):
     run("decoder", "--recipe", "smoke", "--data", data, "--out", tmp_path / "decoder",
         "--warm-start", runs / "vae")  # fmt: skip

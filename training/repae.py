@@ -1,0 +1,350 @@
+"""REPA-E: autoencoder and transformer learn together, end to end through the alignment.
+
+One step, on the same tiles, posterior noise, times and flow noise:
+
+1. The autoencoder learns from reconstruction, perception, KL, the judge, and from how well the
+   transformer's tokens align with the encoder's; the transformer only passes that gradient on.
+2. The judge learns to tell real from reconstructed windows.
+3. The transformer learns velocity and alignment on latents that carry no gradient, whitened by
+   the statistics of the batch, which also move the running ones.
+
+No loss depends on the update that another makes in the same step, so the three are one sum and
+one backward pass. Who receives which gradient is decided by what is frozen while a term is
+computed. The velocity never reaches the autoencoder: it would make latents trivial to predict.
+
+Differences from the published code: the autoencoder is averaged over steps like the transformer,
+perception is this package's VGG, and may be joined by the amount of texture; `decode_px` may
+reconstruct only a window.
+
+Source: Leng et al. (2025), "REPA-E", section 3 and train_repae.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import Tensor, nn
+
+from cytosyn_aug.encoder import TileEncoder
+from cytosyn_aug.flow import interpolate, velocity_target
+from cytosyn_aug.images import images_to_pixels
+from cytosyn_aug.transformer import SiT
+from training.data import (
+    TileSet,
+    batch_indices,
+    crop_and_turn,
+    draw_views,
+    restain,
+    stain_maps,
+    step_generator,
+)
+from training.discriminator import PatchDiscriminator, deceive_loss, judge_loss
+from training.latents import LatentSpace, align_grid, evenly_spaced, mean_token, stratified
+from training.loop import LoopConfig
+from training.losses import alignment, kl_to_standard_normal, velocity_error
+from training.parallel import mean_over_processes
+from training.perception import PerceptualNetwork, texture_distance
+from training.sheets import write_comparison
+from training.vae import reconstruction_numbers, round_trip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RepaeRecipe:
+    """An end-to-end run; the networks' shapes come with their weights.
+
+    Attributes:
+        decode_px: Side of the window that is reconstructed and judged; the tile's for all.
+        perceptual_weight: Weight of LPIPS.
+        perceptual_stages: Feature maps of VGG that are compared, from the finest.
+        texture_weight: Weight of `training.perception.texture_distance`; 0 as published.
+        adversarial_weight: Weight of the judge's verdict on reconstructions.
+        adversarial_from: Step from which it counts; the judge learns from the first.
+        judge_width: Channels of the judge's first layer.
+        vae_alignment_weight: Weight of the alignment in the autoencoder's loss.
+        alignment_weight: Weight of the alignment in the transformer's loss.
+        is_centred: Align to tokens without their common part; see `training.latents.mean_token`.
+        condition_dropout: Probability that a sample trains under the null condition.
+        stain_jitter: See `training.data.stain_maps`.
+    """
+
+    loop: LoopConfig
+    batch_size: int
+    decode_px: int
+    perceptual_weight: float
+    perceptual_stages: int
+    texture_weight: float
+    kl_weight: float
+    adversarial_weight: float
+    adversarial_from: int
+    judge_width: int
+    vae_alignment_weight: float
+    alignment_weight: float
+    is_centred: bool
+    condition_dropout: float
+    stain_jitter: float
+    seed: int
+
+
+class _Draws(NamedTuple):
+    """Random numbers of a step, one row a sample."""
+
+    views: Tensor
+    maps: Tensor
+    window: Tensor
+    posterior: Tensor
+    eps: Tensor
+    t: Tensor
+    keep: Tensor
+
+
+class _Batch(NamedTuple):
+    """What the networks see: pixels, conditions and alignment targets."""
+
+    pixels: Tensor
+    cls: Tensor
+    patches: Tensor
+
+
+class RepaeStage:
+    """Train an autoencoder and a transformer end to end; see the module."""
+
+    def __init__(
+        self,
+        recipe: RepaeRecipe,
+        tiles: TileSet,
+        validation: TileSet,
+        vae: AutoencoderKL,
+        transformer: SiT,
+        encoder: TileEncoder,
+        device: torch.device,
+        compiles: bool = False,
+    ) -> None:
+        self.recipe, self.tiles, self.device = recipe, tiles, device
+        self.encoder = encoder.to(device).eval().requires_grad_(False)
+        self.perception = PerceptualNetwork("vgg").to(device)
+        torch.manual_seed(recipe.seed)
+        judge = PatchDiscriminator(recipe.judge_width)
+        self.vae, self.transformer, self.judge = vae, transformer, judge
+        self.network: nn.Module = nn.ModuleDict(
+            {"vae": vae, "transformer": transformer, "judge": judge}
+        )
+        self.network.to(device).requires_grad_(True)
+        transformer.pos_embed.requires_grad_(False)
+        for part in (vae, judge):
+            nn.Module.to(part, memory_format=torch.channels_last)
+        self.shown = evenly_spaced(validation.images, 16)[:16]
+        self.held_out = evenly_spaced(validation.images, 48)[:48]
+        self.usual_patch = torch.zeros(1, device=device)
+        if recipe.is_centred:
+            sample = evenly_spaced(tiles.images, 256)
+            encoded = LatentSpace(vae, self.encoder).encode(sample)
+            self.usual_patch = mean_token(encoded["patches"]).to(device)
+        self.compute = torch.compile(self._compute) if compiles else self._compute
+
+    @property
+    def batch_size(self) -> int:
+        """Tiles a step."""
+        return self.recipe.batch_size
+
+    def samples(self, step: int) -> list[int]:
+        """Return the tiles of a step."""
+        return self._index(step).tolist()
+
+    def _index(self, step: int) -> Tensor:
+        return batch_indices(len(self.tiles), self.batch_size, self.recipe.seed, step)
+
+    def losses(self, step: int, rows: slice) -> dict[str, Tensor]:
+        """Return all losses of tiles; "loss" is their sum, each part in its own gradient."""
+        draws = self._draws(step_generator(self.recipe.seed, step))
+        draws = _Draws(*(x[rows] for x in draws))
+        images = self.tiles.images[self._index(step)[rows]]
+        images = crop_and_turn(images, draws.views, images.shape[-1])
+        batch = self._batch(restain(images, draws.maps).to(self.device))
+        draws = _Draws(*(x.to(self.device) for x in draws))
+        found = self.compute(batch, draws)
+        return {"loss": self._weigh(found, step)} | found
+
+    def _draws(self, draw: torch.Generator) -> _Draws:
+        recipe, num = self.recipe, self.batch_size
+        side_px = self.tiles.images.shape[-1]
+        shape = (num, 4, side_px // 8, side_px // 8)
+        return _Draws(
+            views=draw_views(num, side_px, side_px, draw),
+            maps=stain_maps(num, draw, jitter=recipe.stain_jitter),
+            window=draw_views(num, side_px // 8, recipe.decode_px // 8, draw)[:, :2],
+            posterior=torch.randn(shape, generator=draw),
+            eps=torch.randn(shape, generator=draw),
+            t=stratified(num, draw),
+            keep=(torch.rand(num, generator=draw) >= recipe.condition_dropout).float(),
+        )
+
+    @torch.no_grad()
+    def _batch(self, images: Tensor) -> _Batch:
+        pixels = images_to_pixels(images).to(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            features = self.encoder(images)
+        patches = align_grid(features.patches, self.transformer.grid_size)
+        return _Batch(pixels, features.cls.float(), patches - self.usual_patch)
+
+    def _compute(self, batch: _Batch, draws: _Draws) -> dict[str, Tensor]:
+        with torch.autocast(self.device.type, torch.bfloat16):
+            posterior = self.vae.encode(batch.pixels).latent_dist  # type: ignore[union-attr]
+        mean, std = posterior.mean.float(), posterior.std.float()
+        latents = mean + std * draws.posterior
+        return (
+            {"kl": kl_to_standard_normal(mean, std)}
+            | self._reconstruction(latents, batch, draws)
+            | self._alignment_of_latents(latents, batch, draws)
+            | self._flow(latents.detach(), batch, draws)
+        )
+
+    def _reconstruction(self, latents: Tensor, batch: _Batch, draws: _Draws) -> dict[str, Tensor]:
+        """Return losses of a decoded window: the autoencoder's, and the judge's own."""
+        side = self.recipe.decode_px
+        corners = draws.window
+        inside = _windows(latents, corners, side // 8)
+        real = _windows(batch.pixels, corners * 8, side)
+        judge, stages = self.judge, self.recipe.perceptual_stages
+        with torch.autocast(self.device.type, torch.bfloat16):
+            made = self.vae.decode(inside).sample.float()
+            maps = self.perception(made, stages)
+            with torch.no_grad():
+                real_maps = self.perception(real, stages)
+            with frozen(judge):
+                verdict = judge(made)
+            scores = judge(real), judge(made.detach())
+        return {
+            "l1": (made - real).abs().mean(),
+            "perceptual": self.perception.map_distance(maps, real_maps).mean(),
+            "texture": texture_distance(maps, real_maps).mean(),
+            "adversarial": deceive_loss(verdict),
+            "judge": judge_loss(*scores),
+        }
+
+    def _alignment_of_latents(
+        self, latents: Tensor, batch: _Batch, draws: _Draws
+    ) -> dict[str, Tensor]:
+        """Return the alignment as the autoencoder's loss: the transformer passes it on."""
+        transformer = self.transformer
+        with frozen(transformer), torch.autocast(self.device.type, torch.bfloat16):
+            x_t = interpolate(transformer.whiten(latents), draws.eps, _as_images(draws.t))
+            tokens = transformer.aligned_tokens(x_t, draws.t, batch.cls)
+            projected = transformer.projectors[0](tokens)
+        return {"vae_alignment": alignment(projected, batch.patches)}
+
+    def _flow(self, latents: Tensor, batch: _Batch, draws: _Draws) -> dict[str, Tensor]:
+        """Return velocity and alignment as the transformer's losses."""
+        transformer = self.transformer
+        x = whiten_batch(transformer.bn, latents)
+        x_t = interpolate(x, draws.eps, _as_images(draws.t))
+        with torch.autocast(self.device.type, torch.bfloat16):
+            condition = batch.cls * draws.keep[:, None]
+            v, tokens = transformer.forward_tokens(x_t, draws.t, condition)
+            projected = transformer.projectors[0](tokens)
+        return {
+            "velocity": velocity_error(v, velocity_target(x, draws.eps)),
+            "alignment": alignment(projected, batch.patches),
+        }
+
+    def _weigh(self, found: dict[str, Tensor], step: int) -> Tensor:
+        r = self.recipe
+        adversarial = r.adversarial_weight if step >= r.adversarial_from else 0.0
+        weights = {
+            "l1": 1.0,
+            "perceptual": r.perceptual_weight,
+            "texture": r.texture_weight,
+            "kl": r.kl_weight,
+            "adversarial": adversarial,
+            "vae_alignment": r.vae_alignment_weight,
+            "judge": 1.0,
+            "velocity": 1.0,
+            "alignment": r.alignment_weight,
+        }
+        return torch.stack([weights[k] * v for k, v in found.items()]).sum()
+
+    @torch.no_grad()
+    def report(self, network: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        """Write real tiles, round trips and samples; return numbers on validation tiles."""
+        assert isinstance(network, nn.ModuleDict)
+        vae, transformer = network["vae"], network["transformer"]
+        assert isinstance(vae, AutoencoderKL)
+        assert isinstance(transformer, SiT)
+        space = LatentSpace(vae, self.encoder)
+        decoded = torch.cat([round_trip(vae, part) for part in self.held_out.split(8)])
+        drawn = space.sample(transformer, self.shown, step_generator(self.recipe.seed, 0, 4))
+        rows = [self.shown, round_trip(vae, self.shown), drawn]
+        write_comparison(folder / f"samples_{step:06d}.png", rows)
+        return reconstruction_numbers(self.held_out, decoded) | {
+            "val_velocity": self._held_out_velocity(space, transformer)
+        }
+
+    def _held_out_velocity(self, space: LatentSpace, transformer: SiT) -> float:
+        """Return the velocity error of the averaged networks on held-out tiles."""
+        encoded = {k: v.to(self.device).float() for k, v in space.encode(self.held_out).items()}
+        draw = step_generator(self.recipe.seed, 0, stream=3)
+        eps = torch.randn(encoded["mean"].shape, generator=draw).to(self.device)
+        t = stratified(len(eps), draw).to(self.device)
+        x = transformer.whiten(encoded["mean"])
+        with torch.autocast(self.device.type, torch.bfloat16):
+            v = transformer(interpolate(x, eps, _as_images(t)), t, encoded["cls"])
+        return float(velocity_error(v, velocity_target(x, eps)))
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Let gradients pass through modules, computed inside, without reaching their weights."""
+    weights = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
+
+
+@torch.no_grad()
+def whiten_batch(norm: nn.BatchNorm2d, latents: Tensor) -> Tensor:
+    """Whiten latents by the statistics of the batch over all processes; move the running ones.
+
+    A batch that is not finite moves nothing.
+
+    Args:
+        norm: Holds the running statistics, their momentum and eps.
+        latents: float32 [B, C, h, w], no gradient.
+
+    Source: Ioffe and Szegedy (2015), algorithm 1; torch's BatchNorm2d in training mode, which
+    cannot be shared by processes on a CPU.
+    """
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    axes = (0, 2, 3)
+    moments = torch.stack([latents.double().mean(axes), latents.double().square().mean(axes)])
+    mean, square = mean_over_processes(moments)
+    variance = square - mean.square()
+    is_finite = moments.isfinite().all()
+    for running, value in ((norm.running_mean, mean), (norm.running_var, variance)):
+        moved = running.lerp(value.to(running), norm.momentum or 0.1)
+        running.copy_(torch.where(is_finite, moved, running))
+    scale = (variance + norm.eps).rsqrt()
+    return ((latents - mean[:, None, None]) * scale[:, None, None]).to(latents.dtype)
+
+
+def _windows(images: Tensor, corners: Tensor, side: int) -> Tensor:
+    """Return one square window of each image [B, C, H, W], by top and left corners [B, 2]."""
+    steps = torch.arange(side, device=images.device)
+    rows = (corners[:, :1] + steps)[:, None, :, None]
+    columns = (corners[:, 1:] + steps)[:, None, None, :]
+    batch = torch.arange(len(images), device=images.device)[:, None, None, None]
+    channels = torch.arange(images.shape[1], device=images.device)[None, :, None, None]
+    return images[batch, channels, rows, columns]
+
+
+def _as_images(t: Tensor) -> Tensor:
+    return t[:, None, None, None]
