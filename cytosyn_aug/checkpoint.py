@@ -146,6 +146,24 @@ def load_model(
     )
 
 
+def load_encoder(
+    source: Path | str, tile: TileSpec | None = None, dtype: torch.dtype = torch.float32
+) -> TileEncoder:
+    """Load H0-mini alone, strictly, as `load_model` does beside a model.
+
+    Args:
+        source: Folder or safetensors file, in timm's names.
+        tile: Tiles it will see; None for 224 px.
+        dtype: Floating type.
+
+    Raises:
+        FileNotFoundError, ValueError: See `load_model`.
+    """
+    draft = _draft_encoder(Path(source), KeyMap(), tile or TileSpec())
+    _assign_all({"encoder": draft}, str(source), dtype, ())
+    return draft.network  # type: ignore[no-any-return]
+
+
 def save_model(folder: Path, parts: ModelParts, dtype: torch.dtype = torch.float16) -> None:
     """Write a model folder; `model_index.json` comes last, so a partial folder is not a model.
 

@@ -17,7 +17,8 @@ from cytosyn_aug import (
     StainReference,
     StainTransfer,
 )
-from cytosyn_aug.checkpoint import load_model
+from cytosyn_aug.checkpoint import load_encoder, load_model
+from cytosyn_aug.config import TileSpec
 from cytosyn_aug.encoder import H0_MINI_MEAN, H0_MINI_STD, read_encoder
 from cytosyn_aug.generator import TileGenerator
 
@@ -130,6 +131,16 @@ def test_an_encoder_of_another_width_is_refused(small, tmp_path):
     save_file(small.state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="encoder gives 128 features, the transformer takes 24"):
         load_model(folder, encoder=tmp_path / "model.safetensors")
+
+
+def test_an_encoder_loads_alone_as_beside_a_model(small, model_folder_for_small, tmp_path):
+    save_file(small.state_dict(), tmp_path / "model.safetensors")
+    alone = load_encoder(tmp_path, TileSpec(size_px=SIZE))
+    beside = load_model(model_folder_for_small, encoder=tmp_path).encoder
+    tiles = synthetic_tiles(2)
+    assert torch.equal(alone(tiles).cls, beside(tiles).cls)
+    with pytest.raises(FileNotFoundError, match="is missing"):
+        load_encoder(model_folder_for_small / "vae" / "nowhere")
 
 
 def test_a_pickled_encoder_is_refused_with_the_way_out(tmp_path):

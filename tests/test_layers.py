@@ -25,6 +25,7 @@ TRAINING_ROWS = [
     {"vae", "encoder", "sit", "distil"},
     {"repae"},
     {"evaluate", "export", "recipes", "restaining"},
+    {"stages"},
     {"__main__"},
 ]
 

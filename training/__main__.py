@@ -23,31 +23,18 @@ import platform
 from pathlib import Path
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
-from cytosyn_aug.checkpoint import ModelParts, load_model, load_strictly
-from cytosyn_aug.config import TileSpec
-from cytosyn_aug.encoder import StainProbe, TileEncoder
 from cytosyn_aug.generator import TileGenerator
-from cytosyn_aug.transformer import SiT
-from training import recipes
-from training.data import TileSet, load_tiles
-from training.distil import DistilRecipe, DistilStage, build_student
-from training.encoder import EncoderRecipe, EncoderStage, build_encoder
+from training.data import load_tiles
 from training.evaluate import evaluate
 from training.export import export
-from training.latents import LatentSpace, evenly_spaced, set_latent_statistics
-from training.loop import Stage, recipe_dict, train
+from training.loop import recipe_dict, train
 from training.parallel import join_world
-from training.repae import RepaeRecipe, RepaeStage
 from training.restaining import gap_closed, known_answer, methods
 from training.sheets import write_sheet
-from training.sit import SitRecipe, SitStage, build_transformer
-from training.vae import VaeRecipe, VaeStage, build_vae
-from training.weights import load_stage, mean_weights, stage_weights
-
-_TRAINED = ("vae", "encoder", "sit", "decoder", "repae", "distil")
+from training.stages import TRAINED, Sources, build_stage, export_parts, find_recipe
+from training.weights import stage_weights
 
 
 def main() -> None:
@@ -57,7 +44,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("stage", choices=[*_TRAINED, "export", "evaluate", "restaining"])
+    parser.add_argument("stage", choices=[*TRAINED, "export", "evaluate", "restaining"])
     parser.add_argument("--recipe", default="tiny", help="name in training/recipes.py")
     parser.add_argument("--data", type=Path, help="folder with train/ and val/")
     parser.add_argument("--out", type=Path, required=True)
@@ -65,6 +52,7 @@ def main() -> None:
         "--vae",
         type=Path,
         nargs="+",
+        default=(),
         help="run or model folder of the autoencoder; several are averaged",
     )
     parser.add_argument("--encoder", type=Path, help="run or model folder of the encoder")
@@ -82,66 +70,45 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     _, device = join_world()
     _keep_freed_memory()
-    if args.stage == "export":
-        _export(args)
-    elif args.stage == "evaluate":
-        _evaluate(args, device)
-    elif args.stage == "restaining":
-        _compare_restaining(args, device)
-    else:
-        _train(args, device)
+    try:
+        if args.stage == "export":
+            print(export(args.out, export_parts(_sources(args))))
+        elif args.stage == "evaluate":
+            _evaluate(args, device)
+        elif args.stage == "restaining":
+            _compare_restaining(args, device)
+        else:
+            _train(args, device)
+    except (ArithmeticError, OSError, ValueError) as error:
+        raise SystemExit(f"training {args.stage}: {error}") from error
 
 
 def _train(args: argparse.Namespace, device: torch.device) -> None:
     _need(args, "data")
-    recipe = _recipe(args.recipe, args.stage)
+    recipe = find_recipe(args.recipe, args.stage)
     settings = recipe_dict(recipe)
     print(json.dumps(settings, indent=1))
-    tiles, validation = load_tiles(args.data / "train"), load_tiles(args.data / "val")
-    stage: Stage
-    if isinstance(recipe, VaeRecipe):
-        stage = VaeStage(recipe, tiles, validation, device, args.compile)
-    elif isinstance(recipe, EncoderRecipe):
-        cache = args.out / "teacher"
-        stage = EncoderStage(recipe, tiles, validation, device, cache, args.compile)
-    elif isinstance(recipe, DistilRecipe):
-        _need(args, "vae", "encoder", "teacher")
-        space = LatentSpace(_load_vae(args).to(device), _load_encoder(args).to(device))
-        teacher, cache = _load_transformer(args, args.teacher), args.out / "views"
-        stage = DistilStage(recipe, tiles, validation, space, teacher, cache, args.compile)
-    elif isinstance(recipe, RepaeRecipe):
-        _need(args, "vae", "encoder")
-        vae, encoder = _load_vae(args), _load_encoder(args)
-        networks = (vae, _untaught_transformer(args, vae, encoder, tiles), encoder)
-        stage = RepaeStage(recipe, tiles, validation, *networks, device, args.compile)
-    else:
-        _need(args, "vae", "encoder")
-        parts = (_load_vae(args), _load_encoder(args))
-        cache = args.out / "views"
-        stage = SitStage(recipe, tiles, validation, *parts, device, cache, args.compile)
+    stage = build_stage(recipe, args.data, _sources(args), args.out, device, args.compile)
+    warm_start = _starting_weights(args)
     train(
-        stage,
-        recipe.loop,
-        args.out,
-        recipe=settings,
-        minutes=args.minutes,
-        warm_start=_starting_weights(args),
+        stage, recipe.loop, args.out, recipe=settings, minutes=args.minutes, warm_start=warm_start
     )
 
 
-def _export(args: argparse.Namespace) -> None:
-    _need(args, "vae", "encoder", "sit")
-    encoder, transformer = _load_encoder(args), _load_transformer(args, args.sit)
-    probe = StainProbe(conditioning_dim=encoder.config["embed_dim"])
-    load_stage(args.encoder, "encoder", probe, prefix="stain_probe.")
-    parts = ModelParts(_load_vae(args), transformer, encoder, probe, TileSpec(), digest="")
-    if args.student is not None:
-        recipe = _recipe(args.recipe, "distil")
-        assert isinstance(recipe, DistilRecipe)
-        student = build_student(recipe, transformer)
-        load_stage(args.student, "distil", student, prefix="student.")
-        parts = parts._replace(student=student)
-    print(export(args.out, parts))
+def _sources(args: argparse.Namespace) -> Sources:
+    sources = Sources(
+        recipe=args.recipe,
+        vae=tuple(args.vae),
+        encoder=args.encoder,
+        sit=args.sit,
+        teacher=args.teacher,
+        student=args.student,
+    )
+    missing = sources.missing(args.stage)
+    if missing:
+        flags = " and ".join(f"--{name}" for name in missing)
+        raise ValueError(f"{args.stage} needs {flags}; see --help")
+    return sources
 
 
 def _evaluate(args: argparse.Namespace, device: torch.device) -> None:
@@ -172,68 +139,12 @@ def _compare_restaining(args: argparse.Namespace, device: torch.device) -> None:
             stream.write(row + "\n")
 
 
-Recipe = VaeRecipe | EncoderRecipe | SitRecipe | RepaeRecipe | DistilRecipe
-
-
-def _recipe(name: str, stage: str) -> Recipe:
-    function = getattr(recipes, f"{name}_{stage}", None)
-    if function is None:
-        raise SystemExit(f"no recipe {name}_{stage} in training/recipes.py")
-    return function()
-
-
 def _starting_weights(args: argparse.Namespace) -> dict[str, Tensor] | None:
     """Return what a warm start begins with; latent statistics belong to the new run's VAE."""
     if args.warm_start is None:
         return None
     weights = stage_weights(args.warm_start, args.stage)
     return {k: v for k, v in weights.items() if not k.removeprefix("student.").startswith("bn.")}
-
-
-def _load_vae(args: argparse.Namespace) -> AutoencoderKL:
-    recipe = _recipe(args.recipe, "vae")
-    assert isinstance(recipe, VaeRecipe)
-    vae = build_vae(recipe)
-    vae.load_state_dict(mean_weights([stage_weights(source, "vae") for source in args.vae]))
-    return vae.eval().requires_grad_(False)
-
-
-def _load_encoder(args: argparse.Namespace) -> TileEncoder:
-    recipe = _recipe(args.recipe, "encoder")
-    assert isinstance(recipe, EncoderRecipe)
-    encoder = load_stage(args.encoder, "encoder", build_encoder(recipe), prefix="encoder.")
-    assert isinstance(encoder, TileEncoder)
-    return encoder
-
-
-def _load_transformer(args: argparse.Namespace, source: Path) -> SiT:
-    """Return the transformer of a run, shaped by the recipe, or of a model folder as it is."""
-    if not (source / "checkpoint.pt").is_file():
-        return load_model(source).transformer
-    recipe = _recipe(args.recipe, "sit")
-    assert isinstance(recipe, SitRecipe)
-    encoder = _recipe(args.recipe, "encoder")
-    assert isinstance(encoder, EncoderRecipe)
-    transformer = load_stage(source, "sit", build_transformer(recipe, encoder.embed_dim))
-    assert isinstance(transformer, SiT)
-    return transformer
-
-
-def _untaught_transformer(
-    args: argparse.Namespace, vae: AutoencoderKL, encoder: TileEncoder, tiles: TileSet
-) -> SiT:
-    """Return a transformer with projector, from --sit if given, else with statistics of tiles."""
-    recipe = _recipe(args.recipe, "sit")
-    assert isinstance(recipe, SitRecipe)
-    transformer = build_transformer(recipe, encoder.config["embed_dim"])
-    if args.sit is None:
-        sample = evenly_spaced(tiles.images, 256)
-        set_latent_statistics(transformer, LatentSpace(vae, encoder).encode(sample))
-        return transformer
-    weights = stage_weights(args.sit, "sit")
-    kept = {k: v for k, v in transformer.state_dict().items() if k.startswith("projectors.")}
-    load_strictly(transformer, kept | weights, str(args.sit))  # model folders have no projector
-    return transformer
 
 
 def _keep_freed_memory() -> None:
@@ -254,7 +165,7 @@ def _keep_freed_memory() -> None:
 def _need(args: argparse.Namespace, *names: str) -> None:
     missing = [f"--{n}" for n in names if getattr(args, n) is None]
     if missing:
-        raise SystemExit(f"{args.stage} needs {' and '.join(missing)}; see --help")
+        raise ValueError(f"{args.stage} needs {' and '.join(missing)}; see --help")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,194 @@
+"""Stages put together: what each needs of data and networks, from runs or from model folders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+from cytosyn_aug.checkpoint import ModelParts, load_encoder, load_model, load_strictly
+from cytosyn_aug.config import TileSpec
+from cytosyn_aug.encoder import StainProbe, TileEncoder
+from cytosyn_aug.transformer import SiT
+from training import recipes
+from training.data import TileSet, load_tiles
+from training.distil import DistilRecipe, DistilStage, build_student
+from training.encoder import EncoderRecipe, EncoderStage, build_encoder
+from training.latents import LatentSpace, evenly_spaced, set_latent_statistics
+from training.loop import Stage
+from training.repae import RepaeRecipe, RepaeStage
+from training.sit import SitRecipe, SitStage, build_transformer
+from training.vae import VaeRecipe, VaeStage, build_vae
+from training.weights import load_stage, mean_weights, stage_weights
+
+Recipe = VaeRecipe | EncoderRecipe | SitRecipe | RepaeRecipe | DistilRecipe
+TRAINED = ("vae", "encoder", "sit", "decoder", "repae", "distil")
+# What a stage cannot do without, besides data.
+NEEDS = {
+    "sit": ("vae", "encoder"),
+    "repae": ("vae", "encoder"),
+    "distil": ("vae", "encoder", "teacher"),
+    "export": ("vae", "encoder", "sit"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sources:
+    """Where a stage takes its networks from: run folders or model folders.
+
+    Attributes:
+        recipe: Name before the underscore in `training.recipes`; runs are shaped by it.
+        vae: Autoencoders, whose weights are averaged.
+        encoder: Also a folder or safetensors file of H0-mini under timm's names.
+        sit: Transformer.
+        teacher: Transformer that is distilled.
+        student: Few-step transformer.
+    """
+
+    recipe: str
+    vae: tuple[Path, ...] = ()
+    encoder: Path | None = None
+    sit: Path | None = None
+    teacher: Path | None = None
+    student: Path | None = None
+
+    def missing(self, stage: str) -> list[str]:
+        """Return the names of what a stage needs and was not given."""
+        return [name for name in NEEDS.get(stage, ()) if not getattr(self, name)]
+
+
+def find_recipe(name: str, stage: str) -> Recipe:
+    """Return the recipe of a stage.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    function = getattr(recipes, f"{name}_{stage}", None)
+    if function is None:
+        known = sorted(k for k in vars(recipes) if k.endswith(f"_{stage}"))
+        raise ValueError(f"no recipe {name}_{stage} in training/recipes.py; there are {known}")
+    return function()  # type: ignore[no-any-return]
+
+
+def build_stage(
+    recipe: Recipe,
+    data: Path,
+    sources: Sources,
+    run_folder: Path,
+    device: torch.device,
+    compiles: bool = False,
+) -> Stage:
+    """Return a stage with its data and networks loaded.
+
+    Args:
+        recipe: What to train.
+        data: Folder with train/ and val/.
+        sources: The networks it starts from or builds on.
+        run_folder: Receives what is computed once and kept.
+        device: Where it runs.
+        compiles: Compile the step with `torch.compile`.
+    """
+    tiles, validation = load_tiles(data / "train"), load_tiles(data / "val")
+    if isinstance(recipe, VaeRecipe):
+        return VaeStage(recipe, tiles, validation, device, compiles)
+    if isinstance(recipe, EncoderRecipe):
+        teacher_cache = run_folder / "teacher"
+        return EncoderStage(recipe, tiles, validation, device, teacher_cache, compiles)
+    vae, encoder = load_vae(sources), load_tile_encoder(sources)
+    views = run_folder / "views"
+    if isinstance(recipe, SitRecipe):
+        return SitStage(recipe, tiles, validation, vae, encoder, device, views, compiles)
+    if isinstance(recipe, RepaeRecipe):
+        networks = (vae, _untaught_transformer(sources, vae, encoder, tiles), encoder)
+        return RepaeStage(recipe, tiles, validation, *networks, device, compiles)
+    assert sources.teacher is not None
+    space = LatentSpace(vae.to(device), encoder.to(device))
+    teacher = load_transformer(sources, sources.teacher)
+    return DistilStage(recipe, tiles, validation, space, teacher, views, compiles)
+
+
+def export_parts(sources: Sources) -> ModelParts:
+    """Return the trained networks as the parts of a model folder."""
+    assert sources.encoder is not None
+    assert sources.sit is not None
+    encoder = load_tile_encoder(sources)
+    transformer = load_transformer(sources, sources.sit)
+    probe = StainProbe(conditioning_dim=encoder.config["embed_dim"])
+    load_stage(sources.encoder, "encoder", probe, prefix="stain_probe.")
+    student = None
+    if sources.student is not None:
+        recipe = find_recipe(sources.recipe, "distil")
+        assert isinstance(recipe, DistilRecipe)
+        student = build_student(recipe, transformer)
+        load_stage(sources.student, "distil", student, prefix="student.")
+    tile = TileSpec(size_px=8 * transformer.config["input_size"])
+    return ModelParts(
+        load_vae(sources), transformer, encoder, probe, tile, digest="", student=student
+    )
+
+
+def load_vae(sources: Sources) -> AutoencoderKL:
+    """Return the mean of the autoencoders, frozen; a model folder's has its own shape."""
+    first = sources.vae[0]
+    if _is_run(first):
+        recipe = find_recipe(sources.recipe, "vae")
+        assert isinstance(recipe, VaeRecipe)
+        vae = build_vae(recipe)
+    else:
+        vae = load_model(first, encoder=None).vae
+    weights = mean_weights([stage_weights(source, "vae") for source in sources.vae])
+    load_strictly(vae, weights, str(first))
+    return vae.eval().requires_grad_(False)
+
+
+def load_tile_encoder(sources: Sources) -> TileEncoder:
+    """Return the encoder of a run, of a model folder, or H0-mini itself, frozen."""
+    source = sources.encoder
+    assert source is not None
+    if _is_run(source):
+        recipe = find_recipe(sources.recipe, "encoder")
+        assert isinstance(recipe, EncoderRecipe)
+        trained = load_stage(source, "encoder", build_encoder(recipe), prefix="encoder.")
+        assert isinstance(trained, TileEncoder)
+        return trained
+    if not (source / "model_index.json").is_file():
+        return load_encoder(source)
+    encoder = load_model(source).encoder
+    if encoder is None:
+        raise ValueError(f"{source} holds no encoder; pass --encoder with H0-mini's folder")
+    return encoder
+
+
+def load_transformer(sources: Sources, source: Path) -> SiT:
+    """Return the transformer of a run, shaped by the recipe, or of a model folder as it is."""
+    if not _is_run(source):
+        return load_model(source, encoder=None).transformer
+    recipe = find_recipe(sources.recipe, "sit")
+    assert isinstance(recipe, SitRecipe)
+    width = stage_weights(source, "sit")["y_embedder.linear.weight"].shape[1]
+    transformer = load_stage(source, "sit", build_transformer(recipe, width))
+    assert isinstance(transformer, SiT)
+    return transformer
+
+
+def _untaught_transformer(
+    sources: Sources, vae: AutoencoderKL, encoder: TileEncoder, tiles: TileSet
+) -> SiT:
+    """Return a transformer with projector: of a source if given, else with tiles' statistics."""
+    recipe = find_recipe(sources.recipe, "sit")
+    assert isinstance(recipe, SitRecipe)
+    transformer = build_transformer(recipe, encoder.config["embed_dim"])
+    if sources.sit is None:
+        sample = evenly_spaced(tiles.images, 256)
+        set_latent_statistics(transformer, LatentSpace(vae, encoder).encode(sample))
+        return transformer
+    weights = stage_weights(sources.sit, "sit")
+    kept = {k: v for k, v in transformer.state_dict().items() if k.startswith("projectors.")}
+    load_strictly(transformer, kept | weights, str(sources.sit))  # folders have no projector
+    return transformer
+
+
+def _is_run(source: Path) -> bool:
+    return (source / "checkpoint.pt").is_file()
