@@ -41,6 +41,7 @@ from cytosyn_aug.released import (
     latent_statistics,
     transformer_settings,
 )
+from cytosyn_aug.small_decoder import SmallDecoder
 from cytosyn_aug.transformer import SiT
 from cytosyn_aug.weights import (
     WEIGHTS_NAME,
@@ -59,6 +60,7 @@ _PARTS: dict[str, type] = {
     "encoder": TileEncoder,
     "stain_probe": StainProbe,
     "student": SiT,
+    "decoder": SmallDecoder,
 }
 _REQUIRED = ("transformer", "vae")
 _OF_THE_ENCODER = ("encoder", "stain_probe")
@@ -69,6 +71,7 @@ class ModelParts(NamedTuple):
 
     Attributes:
         student: Jumps along the flow of `transformer` in a few forwards.
+        decoder: Decodes the latents of `vae` faster than its own decoder.
         null_condition: float32 [D] that stands for no condition; None for the zero vector.
         notes: Remarks on what the folder states differently from what was expected.
     """
@@ -83,6 +86,7 @@ class ModelParts(NamedTuple):
     notes: tuple[str, ...] = ()
     folder: Path | None = None
     student: SiT | None = None
+    decoder: SmallDecoder | None = None
 
 
 def load_model(
@@ -143,6 +147,7 @@ def load_model(
         notes=(*notes, *(note for draft in drafts.values() for note in draft.notes)),
         folder=folder,
         student=parts.get("student"),
+        decoder=parts.get("decoder"),
     )
 
 

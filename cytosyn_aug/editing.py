@@ -143,7 +143,7 @@ def redraw(
     velocity = guide(generator.velocity, cls, generator.null_condition, recipe.guidance_scale)
     noised = interpolate(latents, noise, recipe.noise_level)
     times = linear_grid(recipe.steps, recipe.noise_level)
-    return generator.decode(adams_bashforth2(velocity, noised, times))
+    return generator.decode(adams_bashforth2(velocity, noised, times), is_few_step=True)
 
 
 class Resampled(NamedTuple):
@@ -192,7 +192,8 @@ def resample(
         generator.velocity, cls, generator.null_condition, guidance_scale, high=guidance_high
     )
     noise = sample_noise(seeds, generator.latent_shape).to(cls)
-    made = generator.decode(adams_bashforth2(velocity, noise, polynomial_grid(steps)))
+    latents = adams_bashforth2(velocity, noise, polynomial_grid(steps))
+    made = generator.decode(latents, is_few_step=True)
     similarity = torch.full((len(made),), torch.nan, device=made.device)
     if generator.encoder is not None:
         similarity = torch.cosine_similarity(cls, generator.features(made).cls)

@@ -80,6 +80,7 @@ class TileGenerator:
             parts.encoder,
             parts.stain_probe,
             parts.student,
+            parts.decoder,
         ):
             if part is not None:
                 # Not diffusers' own to(): it warns about a float32 list that is empty here.
@@ -91,6 +92,9 @@ class TileGenerator:
         self.encoder = parts.encoder
         self.stain_probe = parts.stain_probe
         self.student = parts.student
+        self.decoder = parts.decoder
+        if self.decoder is not None:
+            nn.Module.to(self.decoder, memory_format=torch.channels_last)
 
     @classmethod
     def from_pretrained(
@@ -174,13 +178,21 @@ class TileGenerator:
         return self.transformer.whiten(latents.float())
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Return uint8 images [B, 3, size, size] of whitened latents [B, C, h, w].
+    def decode(self, latents: Tensor, *, is_few_step: bool = False) -> Tensor:
+        """Return uint8 images of whitened latents.
+
+        Args:
+            latents: float [B, C, h, w].
+            is_few_step: Use the model's small decoder, if it has one: after few forwards the
+                autoencoder's own would take most of the time.
+
+        Returns:
+            uint8 [B, 3, size, size].
 
         Raises:
             FloatingPointError: The decoder's range was left, as happens in float16.
         """
-        pixels = self.decode_pixels(latents)
+        pixels = self.decode_pixels(latents, is_few_step=is_few_step)
         if not pixels.isfinite().all():
             raise FloatingPointError(
                 f"decoding in {self.dtype} gave values that are not finite; load the model with "
@@ -189,14 +201,18 @@ class TileGenerator:
         return pixels_to_images(pixels)
 
     @torch.no_grad()
-    def decode_pixels(self, latents: Tensor) -> Tensor:
-        """Return float32 pixels [B, 3, size, size], not clipped, of whitened latents."""
+    def decode_pixels(self, latents: Tensor, *, is_few_step: bool = False) -> Tensor:
+        """Return float32 pixels [B, 3, size, size], not clipped; see `decode`."""
+        decoder = self.decoder if is_few_step and self.decoder is not None else self._own_decoder
         decoded = []
         for part in self._batches(latents):
             raw = self.transformer.unwhiten(part.float()).to(self.dtype)
             raw = raw.contiguous(memory_format=torch.channels_last)
-            decoded.append(self.vae.decode(raw).sample.float())  # type: ignore[union-attr]
+            decoded.append(decoder(raw).float())
         return torch.cat(decoded)
+
+    def _own_decoder(self, raw: Tensor) -> Tensor:
+        return self.vae.decode(raw).sample  # type: ignore[union-attr]
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Features:
@@ -309,7 +325,8 @@ class TileGenerator:
         for start in range(0, len(conditions), self.batch_size):
             condition = conditions[start : start + self.batch_size]
             seeds = range(seed + start, seed + start + len(condition))
-            images.append(self.decode(self._draw(condition, seeds, sampler, count, guidance)))
+            latents = self._draw(condition, seeds, sampler, count, guidance)
+            images.append(self.decode(latents, is_few_step=sampler == "student"))
         return torch.cat(images)
 
     def _draw(

@@ -3,10 +3,11 @@
 python -m training vae     --data TILES --out RUN
 python -m training encoder --data TILES --out RUN
 python -m training sit     --data TILES --out RUN --vae RUN --encoder RUN
-python -m training decoder --data TILES --out RUN --warm-start VAE_RUN
 python -m training repae   --data TILES --out RUN --vae RUN --encoder RUN [--sit RUN]
 python -m training distil  --data TILES --out RUN --vae RUN --encoder RUN --teacher RUN
-python -m training export  --vae RUN --encoder RUN --sit RUN [--student RUN] --out FOLDER
+python -m training decoder --data TILES --out RUN --vae RUN
+python -m training export  --vae RUN --encoder RUN --sit RUN [--student RUN] [--decoder RUN]
+                           --out FOLDER
 python -m training evaluate --data TILES --model FOLDER --out REPORT
 python -m training restaining --data SLIDES --model FOLDER --out REPORT
 
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--sit", type=Path, help="run or model folder of the transformer")
     parser.add_argument("--teacher", type=Path, help="distil: run or model folder of the teacher")
     parser.add_argument("--student", type=Path, help="export: run or model folder of the student")
+    parser.add_argument("--decoder", type=Path, help="export: run or model folder of it")
     parser.add_argument("--model", type=Path, help="model folder to evaluate; default: tiny")
     parser.add_argument("--only", default="", help="restaining: methods whose name holds this")
     parser.add_argument("--warm-start", type=Path, help="run or model folder to start from")
@@ -103,6 +105,7 @@ def _sources(args: argparse.Namespace) -> Sources:
         sit=args.sit,
         teacher=args.teacher,
         student=args.student,
+        decoder=args.decoder,
     )
     missing = sources.missing(args.stage)
     if missing:

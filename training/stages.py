@@ -14,6 +14,7 @@ from cytosyn_aug.encoder import StainProbe, TileEncoder
 from cytosyn_aug.transformer import SiT
 from training import recipes
 from training.data import TileSet, load_tiles
+from training.decoder import DecoderRecipe, DecoderStage, build_decoder
 from training.distil import DistilRecipe, DistilStage, build_student
 from training.encoder import EncoderRecipe, EncoderStage, build_encoder
 from training.latents import LatentSpace, evenly_spaced, set_latent_statistics
@@ -23,13 +24,14 @@ from training.sit import SitRecipe, SitStage, build_transformer
 from training.vae import VaeRecipe, VaeStage, build_vae
 from training.weights import load_stage, mean_weights, stage_weights
 
-Recipe = VaeRecipe | EncoderRecipe | SitRecipe | RepaeRecipe | DistilRecipe
-TRAINED = ("vae", "encoder", "sit", "decoder", "repae", "distil")
+Recipe = VaeRecipe | EncoderRecipe | SitRecipe | RepaeRecipe | DistilRecipe | DecoderRecipe
+TRAINED = ("vae", "encoder", "sit", "repae", "distil", "decoder")
 # What a stage cannot do without, besides data.
 NEEDS = {
     "sit": ("vae", "encoder"),
     "repae": ("vae", "encoder"),
     "distil": ("vae", "encoder", "teacher"),
+    "decoder": ("vae",),
     "export": ("vae", "encoder", "sit"),
 }
 
@@ -45,6 +47,7 @@ class Sources:
         sit: Transformer.
         teacher: Transformer that is distilled.
         student: Few-step transformer.
+        decoder: Small decoder.
     """
 
     recipe: str
@@ -53,6 +56,7 @@ class Sources:
     sit: Path | None = None
     teacher: Path | None = None
     student: Path | None = None
+    decoder: Path | None = None
 
     def missing(self, stage: str) -> list[str]:
         """Return the names of what a stage needs and was not given."""
@@ -96,7 +100,10 @@ def build_stage(
     if isinstance(recipe, EncoderRecipe):
         teacher_cache = run_folder / "teacher"
         return EncoderStage(recipe, tiles, validation, device, teacher_cache, compiles)
-    vae, encoder = load_vae(sources), load_tile_encoder(sources)
+    vae = load_vae(sources)
+    if isinstance(recipe, DecoderRecipe):
+        return DecoderStage(recipe, tiles, validation, vae, device, compiles)
+    encoder = load_tile_encoder(sources)
     views = run_folder / "views"
     if isinstance(recipe, SitRecipe):
         return SitStage(recipe, tiles, validation, vae, encoder, device, views, compiles)
@@ -123,9 +130,21 @@ def export_parts(sources: Sources) -> ModelParts:
         assert isinstance(recipe, DistilRecipe)
         student = build_student(recipe, transformer)
         load_stage(sources.student, "distil", student, prefix="student.")
-    tile = TileSpec(size_px=8 * transformer.config["input_size"])
+    vae, decoder = load_vae(sources), None
+    if sources.decoder is not None:
+        small = find_recipe(sources.recipe, "decoder")
+        assert isinstance(small, DecoderRecipe)
+        decoder = build_decoder(small, vae.config["latent_channels"])
+        load_stage(sources.decoder, "decoder", decoder)
     return ModelParts(
-        load_vae(sources), transformer, encoder, probe, tile, digest="", student=student
+        vae,
+        transformer,
+        encoder,
+        probe,
+        TileSpec(size_px=8 * transformer.config["input_size"]),
+        digest="",
+        student=student,
+        decoder=decoder,
     )
 
 

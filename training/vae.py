@@ -119,15 +119,16 @@ class VaeStage:
     def losses(self, step: int, rows: slice) -> dict[str, Tensor]:
         """Return the losses of crops; the posterior is sampled as in the paper."""
         r = self.recipe
-        draw = step_generator(r.seed, step)
-        views = draw_views(r.batch_size, self.tiles.images.shape[-1], r.crop_px, draw)
-        maps = stain_maps(r.batch_size, draw, jitter=r.stain_jitter)
-        noise = torch.randn(r.batch_size, 4, r.crop_px // 8, r.crop_px // 8, generator=draw)
-        images = self.tiles.images[self._index(step)[rows]]
-        images = restain(crop_and_turn(images, views[rows], r.crop_px), maps[rows])
-        pixels = images_to_pixels(images.to(self.device))
-        pixels = pixels.to(memory_format=torch.channels_last)
-        return self.compute(pixels, noise[rows].to(self.device))
+        crops, noise = draw_crops(
+            self.tiles,
+            self._index(step),
+            rows,
+            r.crop_px,
+            r.stain_jitter,
+            step_generator(r.seed, step),
+        )
+        pixels = images_to_pixels(crops.to(self.device)).to(memory_format=torch.channels_last)
+        return self.compute(pixels, noise.to(self.device))
 
     def _compute(self, pixels: Tensor, noise: Tensor) -> dict[str, Tensor]:
         r = self.recipe
@@ -159,6 +160,35 @@ class VaeStage:
         show = torch.stack([self.validation[::6], decoded[::6]]).flatten(0, 1)
         write_sheet(folder / f"samples_{step:06d}.png", show, columns=8)
         return reconstruction_numbers(self.validation, decoded)
+
+
+def draw_crops(
+    tiles: TileSet,
+    index: Tensor,
+    rows: slice,
+    crop_px: int,
+    stain_jitter: float,
+    draw: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Return turned, restained crops of a batch's tiles, and noise for their posterior.
+
+    Args:
+        tiles: The data set.
+        index: int64 [B], tiles of the whole batch.
+        rows: Those that are wanted; all are drawn for.
+        crop_px: Side of the crops.
+        stain_jitter: See `training.data.stain_maps`.
+        draw: All draws come from it.
+
+    Returns:
+        uint8 [n, 3, crop_px, crop_px] and float32 [n, 4, crop_px / 8, crop_px / 8].
+    """
+    num, side = len(index), crop_px // 8
+    views = draw_views(num, tiles.images.shape[-1], crop_px, draw)
+    maps = stain_maps(num, draw, jitter=stain_jitter)
+    noise = torch.randn(num, 4, side, side, generator=draw)
+    crops = crop_and_turn(tiles.images[index[rows]], views[rows], crop_px)
+    return restain(crops, maps[rows]), noise[rows]
 
 
 @torch.no_grad()

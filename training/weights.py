@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cytosyn_aug.checkpoint import load_model, load_strictly
 
 # Names of the networks inside an end-to-end run.
-_OF_REPAE = {"vae": "vae.", "decoder": "vae.", "sit": "transformer."}
+_OF_REPAE = {"vae": "vae.", "sit": "transformer."}
 
 
 def stage_weights(source: Path, stage: str) -> dict[str, Tensor]:
@@ -20,7 +20,7 @@ def stage_weights(source: Path, stage: str) -> dict[str, Tensor]:
 
     Args:
         source: Run folder of the same stage, or a model folder.
-        stage: "vae", "decoder", "encoder", "sit", "repae" or "distil". Autoencoder and transformer
+        stage: "vae", "encoder", "sit", "repae", "distil" or "decoder". Autoencoder and transformer
             may also come from an end-to-end run.
 
     Raises:
@@ -38,6 +38,8 @@ def stage_weights(source: Path, stage: str) -> dict[str, Tensor]:
         named = {"encoder.": parts.encoder, "stain_probe.": parts.stain_probe}
     elif stage == "repae":
         named = {"vae.": parts.vae, "transformer.": parts.transformer}
+    elif stage == "decoder":
+        named = {"": parts.decoder}
     elif stage == "distil":
         named = {"student.": parts.student}
     return {p + k: v for p, part in named.items() for k, v in _state(part).items()}

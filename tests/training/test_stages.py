@@ -9,6 +9,7 @@ from PIL import Image
 
 from cytosyn_aug.checkpoint import load_model
 from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.images import pixels_to_images
 from training.__main__ import main
 from training.data import load_tiles
 from training.latents import mean_token
@@ -103,16 +104,33 @@ def test_every_stage_wrote_curves_reports_and_pictures(runs):
 
 
 @pytest.mark.slow
-def test_the_decoder_stage_leaves_the_encoder_alone(runs, data):
-    out = runs / "decoder"
-    smoke = ("--recipe", "smoke", "--data", data)
-    run("decoder", *smoke, "--out", out, "--warm-start", runs / "vae")
+def test_a_run_of_the_decoder_half_leaves_the_encoder_alone(runs, data, tmp_path):
+    smoke = ("--recipe", "smoke_sharp", "--data", data)
+    run("vae", *smoke, "--out", tmp_path, "--warm-start", runs / "vae")
     before, after = (
-        torch.load(runs / name / "checkpoint.pt", weights_only=True)["average"]
-        for name in ("vae", "decoder")
+        torch.load(folder / "checkpoint.pt", weights_only=True)["average"]
+        for folder in (runs / "vae", tmp_path)
     )
     changed = {k.split(".")[0] for k, v in before.items() if not torch.equal(v, after[k])}
     assert changed == {"decoder", "post_quant_conv"}
+
+
+@pytest.mark.slow
+def test_a_small_decoder_is_trained_exported_and_used_where_steps_are_few(runs, data, tmp_path):
+    run("decoder", "--recipe", "smoke", "--data", data, "--vae", runs / "vae",
+        "--out", tmp_path / "decoder")  # fmt: skip
+    report = json.loads((tmp_path / "decoder" / "reports.jsonl").read_text())
+    assert {"psnr_db", "psnr_lost_db"} <= report.keys()
+    parts = ("--vae", runs / "vae", "--encoder", runs / "encoder", "--sit", runs / "sit")
+    run("export", "--recipe", "smoke", *parts, "--decoder", tmp_path / "decoder",
+        "--out", tmp_path / "model")  # fmt: skip
+    generator = TileGenerator.from_pretrained(tmp_path / "model")
+    latents = torch.randn(1, *generator.latent_shape)
+    small, own = (generator.decode(latents, is_few_step=x) for x in (True, False))
+    assert not torch.equal(small, own)
+    raw = generator.transformer.unwhiten(latents)
+    expected = pixels_to_images(generator.decoder(raw))
+    assert torch.equal(small, expected)
 
 
 @pytest.mark.slow
@@ -194,13 +212,13 @@ def test_an_end_to_end_run_starts_from_parts_and_is_exported(runs, data, tmp_pat
 
 @pytest.mark.slow
 def test_several_autoencoders_are_averaged(runs, data, tmp_path):
-    run("decoder", "--recipe", "smoke", "--data", data, "--out", tmp_path / "decoder",
+    run("vae", "--recipe", "smoke_sharp", "--data", data, "--out", tmp_path / "sharp",
         "--warm-start", runs / "vae")  # fmt: skip
     run("export", "--recipe", "smoke", "--out", tmp_path / "model", "--sit", runs / "sit",
-        "--encoder", runs / "encoder", "--vae", runs / "vae", tmp_path / "decoder")  # fmt: skip
+        "--encoder", runs / "encoder", "--vae", runs / "vae", tmp_path / "sharp")  # fmt: skip
     a, b, mean = (
         stage_weights(folder, "vae")["decoder.conv_out.weight"]
-        for folder in (runs / "vae", tmp_path / "decoder", tmp_path / "model")
+        for folder in (runs / "vae", tmp_path / "sharp", tmp_path / "model")
     )
     assert not torch.equal(a, b)
     torch.testing.assert_close(mean, (a + b) / 2, rtol=1e-3, atol=1e-5)
