@@ -26,6 +26,7 @@ TRAINING_ROWS = [
     {"repae", "decoder"},
     {"evaluate", "export", "recipes", "restaining"},
     {"stages"},
+    {"plan"},
     {"__main__"},
 ]
 

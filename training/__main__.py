@@ -32,6 +32,7 @@ from training.evaluate import evaluate
 from training.export import export
 from training.loop import recipe_dict, train
 from training.parallel import join_world
+from training.plan import plan
 from training.restaining import gap_closed, known_answer, methods
 from training.sheets import write_sheet
 from training.stages import TRAINED, Sources, build_stage, export_parts, find_recipe
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("stage", choices=[*TRAINED, "export", "evaluate", "restaining"])
     parser.add_argument("--recipe", default="tiny", help="name in training/recipes.py")
     parser.add_argument("--data", type=Path, help="folder with train/ and val/")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
     parser.add_argument(
         "--vae",
         type=Path,
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="restaining: methods whose name holds this")
     parser.add_argument("--warm-start", type=Path, help="run or model folder to start from")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop and save after")
+    parser.add_argument("--dry-run", action="store_true", help="print recipe and cost, and stop")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--compile", action="store_true", help="torch.compile the step")
     args = parser.parse_args()
@@ -73,6 +75,8 @@ def main() -> None:
     _, device = join_world()
     _keep_freed_memory()
     try:
+        if not args.dry_run:
+            _need(args, "out")
         if args.stage == "export":
             print(export(args.out, export_parts(_sources(args))))
         elif args.stage == "evaluate":
@@ -86,10 +90,14 @@ def main() -> None:
 
 
 def _train(args: argparse.Namespace, device: torch.device) -> None:
-    _need(args, "data")
+    if not args.dry_run:
+        _need(args, "data")
     recipe = find_recipe(args.recipe, args.stage)
     settings = recipe_dict(recipe)
     print(json.dumps(settings, indent=1))
+    if args.dry_run:
+        print(plan(args.recipe, args.stage).text())
+        return
     stage = build_stage(recipe, args.data, _sources(args), args.out, device, args.compile)
     warm_start = _starting_weights(args)
     train(

@@ -274,6 +274,36 @@ def tiny_repae() -> RepaeRecipe:
     )
 
 
+def xl_vae() -> VaeRecipe:
+    """Return SD-VAE's shape, f8d4 with 84 M parameters, tuned to tiles from its own weights.
+
+    `--warm-start` takes a model folder that `cytosyn-aug convert` made of it.
+    """
+    return VaeRecipe(
+        loop=LoopConfig(
+            num_steps=100_000,
+            learning_rate=1e-4,
+            muon_rate=None,
+            cooldown_steps=50_000,
+            ema_decay=0.9999,
+            report_every_steps=5000,
+        ),
+        block_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        norm_groups=32,
+        has_attention=True,
+        batch_size=64,
+        crop_px=224,
+        stain_jitter=0.0,
+        perceptual_weight=1.0,
+        perceptual_share=1.0,
+        perceptual_stages=5,
+        texture_weight=0.0,
+        kl_weight=1e-6,
+        seed=0,
+    )
+
+
 def xl_repae() -> RepaeRecipe:
     """Return REPA-E as published: SiT-XL/2 and SD-VAE, 400,000 steps of 256 tiles, 8 GPUs."""
     return RepaeRecipe(
