@@ -20,10 +20,11 @@ ROWS = [
 ]
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "misc", "common", "core", "base"}
 TRAINING_ROWS = [
-    {"data", "losses", "perception", "sheets", "muon", "weights"},
-    {"loop"},
+    {"data", "losses", "perception", "sheets", "muon", "weights", "metrics"},
+    {"loop", "neighbours", "likelihood"},
     {"vae", "encoder", "sit"},
-    {"evaluate", "export", "recipes", "restaining"},
+    {"export", "recipes", "restaining"},
+    {"evaluate"},
     {"__main__"},
 ]
 
