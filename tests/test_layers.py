@@ -21,7 +21,7 @@ ROWS = [
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "misc", "common", "core", "base"}
 TRAINING_ROWS = [
     {"data", "losses", "perception", "sheets", "muon", "weights", "metrics"},
-    {"loop", "neighbours", "likelihood"},
+    {"loop", "codecs", "extractors", "neighbours", "likelihood"},
     {"vae", "encoder", "sit"},
     {"export", "recipes", "restaining"},
     {"evaluate"},
