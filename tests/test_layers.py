@@ -22,7 +22,7 @@ FORBIDDEN_NAMES = {"utils", "util", "helpers", "misc", "common", "core", "base"}
 TRAINING_ROWS = [
     {"data", "losses", "perception", "sheets", "muon", "weights", "metrics"},
     {"loop", "codecs", "extractors", "neighbours", "likelihood"},
-    {"vae", "encoder", "sit"},
+    {"vae", "encoder", "sit", "comparison"},
     {"export", "recipes", "restaining"},
     {"evaluate"},
     {"__main__"},
