@@ -23,7 +23,8 @@ TRAINING_ROWS = [
     {"data", "losses", "perception", "sheets", "muon", "weights", "metrics"},
     {"loop", "codecs", "extractors", "neighbours", "likelihood"},
     {"vae", "encoder", "sit", "comparison"},
-    {"export", "recipes", "restaining"},
+    {"card", "export", "recipes", "restaining", "judgement"},
+    {"report"},
     {"evaluate"},
     {"__main__"},
 ]
