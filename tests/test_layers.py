@@ -20,12 +20,22 @@ ROWS = [
 ]
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "misc", "common", "core", "base"}
 TRAINING_ROWS = [
-    {"data", "losses", "mean_flow", "perception", "sheets", "muon", "weights", "parallel"},
-    {"discriminator", "latents", "loop"},
-    {"vae", "encoder", "sit", "distil"},
-    {"repae", "decoder"},
-    {"evaluate", "export", "recipes", "restaining"},
-    {"stages"},
+    {
+        "data",
+        "losses",
+        "mean_flow",
+        "perception",
+        "sheets",
+        "muon",
+        "weights",
+        "parallel",
+        "metrics",
+    },
+    {"discriminator", "latents", "loop", "codecs", "extractors", "neighbours", "likelihood"},
+    {"vae", "encoder", "sit", "distil", "comparison"},
+    {"repae", "decoder", "card", "judgement"},
+    {"export", "recipes", "restaining", "report"},
+    {"stages", "evaluate"},
     {"plan"},
     {"__main__"},
 ]

@@ -8,7 +8,7 @@ python -m training distil  --data TILES --out RUN --vae RUN --encoder RUN --teac
 python -m training decoder --data TILES --out RUN --vae RUN
 python -m training export  --vae RUN --encoder RUN --sit RUN [--student RUN] [--decoder RUN]
                            --out FOLDER
-python -m training evaluate --data TILES --model FOLDER --out REPORT
+python -m training evaluate --data TILES --model FOLDER --out REPORT [--extractors tiny alexnet]
 python -m training restaining --data SLIDES --model FOLDER --out REPORT
 
 TILES holds train/<slide>/<tile> and val/<slide>/<tile>. Runs resume from their own folder.
@@ -21,20 +21,21 @@ import ctypes
 import json
 import math
 import platform
+from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.generator import Sampler, TileGenerator
 from training.data import load_tiles
-from training.evaluate import evaluate
+from training.evaluate import Evaluation, evaluate
 from training.export import export
 from training.loop import recipe_dict, train
 from training.parallel import join_world
 from training.plan import plan
 from training.restaining import gap_closed, known_answer, methods
-from training.sheets import write_sheet
 from training.stages import TRAINED, Sources, build_stage, export_parts, find_recipe
 from training.weights import stage_weights
 
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--student", type=Path, help="export: run or model folder of the student")
     parser.add_argument("--decoder", type=Path, help="export: run or model folder of it")
     parser.add_argument("--model", type=Path, help="model folder to evaluate; default: tiny")
+    _add_evaluation(parser)
     parser.add_argument("--only", default="", help="restaining: methods whose name holds this")
     parser.add_argument("--warm-start", type=Path, help="run or model folder to start from")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop and save after")
@@ -87,6 +89,21 @@ def main() -> None:
             _train(args, device)
     except (ArithmeticError, OSError, ValueError) as error:
         raise SystemExit(f"training {args.stage}: {error}") from error
+
+
+def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `training.evaluate.Evaluation`; what is left out keeps its default."""
+    group = parser.add_argument_group("evaluate", "see training/evaluate.py")
+    group.add_argument("--extractors", nargs="+", help="judges, see training/extractors.py")
+    group.add_argument("--num", type=int, dest="num_tiles", help="tiles of held-out slides")
+    group.add_argument("--num-training", type=int, dest="num_training_tiles")
+    group.add_argument("--unseen", type=Path, help="tiles of training slides never trained on")
+    group.add_argument("--sampler", choices=get_args(Sampler))
+    group.add_argument("--steps", type=int)
+    group.add_argument("--guidance-scale", type=float)
+    group.add_argument("--codec", help="of generated tiles: memory, webp:88, jpeg:90")
+    group.add_argument("--mixed-codecs", help="why lossy and lossless tiles may be compared")
+    group.add_argument("--seed", type=int)
 
 
 def _train(args: argparse.Namespace, device: torch.device) -> None:
@@ -125,14 +142,10 @@ def _sources(args: argparse.Namespace) -> Sources:
 def _evaluate(args: argparse.Namespace, device: torch.device) -> None:
     _need(args, "data")
     generator = TileGenerator.from_pretrained(args.model, device=device)
-    tiles = load_tiles(args.data / "val", generator.tile.size_px)
-    numbers = {"digest": generator.digest} | evaluate(generator, tiles)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "numbers.json").write_text(json.dumps(numbers, indent=2))
-    chosen = torch.linspace(0, len(tiles) - 1, 36).round().long()
-    cls = generator.features(tiles.images[chosen]).cls
-    write_sheet(args.out / "samples.png", generator.sample(cls, seed=0), columns=6)
-    print(json.dumps(numbers, indent=2))
+    given = {f.name: getattr(args, f.name) for f in fields(Evaluation)}
+    given["extractors"] = tuple(given["extractors"] or ())
+    config = Evaluation(**{k: v for k, v in given.items() if v is not None})
+    print(json.dumps(evaluate(generator, args.data, args.out, config), indent=2))
 
 
 def _compare_restaining(args: argparse.Namespace, device: torch.device) -> None:

@@ -1,164 +1,232 @@
-"""Does a model do what its card claims? Numbers on validation slides, with a network of its own.
+"""The evaluate stage: make tiles from held-out and from training tiles, and let networks judge.
 
-AlexNet, which no training stage has seen, judges: retrieval of the source tile from a generated
-one, Frechet distance beside the distance between real slides, and how far variations lie apart.
-
-Source: Heusel et al. (2017) for the Frechet distance; Zhang et al. (2018) for AlexNet features.
+Without extractors it writes the numbers of the model card; with them also distances between
+distributions, memorisation and the gap between slides, as JSON, Markdown and plots. Everything
+that can be wrong about weights, codecs and folders is found before the first tile is made.
 """
 
 from __future__ import annotations
 
-from itertools import combinations
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cytosyn_aug.generator import TileGenerator
-from cytosyn_aug.images import images_to_pixels
-from training.data import TileSet
-from training.perception import PerceptualNetwork
-from training.vae import reconstruction_numbers
+from cytosyn_aug.generator import Sampler, TileGenerator
+from training.card import Sample, card_numbers, check_tiles
+from training.codecs import check_codecs, count_codecs, recompress
+from training.data import TileSet, load_tiles
+from training.extractors import load_extractor
+from training.judgement import EvaluationSets, Judgement, MadeTiles, judge
+from training.metrics import evenly_spaced
+from training.report import write_report
+from training.sheets import write_sheet
 
-NUM_COMPONENTS = 16
-NUM_RANKED = 100
+NUM_SAMPLES_SHOWN = 36
+NUM_NEAREST_SHOWN = 8
 
 
-def evaluate(generator: TileGenerator, tiles: TileSet, steps: int = 16) -> dict[str, float]:
-    """Return the numbers of the model card, measured on held-out slides.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """Configuration of an evaluation.
+
+    Attributes:
+        extractors: Names or NAME=SOURCE, see `training.extractors`; none for the model card alone.
+        num_tiles: At most so many tiles of held-out slides, and as many of training slides; None
+            for all held-out tiles.
+        num_training_tiles: At most so many further training tiles, in which copies are sought.
+        unseen: Folder `<slide>/<tile>` of tiles of training slides that the model has never
+            seen; None takes a share of the training tiles, which the report then says it has seen.
+        sampler: Sampler of the generated tiles.
+        steps: Its velocity evaluations; None for the sampler's usual number.
+        guidance_scale: Classifier-free guidance; 1 for none.
+        codec: What generated tiles are passed through before an extractor sees them:
+            `memory`, `webp:QUALITY` or `jpeg:QUALITY`.
+        mixed_codecs: Why lossy and lossless tiles may be compared, if they are.
+        seed: Seed of the sampler and of all subsets.
+    """
+
+    extractors: tuple[str, ...] = ()
+    num_tiles: int | None = None
+    num_training_tiles: int = 10_000
+    unseen: Path | None = None
+    sampler: Sampler = "ab2"
+    steps: int | None = None
+    guidance_scale: float = 1.0
+    codec: str = "memory"
+    mixed_codecs: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_tiles", "num_training_tiles"):
+            number = getattr(self, name)
+            if number is not None and number < 8:
+                raise ValueError(f"{name} is {number}, expected at least 8")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps is {self.steps}, expected at least 1")
+        names = [spec.partition("=")[0] for spec in self.extractors]
+        if len(set(names)) < len(names):
+            raise ValueError(f"extractors are {names}, expected each name once")
+        # Fails on a codec that is not one.
+        recompress(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), self.codec)
+
+
+def evaluate(
+    generator: TileGenerator, data: Path, out: Path, config: Evaluation
+) -> dict[str, object]:
+    """Evaluate a model and write `numbers.json`, `samples.png` and, with extractors, a report.
 
     Args:
         generator: The model.
-        tiles: Validation tiles of several slides.
-        steps: Velocity evaluations of the sampler.
+        data: Folder with `val/<slide>/<tile>`; with extractors also `train/`.
+        out: Folder for the results, created if missing.
+        config: What to do.
 
     Returns:
-        `psnr_db`, `pooled_psnr_db` of the autoencoder, and `round_trip_*`, what the numbers below
-        are for its round trips: the floor of any transformer; `median_rank` of the source among
-        NUM_RANKED real tiles; `frechet_own` (median over slides, generated against real) and
-        `frechet_between` (median over pairs of real slides); `variation_apart`,
-        `variation_from_source`, `nearest_real` (median LPIPS-AlexNet distances).
-    """
-    judge = PerceptualNetwork("alex").to(generator.device)
-    real = describe(judge, tiles.images, generator.device)
-    decoded = round_trips(generator, tiles.images)
-    numbers = reconstruction_numbers(tiles.images, decoded)
-    floor = likeness(real, describe(judge, decoded, generator.device), tiles.slide_index)
-    numbers |= {f"round_trip_{k}": v for k, v in floor.items()}
-    generated = generator.sample(generator.features(tiles.images).cls, steps=steps, seed=0)
-    numbers |= likeness(real, describe(judge, generated, generator.device), tiles.slide_index)
-    return numbers | variation_distances(generator, judge, tiles, real, steps)
-
-
-def round_trips(generator: TileGenerator, images: Tensor) -> Tensor:
-    """Encode to the posterior mean and decode, uint8 [N, 3, size, size] to the same."""
-    latents = [generator.whiten(generator.encode(part).mean) for part in images.split(16)]
-    return torch.cat([generator.decode(part).cpu() for part in latents])
-
-
-def likeness(real: Tensor, fake: Tensor, slide_index: Tensor) -> dict[str, float]:
-    """Return median rank and Frechet distances of tiles made from real ones, row by row."""
-    basis = principal_components(real, NUM_COMPONENTS)
-    distances = slide_distances(real @ basis, fake @ basis, slide_index)
-    return {"median_rank": median_rank(real, fake, NUM_RANKED)} | distances
-
-
-@torch.no_grad()
-def describe(judge: PerceptualNetwork, images: Tensor, device: torch.device) -> Tensor:
-    """Return float64 [N, 1152]: AlexNet's five maps averaged over the tile, standardised later."""
-    rows = []
-    for part in images.split(16):
-        maps = judge(images_to_pixels(part.to(device)))
-        rows.append(torch.cat([m.float().mean((2, 3)) for m in maps], 1).double().cpu())
-    return torch.cat(rows)
-
-
-def median_rank(real: Tensor, fake: Tensor, num_ranked: int) -> float:
-    """Return the median rank (1 = best) of a generated tile's source among real tiles.
-
-    Args:
-        real: [N, F] features of the sources; `num_ranked` evenly spaced ones are compared.
-        fake: [N, F] features of tiles generated from them.
-        num_ranked: Real tiles in the comparison.
-    """
-    chosen = torch.linspace(0, len(real) - 1, min(num_ranked, len(real))).round().long()
-    spread = real.std(0).clamp_min(1e-9)
-    distance = torch.cdist(fake[chosen] / spread, real[chosen] / spread)
-    rank = (distance < distance.diagonal()[:, None]).sum(1) + 1
-    return float(rank.double().median())
-
-
-def principal_components(features: Tensor, number: int) -> Tensor:
-    """Return the leading principal directions [F, number] of features [N, F]."""
-    return torch.linalg.svd(features - features.mean(0), full_matrices=False).Vh[:number].T
-
-
-def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """Return the Frechet distance of two normal fits to features [N, F], float64.
-
-    tr sqrt(AB) is the nuclear norm of sqrt(A) sqrt(B), exact for rank-deficient covariances.
+        The content of `numbers.json`: `digest`, the numbers of the model card and, with
+        extractors, `tiles` (their sets) and `judgements`.
 
     Raises:
-        ValueError: Fewer samples than dimensions, where the estimate would be meaningless.
+        ValueError: Tiles, codecs or weights that do not fit.
     """
-    for x in (first, second):
-        if len(x) < x.shape[1]:
-            raise ValueError(
-                f"{len(x)} samples in {x.shape[1]} dimensions; use fewer components or more tiles"
-            )
-    apart = (first.mean(0) - second.mean(0)).square().sum()
-    a, b = torch.cov(first.T), torch.cov(second.T)
-    cross = torch.linalg.matrix_norm(_root(a) @ _root(b), "nuc")
-    return float(apart + a.trace() + b.trace() - 2 * cross)
-
-
-def slide_distances(real: Tensor, fake: Tensor, slide_index: Tensor) -> dict[str, float]:
-    """Return the median Frechet distance of fake to real per slide, and between real slides."""
-    slides = slide_index.unique().tolist()
-    own = [frechet_distance(fake[slide_index == s], real[slide_index == s]) for s in slides]
-    between = [
-        frechet_distance(real[slide_index == a], real[slide_index == b])
-        for a, b in combinations(slides, 2)
+    codecs = _codecs(data, config) if config.extractors else {}
+    extractors = [
+        load_extractor(spec, own=generator.encoder, device=generator.device)
+        for spec in config.extractors
     ]
-    return {
-        "frechet_own": float(torch.tensor(own).median()),
-        "frechet_own_worst": max(own),
-        "frechet_between": float(torch.tensor(between).quantile(0.5)),
+    held_out = take_evenly(load_tiles(data / "val", generator.tile.size_px), config.num_tiles)
+    check_tiles(held_out)
+    size_px, number = generator.tile.size_px, len(held_out)
+    training = _training_tiles(data, size_px, number, config) if extractors else None
+    out.mkdir(parents=True, exist_ok=True)
+    sample = partial(
+        generator.sample,
+        steps=config.steps,
+        sampler=config.sampler,
+        guidance_scale=config.guidance_scale,
+    )
+    made = make_tiles(generator, held_out, sample, config.seed)
+    numbers: dict[str, object] = {"digest": generator.digest}
+    numbers |= card_numbers(generator, held_out, made.round_trips, made.generated, sample)
+    chosen = evenly_spaced(number, NUM_SAMPLES_SHOWN)
+    write_sheet(out / "samples.png", made.generated[chosen], columns=6)
+    judgements: list[Judgement] = []
+    if training is not None:
+        real, bank = training
+        made_of_training = make_tiles(generator, real, sample, config.seed + number)
+        sets = EvaluationSets(
+            held_out=_through_codec(made, config.codec),
+            training_slides=_through_codec(made_of_training, config.codec),
+            bank=bank,
+        )
+        for extractor in extractors:
+            judgements.append(judge(extractor, sets, seed=config.seed))
+            _write_nearest(out / f"nearest_{extractor.name}.png", sets, judgements[-1])
+        numbers["tiles"] = describe_sets(sets, codecs, config)
+    return write_report(out, numbers, _plain(config), judgements)
+
+
+def make_tiles(generator: TileGenerator, real: TileSet, sample: Sample, seed: int) -> MadeTiles:
+    """Return real tiles with their round trips and tiles sampled from their features.
+
+    Args:
+        generator: The model.
+        real: Sources.
+        sample: `generator.sample`, with its sampler chosen.
+        seed: Tile i is sampled with seed + i.
+    """
+    generated, round_trips = [], []
+    for start in range(0, len(real), generator.batch_size):
+        part = real.images[start : start + generator.batch_size]
+        latents = generator.whiten(generator.encode(part).mean)
+        round_trips.append(generator.decode(latents).cpu())
+        sampled = sample(generator.features(part).cls, seed=seed + start)
+        generated.append(sampled.cpu())
+    return MadeTiles(real, torch.cat(generated), torch.cat(round_trips))
+
+
+def take_evenly(tiles: TileSet, number: int | None) -> TileSet:
+    """Return at most `number` evenly spaced tiles, or all for None."""
+    if number is None or number >= len(tiles):
+        return tiles
+    chosen = evenly_spaced(len(tiles), number)
+    return TileSet(tiles.images[chosen], tiles.slides, tiles.slide_index[chosen])
+
+
+def describe_sets(
+    sets: EvaluationSets, codecs: dict[str, dict[str, int]], config: Evaluation
+) -> dict[str, object]:
+    """Return what a reader must know of the tiles behind the numbers."""
+    unseen = config.unseen is not None
+    described: dict[str, object] = {
+        "held_out": {"tiles": len(sets.held_out.real), "slides": _num_slides(sets.held_out)},
+        "training_slides": {
+            "tiles": len(sets.training_slides.real),
+            "slides": _num_slides(sets.training_slides),
+            "seen_in_training": not unseen,
+        },
+        "bank": {"tiles": len(sets.bank)},
+        "codecs": {**codecs, "generated and round trips": config.codec},
     }
+    if config.mixed_codecs:
+        described["mixed_codecs"] = config.mixed_codecs
+    return described
 
 
-@torch.no_grad()
-def variation_distances(
-    generator: TileGenerator,
-    judge: PerceptualNetwork,
-    tiles: TileSet,
-    real: Tensor,
-    steps: int,
-    num_sources: int = 8,
-    num_variations: int = 5,
-) -> dict[str, float]:
-    """Return LPIPS distances of variations to each other, to their source, and real neighbours."""
-    chosen = torch.linspace(0, len(tiles) - 1, num_sources).round().long()
-    source = tiles.images[chosen].to(generator.device)
-    cls = generator.features(source).cls
-    made = generator.sample(cls, per_condition=num_variations, steps=steps, seed=1000)
-    groups = made.unflatten(0, (num_sources, num_variations))
-
-    def apart(a: Tensor, b: Tensor) -> Tensor:
-        return judge.distance(images_to_pixels(a), images_to_pixels(b)).cpu()
-
-    pairs = [apart(groups[:, i], groups[:, j]) for i, j in combinations(range(num_variations), 2)]
-    spread = real.std(0).clamp_min(1e-9)
-    distance = torch.cdist(real[chosen] / spread, real / spread)
-    distance[torch.arange(num_sources), chosen] = torch.inf
-    neighbour = tiles.images[distance.argmin(1)].to(generator.device)
-    return {
-        "variation_apart": float(torch.cat(pairs).median()),
-        "variation_apart_least": float(torch.cat(pairs).min()),
-        "variation_from_source": float(apart(groups[:, 0], source).median()),
-        "nearest_real": float(apart(source, neighbour).median()),
-    }
+def _plain(config: Evaluation) -> dict[str, object]:
+    return asdict(config) | {"unseen": config.unseen and str(config.unseen)}
 
 
-def _root(matrix: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+def _codecs(data: Path, config: Evaluation) -> dict[str, dict[str, int]]:
+    folders = {"held out": data / "val", "training": data / "train"}
+    if config.unseen is not None:
+        folders["unseen tiles of training slides"] = config.unseen
+    found = {name: count_codecs(folder) for name, folder in folders.items()}
+    real = [codec for counts in found.values() for codec in counts]
+    check_codecs(dict.fromkeys(real), config.codec, config.mixed_codecs)
+    return found
+
+
+def _training_tiles(
+    data: Path, size_px: int, number: int, config: Evaluation
+) -> tuple[TileSet, Tensor]:
+    """Return `number` tiles of training slides, and the training tiles to seek copies in.
+
+    Raises:
+        ValueError: Too few training tiles to take so many out of them.
+    """
+    tiles = load_tiles(data / "train", size_px)
+    if config.unseen is not None:
+        real = take_evenly(load_tiles(config.unseen, size_px), number)
+        return real, take_evenly(tiles, config.num_training_tiles).images
+    tiles = take_evenly(tiles, config.num_training_tiles + number)
+    if len(tiles) < 2 * number:
+        raise ValueError(
+            f"got {len(tiles)} training tiles for {number} held-out ones, expected twice as many; "
+            f"pass --num {len(tiles) // 2} or fewer, or add training tiles"
+        )
+    taken = torch.zeros(len(tiles), dtype=torch.bool)
+    taken[evenly_spaced(len(tiles), number)] = True
+    real = TileSet(tiles.images[taken], tiles.slides, tiles.slide_index[taken])
+    return real, tiles.images[~taken]
+
+
+def _through_codec(made: MadeTiles, codec: str) -> MadeTiles:
+    return MadeTiles(
+        made.real, recompress(made.generated, codec), recompress(made.round_trips, codec)
+    )
+
+
+def _num_slides(made: MadeTiles) -> int:
+    return len(made.real.slide_index.unique())
+
+
+def _write_nearest(file: Path, sets: EvaluationSets, judgement: Judgement) -> None:
+    """Show the generated tiles that come nearest to training tiles, over those tiles."""
+    closest = judgement.distances["generated"].argsort()[:NUM_NEAREST_SHOWN]
+    pairs: Tensor = torch.cat(
+        [sets.held_out.generated[closest], sets.bank[judgement.nearest[closest]]]
+    )
+    write_sheet(file, pairs, columns=len(closest))
