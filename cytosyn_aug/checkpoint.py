@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from cytosyn_aug.compvis import compvis_vae_state, is_compvis_vae, vae_config_from_state
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.encoder import StainProbe, TileEncoder, read_encoder
+from cytosyn_aug.files import write_atomically
 from cytosyn_aug.released import known_settings, latent_statistics, transformer_settings
 from cytosyn_aug.transformer import SiT
 from cytosyn_aug.weights import (
@@ -153,16 +154,6 @@ def parts_digest(files: Mapping[str, Sequence[Path]], answers: KeyMap) -> str:
     if answers != KeyMap():
         whole.update(json.dumps(asdict(answers), sort_keys=True).encode())
     return whole.hexdigest()[:16]
-
-
-def write_atomically(file: Path, content: bytes) -> None:
-    """Write a file under a temporary name, flush it to disk and rename it."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
 
 
 def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
