@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 # A module may import only from rows above its own.
 ROWS = [
     {"config", "images", "flow", "weights", "compvis", "conditions", "hub", "files"},
-    {"transformer", "encoder", "sampling", "stain", "released"},
+    {"transformer", "encoder", "sampling", "stain", "released", "slides"},
     {"checkpoint"},
     {"convert", "generator"},
     {"reference", "info", "doctor"},
