@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 # A module may import only from rows above its own.
 ROWS = [
     {"config", "images", "flow", "weights", "compvis", "conditions", "hub", "files"},
-    {"transformer", "encoder", "sampling", "stain", "released", "slides"},
+    {"transformer", "encoder", "sampling", "stain", "released", "slides", "tissue"},
     {"checkpoint"},
     {"convert", "generator"},
     {"reference", "info", "doctor"},
