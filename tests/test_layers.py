@@ -20,7 +20,7 @@ ROWS = [
 ]
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "misc", "common", "core", "base"}
 TRAINING_ROWS = [
-    {"data", "losses", "perception", "sheets", "muon", "weights"},
+    {"data", "losses", "perception", "sheets", "muon", "weights", "tcga", "splits"},
     {"loop"},
     {"vae", "encoder", "sit"},
     {"evaluate", "export", "recipes", "restaining"},
