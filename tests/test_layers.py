@@ -20,7 +20,7 @@ ROWS = [
 ]
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "misc", "common", "core", "base"}
 TRAINING_ROWS = [
-    {"data", "losses", "perception", "sheets", "muon", "weights", "tcga", "splits"},
+    {"data", "losses", "perception", "sheets", "muon", "weights", "tcga", "splits", "workers"},
     {"loop"},
     {"vae", "encoder", "sit"},
     {"evaluate", "export", "recipes", "restaining"},
