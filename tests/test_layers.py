@@ -20,7 +20,10 @@ ROWS = [
 ]
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "misc", "common", "core", "base"}
 TRAINING_ROWS = [
-    {"data", "losses", "perception", "sheets", "muon", "weights", "tcga", "splits", "workers"},
+    {"tcga", "splits", "workers"},
+    {"sources"},
+    {"tile_folders"},
+    {"data", "losses", "perception", "sheets", "muon", "weights"},
     {"loop"},
     {"vae", "encoder", "sit"},
     {"evaluate", "export", "recipes", "restaining"},

@@ -116,6 +116,23 @@ def check_leakage(
         )
 
 
+def count_by_split(
+    members: Iterable[Member], splits: Mapping[str, str]
+) -> dict[str, dict[str, int]]:
+    """Return the number of slides, patients and sites of each split."""
+    found: dict[str, list[Member]] = defaultdict(list)
+    for member in members:
+        found[splits[member.slide]].append(member)
+    return {
+        split: {
+            "slides": len(rows),
+            "patients": len(Counter(m.patient for m in rows)),
+            "sites": len({(m.project, m.site) for m in rows}),
+        }
+        for split, rows in sorted(found.items())
+    }
+
+
 def slide_quotas(
     total: int | None,
     capacities: Mapping[str, int],
@@ -253,20 +270,3 @@ def _settle(order: list[int], sizes: list[int], targets: np.ndarray) -> list[int
                 lack[there] -= size
                 is_better = True
     return choice
-
-
-def count_by_split(
-    members: Iterable[Member], splits: Mapping[str, str]
-) -> dict[str, dict[str, int]]:
-    """Return the number of slides, patients and sites of each split."""
-    found: dict[str, list[Member]] = defaultdict(list)
-    for member in members:
-        found[splits[member.slide]].append(member)
-    return {
-        split: {
-            "slides": len(rows),
-            "patients": len(Counter(m.patient for m in rows)),
-            "sites": len({(m.project, m.site) for m in rows}),
-        }
-        for split, rows in sorted(found.items())
-    }

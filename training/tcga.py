@@ -33,6 +33,7 @@ _BARCODE = re.compile(
     r"-(?P<sample>\d{2})(?P<vial>[A-Z])-(?P<portion>\d{2})-(?P<section>[A-Z]{2})(?P<number>\w+)",
     re.IGNORECASE,
 )
+_PATIENT = re.compile(r"TCGA-(?P<site>[A-Z0-9]{2})-[A-Z0-9]{4}(?![A-Z0-9])", re.IGNORECASE)
 _MANIFEST_COLUMNS = ("id", "filename", "md5", "size")
 
 
@@ -78,6 +79,12 @@ def parse_barcode(name: str) -> Barcode | None:
             "give the file the name it has at the GDC"
         )
     return None
+
+
+def patient_and_site(name: str) -> tuple[str, str] | None:
+    """Return the patient and the site that any TCGA name starts with, a slide's or not."""
+    match = _PATIENT.match(name)
+    return (match[0].upper(), match["site"].upper()) if match else None
 
 
 def read_manifest(file: Path) -> list[ManifestEntry]:

@@ -1,6 +1,6 @@
 import pytest
 
-from training.tcga import parse_barcode, read_manifest
+from training.tcga import parse_barcode, patient_and_site, read_manifest
 
 UUID = "8923A151-A690-40B7-9E5A-FCBEDFC2394F"
 HEADER = "id\tfilename\tmd5\tsize\tstate\n"
@@ -15,6 +15,12 @@ def test_frozen_and_normal_sections_are_told_apart():
     assert parse_barcode(f"tcga-cr-7395-01a-01-ts1.{UUID}.svs").section == "TS"
     normal = parse_barcode("TCGA-BH-A0BW-11A-02-BSA.svs")
     assert (normal.sample, normal.section) == ("11", "BS")
+
+
+def test_patient_and_site_are_read_from_any_tcga_name():
+    assert patient_and_site("tcga-3l-aa1b_tile") == ("TCGA-3L-AA1B", "3L")
+    assert patient_and_site("TCGA-3L-AA1BX") is None
+    assert patient_and_site("CMU-1") is None
 
 
 def test_other_slides_have_no_barcode():
