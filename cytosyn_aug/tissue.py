@@ -150,23 +150,26 @@ def pen_pixels(image: np.ndarray) -> np.ndarray:
 
 
 def tile_quality(image: np.ndarray) -> TileQuality:
-    """Measure a tile.
+    """Measure a tile, in a tenth of a millisecond: every tile that is read pays for it.
 
     Args:
-        image: uint8 [H, W, 3], RGB. Colour is judged on every second pixel.
+        image: uint8 [H, W, 3], RGB. Colour is judged on every second pixel, sharpness on all of
+            the green channel, which both stains darken.
     """
-    sample = image[::2, ::2].astype(np.int16)
-    red, green, blue = sample[..., 0], sample[..., 1], sample[..., 2]
+    red, green, blue = (np.ascontiguousarray(image[::2, ::2, k]) for k in range(3))
     value = np.maximum(np.maximum(red, green), blue)
     least = np.minimum(np.minimum(red, green), blue)
-    # Hue from cyan over blue to red, without computing it: blue is at least green.
-    stained = (blue >= green) & (value > 103) & ((value - least) * 32 >= value)
+    # Hue from cyan over blue to red means that blue is at least green; a saturation of 8 of 255
+    # means that value - least is at least value / 32. Neither needs more than 8 bits.
+    is_stained = (blue >= green) & (value > 103) & (value - least > (value - 1) >> 5)
     grey = image[..., 1].astype(np.int16)
-    centre = grey[1:-1, 1:-1]
-    laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * centre
+    laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1]
+    laplacian += grey[1:-1, :-2]
+    laplacian += grey[1:-1, 2:]
+    laplacian -= grey[1:-1, 1:-1] << 2
     flat = laplacian.ravel().astype(np.float32)
-    mean_square = float(flat @ flat) / flat.size
-    return TileQuality(float(stained.mean()), mean_square - float(flat.mean()) ** 2)
+    variance = float(flat @ flat) / flat.size - float(flat.mean()) ** 2
+    return TileQuality(np.count_nonzero(is_stained) / is_stained.size, variance)
 
 
 def reason_to_reject(quality: TileQuality, config: TissueConfig) -> str | None:

@@ -1,3 +1,4 @@
+import colorsys
 import json
 
 import numpy as np
@@ -89,6 +90,18 @@ def test_blank_and_blurred_tiles_are_told_from_tissue():
     tissue, blurred, glass, pen = (slide_picture(kind, 64) for kind in "#b.p")
     reasons = [reason_to_reject(tile_quality(t), CONFIG) for t in (tissue, blurred, glass, pen)]
     assert reasons == [None, "blurred", "blank", "blank"]
+
+
+def test_a_stained_pixel_has_the_hue_saturation_and_value_of_the_rule():
+    """Against a hue that is computed: 180 to 360 degrees, saturation from 8, value above 103."""
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    image[:32] = 240 - image[:32] // 12  # nearly grey: the limit of saturation
+    expected = 0
+    for red, green, blue in image[::2, ::2].reshape(-1, 3).tolist():
+        hue, _, value = colorsys.rgb_to_hsv(red, green, blue)
+        saturation = (max(red, green, blue) - min(red, green, blue)) / max(red, green, blue, 1)
+        expected += (hue >= 0.5 or red >= green == blue) and saturation >= 1 / 32 and value > 103
+    assert tile_quality(image).stained == expected / 32**2
 
 
 def test_sharpness_is_the_variance_of_the_laplacian():
