@@ -20,13 +20,14 @@ ROWS = [
 ]
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "misc", "common", "core", "base"}
 TRAINING_ROWS = [
-    {"tcga", "splits", "workers"},
+    {"tcga", "splits", "shards", "workers"},
     {"sources"},
     {"tile_folders"},
-    {"data", "losses", "perception", "sheets", "muon", "weights"},
-    {"loop"},
-    {"vae", "encoder", "sit"},
-    {"evaluate", "export", "recipes", "restaining"},
+    {"data", "losses", "perception", "sheets", "muon", "weights", "candidates"},
+    {"loop", "cutting"},
+    {"vae", "encoder", "sit", "catalogue"},
+    {"evaluate", "export", "recipes", "restaining", "tiles"},
+    {"tile_command"},
     {"__main__"},
 ]
 

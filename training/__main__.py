@@ -1,5 +1,6 @@
 """Command line of training.
 
+python -m training tile    --help
 python -m training vae     --data TILES --out RUN
 python -m training encoder --data TILES --out RUN
 python -m training sit     --data TILES --out RUN --vae RUN --encoder RUN
@@ -8,7 +9,8 @@ python -m training export  --vae RUN --encoder RUN --sit RUN --out FOLDER
 python -m training evaluate --data TILES --model FOLDER --out REPORT
 python -m training restaining --data SLIDES --model FOLDER --out REPORT
 
-TILES holds train/<slide>/<tile> and val/<slide>/<tile>. Runs resume from their own folder.
+TILES holds train/<slide>/<tile> and val/<slide>/<tile>, or is what `tile` wrote.
+Runs resume from their own folder.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import ctypes
 import json
 import math
 import platform
+import sys
 from pathlib import Path
 
 import torch
@@ -37,6 +40,7 @@ from training.loop import Stage, recipe_dict, train
 from training.restaining import gap_closed, known_answer, methods
 from training.sheets import write_sheet
 from training.sit import SitRecipe, SitStage, build_transformer
+from training.tile_command import main as run_tile_command
 from training.vae import VaeRecipe, VaeStage, build_vae
 from training.weights import load_stage, mean_weights, stage_weights
 
@@ -45,6 +49,8 @@ _TRAINED = ("vae", "encoder", "sit", "decoder")
 
 def main() -> None:
     """Parse, build a frozen recipe, call one function."""
+    if sys.argv[1:2] == ["tile"]:  # has options and exit codes of its own
+        raise SystemExit(run_tile_command(sys.argv[2:]))
     parser = argparse.ArgumentParser(
         prog="python -m training",
         description=__doc__,
