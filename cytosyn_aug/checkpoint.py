@@ -34,6 +34,7 @@ from cytosyn_aug.compvis import (
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.differences import compare, report
 from cytosyn_aug.encoder import StainProbe, TileEncoder, read_encoder
+from cytosyn_aug.files import write_atomically
 from cytosyn_aug.released import (
     LatentStatistics,
     index_notes,
@@ -214,16 +215,6 @@ def parts_digest(
     if unfiled:
         whole.update(json.dumps(list(unfiled)).encode())
     return whole.hexdigest()[:16]
-
-
-def write_atomically(file: Path, content: bytes) -> None:
-    """Write a file under a temporary name, flush it to disk and rename it."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
 
 
 def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:

@@ -154,9 +154,9 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from cytosyn_aug.checkpoint import write_atomically
     from cytosyn_aug.demo import load_samples
     from cytosyn_aug.doctor import as_json, examine, verdict
+    from cytosyn_aug.files import write_atomically
     from cytosyn_aug.info import describe_model, environment, info_text, inventory
 
     content: dict[str, object] = {"environment": environment()}

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from cytosyn_aug.checkpoint import write_atomically
+from cytosyn_aug.files import write_atomically
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.reference import StainReference
 from cytosyn_aug.stain import tissue_moments

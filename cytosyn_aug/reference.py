@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cytosyn_aug.checkpoint import write_atomically
 from cytosyn_aug.conditions import Conditions, read_conditions
 from cytosyn_aug.config import TileSpec
+from cytosyn_aug.files import write_atomically
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.stain import MIN_TISSUE, DensityMoments, tissue_moments
 

@@ -160,3 +160,74 @@ def student_folder(tmp_path_factory):
 @pytest.fixture
 def tiles():
     return synthetic_tiles(4)
+
+
+TISSUE, INK = (186, 112, 170), (30, 110, 60)
+
+
+def slide_picture(grid, side, seed=0):
+    """Draw a slide of squares of this side: # tissue, p green pen, b blurred tissue, . glass."""
+    rng = np.random.default_rng(seed)
+    rows = grid.split()
+    picture = np.full((len(rows) * side, len(rows[0]) * side, 3), 243, np.uint8)
+    for row, line in enumerate(rows):
+        for column, kind in enumerate(line):
+            square = picture[row * side : (row + 1) * side, column * side : (column + 1) * side]
+            if kind == "#":
+                square[:] = np.clip(TISSUE + rng.normal(0, 25, (side, side, 1)), 0, 255)
+            elif kind in "pb":
+                square[:] = INK if kind == "p" else TISSUE
+    return picture
+
+
+def write_slide(file, picture, *, mpp="0.25", power="40", dpcm=None, unit="CENTIMETER"):
+    """Write a picture as an Aperio-like SVS, or with `mpp` and `power` None as a generic TIFF.
+
+    Two levels, 1 and 4, in tiles of 256 px that are compressed without loss.
+    """
+    import tifffile  # an extra of the tests
+
+    is_aperio = not (mpp is None and power is None)
+    facts = "".join(f"|{k} = {v}" for k, v in (("AppMag", power), ("MPP", mpp)) if v is not None)
+    scale = {} if dpcm is None else {"resolution": (dpcm, dpcm), "resolutionunit": unit}
+    with tifffile.TiffWriter(file) as tiff:
+        for level, image in enumerate((picture, picture[::4, ::4])):
+            height, width = image.shape[:2]
+            size = f"{width}x{height} [0,0 {width}x{height}] (256x256) JPEG/RGB Q=90"
+            tiff.write(
+                np.ascontiguousarray(image),
+                tile=(256, 256),
+                photometric="rgb",
+                compression="adobe_deflate",
+                description=f"Aperio Image Library v12.0\r\n{size}{facts}" if is_aperio else None,
+                subfiletype=0 if is_aperio or level == 0 else 1,
+                metadata=None,
+                **scale,
+            )
+            if is_aperio and level == 0:  # the second page of an SVS is its thumbnail
+                tiff.write(image[::16, ::16].copy(), photometric="rgb", metadata=None)
+    return file
+
+
+def damage_tile(file, index, level_page=0):
+    """Overwrite the bytes of one 256 px tile of a slide with zeros."""
+    import tifffile
+
+    with tifffile.TiffFile(file) as tiff:
+        page = tiff.pages[level_page]
+        offset, count = page.dataoffsets[index], page.databytecounts[index]
+    with file.open("r+b") as stream:
+        stream.seek(offset)
+        stream.write(bytes(count))
+
+
+@pytest.fixture
+def synthetic_slide(tmp_path):
+    """Return a function that writes a slide of the given name and returns its path."""
+
+    def write(name="slide.svs", grid="##\n##", side=128, seed=0, **facts):
+        file = tmp_path / "slides" / name
+        file.parent.mkdir(exist_ok=True)
+        return write_slide(file, slide_picture(grid, side, seed), **facts)
+
+    return write

@@ -1,5 +1,6 @@
 """Command line of training.
 
+python -m training tile    --help
 python -m training vae     --data TILES --out RUN
 python -m training encoder --data TILES --out RUN
 python -m training sit     --data TILES --out RUN --vae RUN --encoder RUN
@@ -11,7 +12,8 @@ python -m training export  --vae RUN --encoder RUN --sit RUN [--student RUN] [--
 python -m training evaluate --data TILES --model FOLDER --out REPORT [--extractors tiny alexnet]
 python -m training restaining --data SLIDES --model FOLDER --out REPORT
 
-TILES holds train/<slide>/<tile> and val/<slide>/<tile>. Runs resume from their own folder.
+TILES holds train/<slide>/<tile> and val/<slide>/<tile>, or is what `tile` wrote.
+Runs resume from their own folder.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import ctypes
 import json
 import math
 import platform
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args
@@ -37,11 +40,14 @@ from training.parallel import join_world
 from training.plan import plan
 from training.restaining import gap_closed, known_answer, methods
 from training.stages import TRAINED, Sources, build_stage, export_parts, find_recipe
+from training.tile_command import main as run_tile_command
 from training.weights import stage_weights
 
 
 def main() -> None:
     """Parse, build a frozen recipe, call one function."""
+    if sys.argv[1:2] == ["tile"]:  # has options and exit codes of its own
+        raise SystemExit(run_tile_command(sys.argv[2:]))
     parser = argparse.ArgumentParser(
         prog="python -m training",
         description=__doc__,

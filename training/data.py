@@ -1,4 +1,4 @@
-"""Tiles for training: a folder of tiles held in memory, and batches that depend only on a step.
+"""Tiles for training: held in memory or read from shards, and batches that depend only on a step.
 
 A batch is a pure function of (tile set, seed, step), so a resumed run sees exactly the batches
 an undisturbed one would. This module refuses to know what is trained on them.
@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from cytosyn_aug.images import density_to_grey, optical_density
-
-TILE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".tif", ".tiff")
+from training.shards import DATASET_NAME, TileStore
+from training.tile_folders import TILE_SUFFIXES
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +40,20 @@ class TileSet:
 
 
 def load_tiles(folder: Path, size_px: int = 224) -> TileSet:
-    """Read a folder `<slide>/<tile>.{png,webp,...}` into memory.
+    """Read one split into memory: `<slide>/<tile>.{png,webp,...}` or shards of the tile stage.
 
     Args:
-        folder: One split; each sub-folder is a slide.
+        folder: One split; each sub-folder, or each shard, is a slide.
         size_px: Side that every tile must have.
 
     Returns:
-        The tiles in sorted order of (slide, file name).
+        The tiles in sorted order of slides; of (slide, file name) if they are files.
 
     Raises:
-        ValueError: No tiles, or a tile of another size, named.
+        ValueError: No tiles, a tile of another size, named, or a damaged or unfinished stage.
     """
+    if (folder.parent / DATASET_NAME).exists() or next(folder.glob("*.tar"), None):
+        return _load_shards(TileStore(folder.parent, folder.name), size_px)
     files = sorted(f for f in folder.glob("*/*") if f.suffix.lower() in TILE_SUFFIXES)
     if not files:
         raise ValueError(f"no tiles under {folder}; expected {folder}/<slide>/<tile>.png")
@@ -67,6 +70,43 @@ def load_tiles(folder: Path, size_px: int = 224) -> TileSet:
     slides = tuple(sorted({f.parent.name for f in files}))
     index = torch.tensor([slides.index(f.parent.name) for f in files])
     return TileSet(images=images, slides=slides, slide_index=index)
+
+
+def _load_shards(store: TileStore, size_px: int) -> TileSet:
+    if store.tile.size_px != size_px:
+        raise ValueError(
+            f"{store.folder} holds tiles of {store.tile.describe()}, expected {size_px} px; "
+            "cut tiles of that size"
+        )
+    images = torch.empty(len(store), 3, size_px, size_px, dtype=torch.uint8)
+
+    def read(index: int) -> None:
+        images[index] = torch.from_numpy(store.read(index)).permute(2, 0, 1)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read, range(len(store))))
+    return TileSet(images, store.slides, torch.from_numpy(store.slide_index))
+
+
+class StoredTiles(Dataset[tuple[Tensor, int]]):
+    """Tiles of one split that do not fit into memory, by index; for a `DataLoader`.
+
+    An item is (uint8 [3, H, W], position of its slide in `store.slides`). Every record is checked
+    when it is read.
+
+    Args:
+        store: Safe to hand to workers, forked or spawned: each opens its own files.
+    """
+
+    def __init__(self, store: TileStore) -> None:
+        self.store = store
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = torch.from_numpy(self.store.read(index)).permute(2, 0, 1)
+        return image, int(self.store.slide_index[index])
 
 
 def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:

@@ -17,6 +17,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -138,6 +140,19 @@ def train(
         FloatingPointError: `config.max_skipped` steps in a row had no finite gradient.
         OSError: A checkpoint could not be written; the one before it is kept.
     """
+    with _noted_sigterm() as asked_to_stop:
+        return _train(stage, config, run_folder, recipe, minutes, warm_start, asked_to_stop)
+
+
+def _train(
+    stage: Stage,
+    config: LoopConfig,
+    run_folder: Path,
+    recipe: dict[str, object],
+    minutes: float,
+    warm_start: dict[str, Tensor] | None,
+    asked_to_stop: list[int],
+) -> int:
     run_folder.mkdir(parents=True, exist_ok=True)
     shares = row_shares(stage.batch_size, config.num_micro_batches)
     optimisers = _optimisers(stage.network, config)
@@ -153,7 +168,6 @@ def train(
 
     began, saved = time.monotonic(), time.monotonic()
     step, num_skipped = start, 0
-    asked_to_stop = _listen_for_sigterm()
     for step in range(start, config.num_steps):
         row = _step(stage, config, optimisers, step, shares)
         done = step + 1
@@ -205,12 +219,18 @@ def _device(network: nn.Module) -> torch.device:
     return next(network.parameters()).device
 
 
-def _listen_for_sigterm() -> list[int]:
-    """Return a list that stays empty until the process is asked to stop, as schedulers do."""
+@contextmanager
+def _noted_sigterm() -> Iterator[list[int]]:
+    """Give a list that stays empty until the process is asked to stop, as schedulers do."""
     received: list[int] = []
-    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
-        signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
-    return received
+    if threading.current_thread() is not threading.main_thread():  # Python allows no handler
+        yield received
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _step(

@@ -74,7 +74,9 @@ def test_a_run_told_to_stop_saves_and_resumes_bit_equal(tmp_path):
         return draw(step, rows)
 
     stage.losses = interrupted
+    before = signal.getsignal(signal.SIGTERM)
     assert train(stage, CONFIG, tmp_path / "parts", recipe={}) == 3
+    assert signal.getsignal(signal.SIGTERM) is before
     train(Regression(), CONFIG, tmp_path / "parts", recipe={})
     for name, value in weights(tmp_path / "whole").items():
         assert torch.equal(value, weights(tmp_path / "parts")[name])
