@@ -6,7 +6,7 @@ copies a training tile gets a tiny variance and then explains nothing that is he
 
 Source: Jiralerspong et al. (2023), "Feature Likelihood Divergence", section 3, written from the
 paper. Deviations: subsets are seeded; the fit takes the whole training set in each of its steps
-and keeps the best one.
+and keeps the best one; features that hardly vary are not blown up.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from training.metrics import checked
+from training.metrics import checked, spreads
 
 MAX_TILES = 10_000
 NUM_STEPS = 50
@@ -106,7 +106,7 @@ def likelihood_reference(train: Tensor, test: Tensor, *, seed: int = 0) -> Likel
     if len(train) < 4:
         raise ValueError(f"got {len(train)} training tiles, expected at least 4; give more")
     held_out = _subset(test, seed)
-    shift, spread = held_out.mean(0), held_out.std(0).clamp_min(1e-9)
+    shift, spread = held_out.mean(0), spreads(held_out)
     x_train, x_test = (_subset(train, seed) - shift) / spread, (held_out - shift) / spread
     # The subset is in random order, so its halves are random too.
     half = len(x_train) // 2

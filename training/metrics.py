@@ -87,6 +87,17 @@ def checked(features: Tensor) -> Tensor:
     return features.detach().double().cpu()
 
 
+def spreads(features: Tensor) -> Tensor:
+    """Return the standard deviation of each feature of [N, F], for dividing by, float64 [F].
+
+    At least a hundredth of their root mean square: a channel that is all but dead in these tiles
+    would otherwise outvote all others for a tile in which it is not. (Half of AlexNet's channels
+    are dead in H&E, so a median would be zero.)
+    """
+    found = checked(features).std(0)
+    return found.clamp_min(max(1e-9, 0.01 * float(found.square().mean().sqrt())))
+
+
 def frechet_distance(first: NormalFit, second: NormalFit) -> float:
     """Return the Frechet distance |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two normal fits.
 

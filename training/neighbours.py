@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from training.metrics import checked
+from training.metrics import checked, spreads
 
 NUM_NEIGHBOURS = 5
 _CHUNK = 512
@@ -112,13 +112,13 @@ def nearest_neighbours(queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         queries: [N, F].
-        bank: [M, F]; each feature is divided by its standard deviation over these tiles.
+        bank: [M, F]; each feature is divided by its deviation (`spreads`) in them.
 
     Returns:
         float64 [N], root mean square over features, in standard deviations; int64 [N].
     """
     x, y = checked(queries), checked(bank)
-    spread = y.std(0).clamp_min(1e-9) * y.shape[1] ** 0.5
+    spread = spreads(y) * y.shape[1] ** 0.5
     found = [rows.min(1) for rows in _distances(x / spread, y / spread)]
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 

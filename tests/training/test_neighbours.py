@@ -126,6 +126,16 @@ def test_copies_of_training_tiles_are_nearer_than_held_out_tiles():
     assert copied.closer_share == 1
 
 
+def test_a_channel_that_is_dead_in_training_tiles_does_not_outvote_the_rest():
+    draws = torch.Generator().manual_seed(0)
+    bank, query = (torch.randn(n, 100, dtype=F64, generator=draws) for n in (300, 20))
+    whole = nearest_neighbours(query, bank)[0]
+    bank[:, :60] = 0  # more than half, as in AlexNet
+    bank[3, 7] = 1e-4
+    dead = nearest_neighbours(query, bank)[0]
+    assert (dead / whole).max() < 200  # deviations are at most 100-fold; else 1e5
+
+
 def test_too_few_tiles_for_the_neighbours_are_refused():
     with pytest.raises(ValueError, match="got 5 tiles for 5 neighbours"):
         neighbour_radii(torch.randn(5, 2), 5)
