@@ -9,6 +9,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from torch.utils.data import Dataset
 from cytosyn_aug.images import density_to_grey, optical_density
 from training.shards import DATASET_NAME, TileStore
 from training.tile_folders import TILE_SUFFIXES
+
+_NUM_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,53 @@ class TileSet:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def side_px(self) -> int:
+        """Side of the tiles."""
+        return self.images.shape[-1]
+
+    def take(self, index: Tensor) -> Tensor:
+        """Return tiles by index [n], uint8 [n, 3, H, W]."""
+        return self.images[index]
+
+
+class Tiles(Protocol):
+    """Tiles of one split, wherever they are kept."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def side_px(self) -> int:
+        """Side of the tiles."""
+        ...
+
+    def take(self, index: Tensor) -> Tensor:
+        """Return tiles by index [n], uint8 [n, 3, H, W]."""
+        ...
+
+
+def open_tiles(folder: Path, size_px: int = 224, max_bytes: int = 16 * 2**30) -> Tiles:
+    """Return one split, read into memory, or left in its shards if it is larger than `max_bytes`.
+
+    Args:
+        folder: See `load_tiles`.
+        size_px: Side that every tile must have.
+        max_bytes: Most memory that decoded tiles may take in each process.
+
+    Raises:
+        ValueError: See `load_tiles`.
+    """
+    if _is_stage(folder):
+        store = _checked_store(folder, size_px)
+        if len(store) * 3 * size_px**2 > max_bytes:
+            return StoredTiles(store)
+    return load_tiles(folder, size_px)
+
+
+def spread_evenly(tiles: Tiles, num: int) -> Tensor:
+    """Return up to `num` tiles, spread evenly over the split, uint8 [n, 3, H, W]."""
+    return tiles.take(torch.linspace(0, len(tiles) - 1, min(num, len(tiles))).round().long())
+
 
 def load_tiles(folder: Path, size_px: int = 224) -> TileSet:
     """Read one split into memory: `<slide>/<tile>.{png,webp,...}` or shards of the tile stage.
@@ -52,8 +102,10 @@ def load_tiles(folder: Path, size_px: int = 224) -> TileSet:
     Raises:
         ValueError: No tiles, a tile of another size, named, or a damaged or unfinished stage.
     """
-    if (folder.parent / DATASET_NAME).exists() or next(folder.glob("*.tar"), None):
-        return _load_shards(TileStore(folder.parent, folder.name), size_px)
+    if _is_stage(folder):
+        store = _checked_store(folder, size_px)
+        images = StoredTiles(store).take(torch.arange(len(store)))
+        return TileSet(images, store.slides, torch.from_numpy(store.slide_index))
     files = sorted(f for f in folder.glob("*/*") if f.suffix.lower() in TILE_SUFFIXES)
     if not files:
         raise ValueError(f"no tiles under {folder}; expected {folder}/<slide>/<tile>.png")
@@ -72,20 +124,19 @@ def load_tiles(folder: Path, size_px: int = 224) -> TileSet:
     return TileSet(images=images, slides=slides, slide_index=index)
 
 
-def _load_shards(store: TileStore, size_px: int) -> TileSet:
+def _is_stage(folder: Path) -> bool:
+    """Return whether the tile stage wrote this split, finished or not."""
+    return (folder.parent / DATASET_NAME).exists() or any(folder.glob("*.tar"))
+
+
+def _checked_store(folder: Path, size_px: int) -> TileStore:
+    store = TileStore(folder.parent, folder.name)
     if store.tile.size_px != size_px:
         raise ValueError(
             f"{store.folder} holds tiles of {store.tile.describe()}, expected {size_px} px; "
             "cut tiles of that size"
         )
-    images = torch.empty(len(store), 3, size_px, size_px, dtype=torch.uint8)
-
-    def read(index: int) -> None:
-        images[index] = torch.from_numpy(store.read(index)).permute(2, 0, 1)
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(read, range(len(store))))
-    return TileSet(images, store.slides, torch.from_numpy(store.slide_index))
+    return store
 
 
 class StoredTiles(Dataset[tuple[Tensor, int]]):
@@ -107,6 +158,22 @@ class StoredTiles(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image = torch.from_numpy(self.store.read(index)).permute(2, 0, 1)
         return image, int(self.store.slide_index[index])
+
+    @property
+    def side_px(self) -> int:
+        """Side of the tiles."""
+        return self.store.tile.size_px
+
+    def take(self, index: Tensor) -> Tensor:
+        """Return tiles by index [n], uint8 [n, 3, H, W], decoded by several threads."""
+        images = torch.empty(len(index), 3, self.side_px, self.side_px, dtype=torch.uint8)
+
+        def read(place: int) -> None:
+            images[place] = self[int(index[place])][0]
+
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
+            list(pool.map(read, range(len(index))))
+        return images
 
 
 def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from cytosyn_aug.images import images_to_pixels, pixels_to_images
 from cytosyn_aug.small_decoder import SmallDecoder
-from training.data import TileSet, batch_indices, step_generator
-from training.latents import evenly_spaced
+from training.data import Tiles, batch_indices, spread_evenly, step_generator
 from training.loop import LoopConfig
 from training.perception import PerceptualNetwork, texture_distance
 from training.sheets import write_comparison
@@ -67,8 +66,8 @@ class DecoderStage:
     def __init__(
         self,
         recipe: DecoderRecipe,
-        tiles: TileSet,
-        validation: TileSet,
+        tiles: Tiles,
+        validation: Tiles,
         vae: AutoencoderKL,
         device: torch.device,
         compiles: bool = False,
@@ -78,7 +77,7 @@ class DecoderStage:
         self.perception = PerceptualNetwork("vgg").to(device)
         network = build_decoder(recipe, vae.config["latent_channels"])
         self.network: nn.Module = network.to(device, memory_format=torch.channels_last)
-        self.held_out = evenly_spaced(validation.images, 48)[:48]
+        self.held_out = spread_evenly(validation, 48)
         self.floor = torch.cat([round_trip(vae, part) for part in self.held_out.split(8)])
         self.compute = torch.compile(self._compute) if compiles else self._compute
 

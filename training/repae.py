@@ -36,16 +36,17 @@ from cytosyn_aug.flow import interpolate, velocity_target
 from cytosyn_aug.images import images_to_pixels
 from cytosyn_aug.transformer import SiT
 from training.data import (
-    TileSet,
+    Tiles,
     batch_indices,
     crop_and_turn,
     draw_views,
     restain,
+    spread_evenly,
     stain_maps,
     step_generator,
 )
 from training.discriminator import PatchDiscriminator, deceive_loss, judge_loss
-from training.latents import LatentSpace, align_grid, evenly_spaced, mean_token, stratified
+from training.latents import LatentSpace, align_grid, mean_token, stratified
 from training.loop import LoopConfig
 from training.losses import alignment, kl_to_standard_normal, velocity_error
 from training.parallel import mean_over_processes
@@ -117,8 +118,8 @@ class RepaeStage:
     def __init__(
         self,
         recipe: RepaeRecipe,
-        tiles: TileSet,
-        validation: TileSet,
+        tiles: Tiles,
+        validation: Tiles,
         vae: AutoencoderKL,
         transformer: SiT,
         encoder: TileEncoder,
@@ -138,12 +139,11 @@ class RepaeStage:
         transformer.pos_embed.requires_grad_(False)
         for part in (vae, judge):
             nn.Module.to(part, memory_format=torch.channels_last)
-        self.shown = evenly_spaced(validation.images, 16)[:16]
-        self.held_out = evenly_spaced(validation.images, 48)[:48]
+        self.shown = spread_evenly(validation, 16)
+        self.held_out = spread_evenly(validation, 48)
         self.usual_patch = torch.zeros(1, device=device)
         if recipe.is_centred:
-            sample = evenly_spaced(tiles.images, 256)
-            encoded = LatentSpace(vae, self.encoder).encode(sample)
+            encoded = LatentSpace(vae, self.encoder).encode(spread_evenly(tiles, 256))
             self.usual_patch = mean_token(encoded["patches"]).to(device)
         self.compute = torch.compile(self._compute) if compiles else self._compute
 
@@ -163,7 +163,7 @@ class RepaeStage:
         """Return all losses of tiles; "loss" is their sum, each part in its own gradient."""
         draws = self._draws(step_generator(self.recipe.seed, step))
         draws = _Draws(*(x[rows] for x in draws))
-        images = self.tiles.images[self._index(step)[rows]]
+        images = self.tiles.take(self._index(step)[rows])
         images = crop_and_turn(images, draws.views, images.shape[-1])
         batch = self._batch(restain(images, draws.maps).to(self.device))
         draws = _Draws(*(x.to(self.device) for x in draws))
@@ -172,7 +172,7 @@ class RepaeStage:
 
     def _draws(self, draw: torch.Generator) -> _Draws:
         recipe, num = self.recipe, self.batch_size
-        side_px = self.tiles.images.shape[-1]
+        side_px = self.tiles.side_px
         shape = (num, 4, side_px // 8, side_px // 8)
         return _Draws(
             views=draw_views(num, side_px, side_px, draw),

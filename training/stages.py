@@ -13,11 +13,11 @@ from cytosyn_aug.config import TileSpec
 from cytosyn_aug.encoder import StainProbe, TileEncoder
 from cytosyn_aug.transformer import SiT
 from training import recipes
-from training.data import TileSet, load_tiles
+from training.data import Tiles, load_tiles, open_tiles, spread_evenly
 from training.decoder import DecoderRecipe, DecoderStage, build_decoder
 from training.distil import DistilRecipe, DistilStage, build_student
 from training.encoder import EncoderRecipe, EncoderStage, build_encoder
-from training.latents import LatentSpace, evenly_spaced, set_latent_statistics
+from training.latents import LatentSpace, set_latent_statistics
 from training.loop import Stage
 from training.repae import RepaeRecipe, RepaeStage
 from training.sit import SitRecipe, SitStage, build_transformer
@@ -94,26 +94,28 @@ def build_stage(
         device: Where it runs.
         compiles: Compile the step with `torch.compile`.
     """
-    tiles, validation = load_tiles(data / "train"), load_tiles(data / "val")
+    train, val = data / "train", data / "val"
     if isinstance(recipe, VaeRecipe):
-        return VaeStage(recipe, tiles, validation, device, compiles)
+        return VaeStage(recipe, open_tiles(train), open_tiles(val), device, compiles)
     if isinstance(recipe, EncoderRecipe):
-        teacher_cache = run_folder / "teacher"
-        return EncoderStage(recipe, tiles, validation, device, teacher_cache, compiles)
+        cache = run_folder / "teacher"
+        return EncoderStage(recipe, load_tiles(train), load_tiles(val), device, cache, compiles)
     vae = load_vae(sources)
     if isinstance(recipe, DecoderRecipe):
-        return DecoderStage(recipe, tiles, validation, vae, device, compiles)
+        return DecoderStage(recipe, open_tiles(train), open_tiles(val), vae, device, compiles)
     encoder = load_tile_encoder(sources)
-    views = run_folder / "views"
-    if isinstance(recipe, SitRecipe):
-        return SitStage(recipe, tiles, validation, vae, encoder, device, views, compiles)
     if isinstance(recipe, RepaeRecipe):
+        tiles = open_tiles(train)
         networks = (vae, _untaught_transformer(sources, vae, encoder, tiles), encoder)
-        return RepaeStage(recipe, tiles, validation, *networks, device, compiles)
+        return RepaeStage(recipe, tiles, open_tiles(val), *networks, device, compiles)
+    views = run_folder / "views"
+    held, validation = load_tiles(train), load_tiles(val)
+    if isinstance(recipe, SitRecipe):
+        return SitStage(recipe, held, validation, vae, encoder, device, views, compiles)
     assert sources.teacher is not None
     space = LatentSpace(vae.to(device), encoder.to(device))
     teacher = load_transformer(sources, sources.teacher)
-    return DistilStage(recipe, tiles, validation, space, teacher, views, compiles)
+    return DistilStage(recipe, held, validation, space, teacher, views, compiles)
 
 
 def export_parts(sources: Sources) -> ModelParts:
@@ -193,15 +195,15 @@ def load_transformer(sources: Sources, source: Path) -> SiT:
 
 
 def _untaught_transformer(
-    sources: Sources, vae: AutoencoderKL, encoder: TileEncoder, tiles: TileSet
+    sources: Sources, vae: AutoencoderKL, encoder: TileEncoder, tiles: Tiles
 ) -> SiT:
     """Return a transformer with projector: of a source if given, else with tiles' statistics."""
     recipe = find_recipe(sources.recipe, "sit")
     assert isinstance(recipe, SitRecipe)
     transformer = build_transformer(recipe, encoder.config["embed_dim"])
     if sources.sit is None:
-        sample = evenly_spaced(tiles.images, 256)
-        set_latent_statistics(transformer, LatentSpace(vae, encoder).encode(sample))
+        encoded = LatentSpace(vae, encoder).encode(spread_evenly(tiles, 256))
+        set_latent_statistics(transformer, encoded)
         return transformer
     weights = stage_weights(sources.sit, "sit")
     kept = {k: v for k, v in transformer.state_dict().items() if k.startswith("projectors.")}

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from cytosyn_aug.images import images_to_pixels, pixels_to_images
 from training.data import (
-    TileSet,
+    Tiles,
     batch_indices,
     crop_and_turn,
     draw_views,
     restain,
+    spread_evenly,
     stain_maps,
     step_generator,
 )
@@ -89,8 +90,8 @@ class VaeStage:
     def __init__(
         self,
         recipe: VaeRecipe,
-        tiles: TileSet,
-        validation: TileSet,
+        tiles: Tiles,
+        validation: Tiles,
         device: torch.device,
         compiles: bool = False,
     ) -> None:
@@ -101,8 +102,7 @@ class VaeStage:
                 part.requires_grad_(False)
         self.perception = PerceptualNetwork("vgg").to(device)
         self.compute = torch.compile(self._compute) if compiles else self._compute
-        every = max(1, len(validation) // 48)
-        self.validation = validation.images[::every][:48]
+        self.validation = spread_evenly(validation, 48)
 
     @property
     def batch_size(self) -> int:
@@ -163,7 +163,7 @@ class VaeStage:
 
 
 def draw_crops(
-    tiles: TileSet,
+    tiles: Tiles,
     index: Tensor,
     rows: slice,
     crop_px: int,
@@ -184,10 +184,10 @@ def draw_crops(
         uint8 [n, 3, crop_px, crop_px] and float32 [n, 4, crop_px / 8, crop_px / 8].
     """
     num, side = len(index), crop_px // 8
-    views = draw_views(num, tiles.images.shape[-1], crop_px, draw)
+    views = draw_views(num, tiles.side_px, crop_px, draw)
     maps = stain_maps(num, draw, jitter=stain_jitter)
     noise = torch.randn(num, 4, side, side, generator=draw)
-    crops = crop_and_turn(tiles.images[index[rows]], views[rows], crop_px)
+    crops = crop_and_turn(tiles.take(index[rows]), views[rows], crop_px)
     return restain(crops, maps[rows]), noise[rows]
 
 

@@ -6,10 +6,12 @@ from multiprocessing import get_context
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cytosyn_aug.config import TileSpec
 from training.cutting import TileRecipe
+from training.data import StoredTiles, TileSet, open_tiles, spread_evenly
 from training.shards import ShardWriter, TileStore, decode_tile, encode_tile, verify
 from training.tile_folders import list_tiles
 from training.tiles import make_tiles
@@ -123,3 +125,14 @@ def test_an_unfinished_or_newer_stage_is_refused(stage):
     file.unlink()
     with pytest.raises(ValueError, match="the tile stage did not finish"):
         TileStore(folder)
+
+
+def test_a_split_too_large_for_memory_is_read_from_its_shards(stage):
+    folder, _ = stage
+    held, stored = (open_tiles(folder / "train", 64, max_bytes=n) for n in (10**9, 1))
+    assert isinstance(held, TileSet)
+    assert isinstance(stored, StoredTiles)
+    assert (len(stored), stored.side_px) == (len(held), held.side_px) == (3, 64)
+    index = torch.tensor([2, 0, 2])
+    assert torch.equal(stored.take(index), held.take(index))
+    assert torch.equal(spread_evenly(stored, 2), held.images[[0, 2]])
