@@ -54,7 +54,7 @@ def write_demo(out: Path, *, model: Path | None = None, seed: int = 0) -> Path:
     transfer = _stain_transfer(generator, references, out)
     variations = _variations(generator, seed, out)
     _save_sheet(out / "unconditional.png", generator.sample(
-        per_condition=12, steps=_STEPS, seed=seed), columns=6)  # fmt: skip
+        per_condition=12, sampler="ab2", steps=_STEPS, seed=seed), columns=6)  # fmt: skip
     page = out / "index.html"
     settings = {
         "model": f"{'tiny (embedded)' if model is None else model}, digest {generator.digest}",
@@ -105,7 +105,9 @@ def _variations(generator: TileGenerator, seed: int, out: Path) -> list[tuple[st
     """Write reference + five variations; return rows (tile, similarity of each variation)."""
     source = torch.stack([_read(name) for name in RESAMPLED])
     cls = generator.features(source).cls
-    made = generator.sample(cls, per_condition=NUM_VARIATIONS, steps=_STEPS, seed=seed)
+    made = generator.sample(
+        cls, per_condition=NUM_VARIATIONS, sampler="ab2", steps=_STEPS, seed=seed
+    )
     similarity = torch.cosine_similarity(
         generator.features(made).cls, cls.repeat_interleave(NUM_VARIATIONS, 0)
     )

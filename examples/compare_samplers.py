@@ -7,8 +7,8 @@ The real sources compared with that half give the floor. Rows are kept in REPORT
 interrupted comparison resumes.
 
 frechet   between normal fits of 16 principal components of AlexNet features
-recall    share of the other half within the 3rd-neighbour distance of a drawn tile
-coverage  share of the other half that a drawn tile is within the 3rd-neighbour distance of
+recall    share of the other half within the 5th-neighbour distance of a drawn tile
+coverage  share of the other half that a drawn tile is within the 5th-neighbour distance of
 fidelity  mean cosine of a drawn tile's features to its source's, by the model's encoder
 to ODE    root mean square distance of latents from those of the long ODE
 
@@ -42,10 +42,14 @@ from cytosyn_aug.sampling import (
     polynomial_grid,
     sample_noise,
 )
+from training.comparison import ReferenceSet
+from training.comparison import compare as score
+from training.extractors import load_extractor
+from training.metrics import principal_components
 
 FORWARDS = (1, 2, 4, 8)
 NUM_COMPONENTS = 16
-NEIGHBOUR = 3
+SAMPLERS = ("student", "Euler", "Heun", "UniPC", "AB2", "ODE", "SDE")
 COLUMNS = ("frechet", "recall", "coverage", "fidelity", "to_ode", "seconds")
 
 
@@ -127,26 +131,23 @@ def runs(generator: TileGenerator, scale: float, num_reference: int) -> Iterator
         yield Run("SDE", num_reference, stochastic)
 
 
-def measure(real: Tensor, made: Tensor) -> dict[str, float]:
-    """Return distances between two sets of features, float64 [N, F] and [M, F]."""
-    from training.evaluate import frechet_distance, principal_components
-
-    basis = principal_components(real, NUM_COMPONENTS)
-    spread = real.std(0).clamp_min(1e-9)
-    real_points, made_points = real / spread, made / spread
-    apart = torch.cdist(real_points, made_points)
-    real_reach, made_reach = (
-        torch.cdist(x, x).kthvalue(NEIGHBOUR + 1, 1).values for x in (real_points, made_points)
-    )
+def measure(real: ReferenceSet, made: Tensor) -> dict[str, float]:
+    """Return what a set of features [N, F] scores against real ones."""
+    scores = score(real, made)
     return {
-        "frechet": frechet_distance(real @ basis, made @ basis),
-        "recall": float((apart <= made_reach).any(1).double().mean()),
-        "coverage": float((apart <= real_reach[:, None]).any(1).double().mean()),
+        "frechet": scores.frechet_projected,
+        "recall": scores.recall,
+        "coverage": scores.coverage,
     }
 
 
 def compare(
-    generator: TileGenerator, images: Tensor, out: Path, scale: float, num_reference: int
+    generator: TileGenerator,
+    images: Tensor,
+    out: Path,
+    scale: float,
+    num_reference: int,
+    samplers: Sequence[str],
 ) -> list[dict[str, object]]:
     """Return the rows of the table, and write each as soon as it is known.
 
@@ -156,12 +157,11 @@ def compare(
         out: Folder of `rows.jsonl`.
         scale: Guidance scale in t <= 0.75, 1 = noise.
         num_reference: Forwards of the references.
+        samplers: Names of those to draw with.
     """
-    from training.evaluate import describe
-    from training.perception import PerceptualNetwork
-
-    judge = PerceptualNetwork("alex").to(generator.device)
-    sources, others = (describe(judge, images[k::2], generator.device) for k in (0, 1))
+    judge = load_extractor("alexnet", device=generator.device)
+    sources, half = (judge.features(images[k::2]) for k in (0, 1))
+    others = ReferenceSet.of(half, principal_components(half, NUM_COMPONENTS))
     cls = generator.features(images[0::2]).cls
     file, ode_file = out / "rows.jsonl", out / "ode.safetensors"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -170,7 +170,7 @@ def compare(
         file.write_text(json.dumps(rows[0]) + "\n")
     done = {(row["sampler"], row["forwards"]) for row in rows}
     for run in runs(generator, scale, num_reference):
-        if (run.sampler, run.forwards) in done:
+        if (run.sampler, run.forwards) in done or run.sampler not in samplers:
             continue
         began = time.monotonic()
         latents = draw_all(run, cls, generator.batch_size)
@@ -179,7 +179,7 @@ def compare(
         if run.sampler == "ODE":
             save_file({"latents": latents}, ode_file)
         made = torch.cat([generator.decode(x).cpu() for x in latents.split(generator.batch_size)])
-        row |= measure(others, describe(judge, made, generator.device))
+        row |= measure(others, judge.features(made))
         row["fidelity"] = float(torch.cosine_similarity(generator.features(made).cls, cls).mean())
         if ode_file.exists():
             row["to_ode"] = distance(latents, load_file(ode_file)["latents"])
@@ -221,16 +221,17 @@ def plot(rows: list[dict[str, object]], file: Path) -> None:
         print("matplotlib is not installed; no plot")
         return
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    names = dict.fromkeys(row["sampler"] for row in rows)
-    for name in names:
+    styles = {"real": ":", "ODE": "--", "SDE": "-."}
+    for name in dict.fromkeys(row["sampler"] for row in rows):
         points = [(row["forwards"], row["frechet"]) for row in rows if row["sampler"] == name]
-        if name in ("real", "SDE", "ODE"):
-            label = f"{name} {points[0][0]}" if points[0][0] else name
-            axes.axhline(points[0][1], linestyle=":", label=label, color=f"C{len(axes.lines)}")
+        if name in styles:
+            label = f"{name}, {points[0][0]} forwards" if points[0][0] else name
+            axes.axhline(points[0][1], linestyle=styles[name], label=label, color="grey")
         else:
             axes.plot(*zip(*points, strict=True), marker="o", label=name)
     axes.set(xscale="log", yscale="log", xlabel="forwards", ylabel="Frechet distance")
     axes.set_xticks(FORWARDS, labels=map(str, FORWARDS))
+    axes.minorticks_off()
     axes.legend()
     figure.savefig(file, dpi=150)
 
@@ -246,6 +247,7 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=1000, help="tiles drawn by every sampler")
     parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale")
     parser.add_argument("--reference", type=int, default=250, help="steps of SDE and ODE; 0: none")
+    parser.add_argument("--only", nargs="+", default=SAMPLERS, choices=SAMPLERS)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     args = parser.parse_args()
     generator = TileGenerator.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
@@ -254,7 +256,7 @@ def main() -> None:
         parser.error(f"{args.data} holds {len(images)} tiles, expected {2 * args.num} for --num")
     chosen = torch.linspace(0, len(images) - 1, 2 * args.num).round().long()
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = compare(generator, images[chosen], args.out, args.guidance, args.reference)
+    rows = compare(generator, images[chosen], args.out, args.guidance, args.reference, args.only)
     head = f"| sampler | forwards | {' | '.join(COLUMNS)} |\n|{'---|' * (2 + len(COLUMNS))}\n"
     (args.out / "table.md").write_text(head + table(rows) + "\n")
     plot(rows, args.out / "plot.png")

@@ -67,12 +67,12 @@ def from_difference(
     For kernels without forward mode. The network must compute in float32: bfloat16 rounds by more
     than it changes over such a step.
     """
-    h = _DIFFERENCE_STEP
+    h, value = _DIFFERENCE_STEP, u(x, t, r)
     with torch.no_grad():
         v = velocity(x, t)
         derivative = (u(x + h * v, t + h, r) - u(x - h * v, t - h, r)) / (2 * h)
         target = v + _as_rows(r - t, v) * derivative
-    return u(x, t, r), target
+    return value, target
 
 
 def from_midpoint(
@@ -85,10 +85,11 @@ def from_midpoint(
     """
     del velocity
     s = (t + r) / 2
+    value = u(x, t, r)  # first: autocast keeps its casts of weights, with or without gradient
     with torch.no_grad():
         first = u(x, t, s)
         second = u(x + _as_rows(s - t, x) * first, s, r)
-    return u(x, t, r), (first + second) / 2
+    return value, (first + second) / 2
 
 
 RULES: dict[Target, Rule] = {

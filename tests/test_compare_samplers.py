@@ -1,0 +1,71 @@
+"""The comparison is fair: every row costs the forwards it states, and its solvers are right."""
+
+import importlib.util
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.sampling import linear_grid
+from training.comparison import ReferenceSet
+from training.metrics import principal_components
+
+FILE = Path(__file__).parent.parent / "examples" / "compare_samplers.py"
+F64 = torch.float64
+
+
+@pytest.fixture(scope="module")
+def example():
+    spec = importlib.util.spec_from_file_location("compare_samplers", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def field(x, t):
+    """dx/dt = 1.7 x + t, solved below in closed form from x = 0.8 at t = 1."""
+    return 1.7 * x + t
+
+
+def exact():
+    a, start = 1.7, 0.8
+    return (start + 1 / a + 1 / a**2) * math.exp(-a) - 1 / a**2
+
+
+@pytest.mark.parametrize("name", ["heun", "unipc"])
+def test_solvers_of_the_comparison_are_of_second_order(example, name):
+    def solve(steps):
+        start = torch.full((1, 1, 1, 1), 0.8, dtype=torch.float32 if name == "unipc" else F64)
+        if name == "unipc":
+            return example.unipc(field, start, steps).item()
+        return example.heun(field, start, linear_grid(steps)).item()
+
+    errors = [abs(solve(n) - exact()) for n in (16, 32, 64)]
+    assert all(coarse > 3 * fine for coarse, fine in itertools.pairwise(errors))
+
+
+def test_every_row_costs_the_forwards_it_states(example, student_folder, monkeypatch):
+    generator = TileGenerator.from_pretrained(student_folder)
+    calls = []
+    for name in ("velocity", "average_velocity"):
+        monkeypatch.setattr(generator, name, lambda x, *rest: calls.append(len(x)) or x)
+    rows = list(example.runs(generator, 1.0, 12))
+    assert {r.sampler for r in rows} == set(example.SAMPLERS)
+    for run in rows:
+        calls.clear()
+        latents = run.draw(range(2), torch.zeros(2, 24))
+        assert calls == [2] * run.forwards, run.sampler
+        assert latents.shape == (2, *generator.latent_shape)
+
+
+def test_a_set_has_no_distance_to_itself_and_full_recall(example):
+    features = torch.randn(60, 20, dtype=F64, generator=torch.Generator().manual_seed(0))
+    real = ReferenceSet.of(features, principal_components(features, 4))
+    same = example.measure(real, features)
+    assert same == pytest.approx({"frechet": 0, "recall": 1, "coverage": 1}, abs=1e-6)
+    far = example.measure(real, features + 100)
+    assert far["frechet"] > 1000
+    assert far["recall"] == far["coverage"] == 0
