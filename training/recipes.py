@@ -30,8 +30,8 @@ def xl_tile() -> TileRecipe:
 
 
 def smoke_tile() -> TileRecipe:
-    """Return a few tiles, to touch every line of the tile stage."""
-    return replace(tiny_tile(), num_tiles=8)
+    """Return some tiles, enough to touch every line of all stages."""
+    return replace(tiny_tile(), num_tiles=200)
 
 
 def tiny_vae() -> VaeRecipe:

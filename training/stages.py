@@ -120,12 +120,9 @@ def build_stage(
 
 def export_parts(sources: Sources) -> ModelParts:
     """Return the trained networks as the parts of a model folder."""
-    assert sources.encoder is not None
     assert sources.sit is not None
-    encoder = load_tile_encoder(sources)
     transformer = load_transformer(sources, sources.sit)
-    probe = StainProbe(conditioning_dim=encoder.config["embed_dim"])
-    load_stage(sources.encoder, "encoder", probe, prefix="stain_probe.")
+    encoder, probe = _encoder_parts(sources)
     student = None
     if sources.student is not None:
         recipe = find_recipe(sources.recipe, "distil")
@@ -148,6 +145,24 @@ def export_parts(sources: Sources) -> ModelParts:
         student=student,
         decoder=decoder,
     )
+
+
+def _encoder_parts(sources: Sources) -> tuple[TileEncoder | None, StainProbe | None]:
+    """Return the encoder and its probe for a model folder; neither for H0-mini.
+
+    H0-mini's licence allows no copies; whoever loads the model passes it as `encoder`.
+    """
+    source = sources.encoder
+    assert source is not None
+    if _is_run(source):
+        encoder = load_tile_encoder(sources)
+        probe = StainProbe(conditioning_dim=encoder.config["embed_dim"])
+        load_stage(source, "encoder", probe, prefix="stain_probe.")
+        return encoder, probe
+    if not (source / "model_index.json").is_file():
+        return None, None
+    parts = load_model(source)
+    return parts.encoder, parts.stain_probe
 
 
 def load_vae(sources: Sources) -> AutoencoderKL:

@@ -25,6 +25,7 @@ from cytosyn_aug.tissue import TissueConfig
 from training import tiles
 from training.cutting import TileRecipe, take
 from training.data import StoredTiles, load_tiles
+from training.recipes import smoke_tile
 from training.shards import TileStore, decode_tile
 from training.sources import list_slides
 from training.tile_command import main
@@ -455,7 +456,7 @@ def test_the_command_says_with_its_exit_code_what_came_of_it(synthetic_slide, tm
     arguments = ["--slides", str(folder), "--out", str(out), "--workers", "0", "--recipe", "smoke"]
     assert main([*arguments, "--dry-run"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert (plan["slides"], plan["recipe"]["num_tiles"]) == (1, 8)
+    assert (plan["slides"], plan["recipe"]["num_tiles"]) == (1, smoke_tile().num_tiles)
     assert plan["estimate"]["output_bytes"] > 80_000
     assert not out.exists()
     assert main(arguments) == 0
