@@ -182,23 +182,34 @@ def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
 
 
-def batch_indices(num_items: int, batch_size: int, seed: int, step: int) -> Tensor:
-    """Return the items of one step: epochs of a seeded permutation, cut into full batches.
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """Which items every step of a run sees: epochs of a seeded permutation, in full batches.
 
-    Args:
-        num_items: Size of the data set, at least `batch_size`.
-        batch_size: Items a step.
+    Attributes:
+        num_items: Size of the data set, at least `size`.
+        size: Items a step, over all processes.
         seed: Seed of the run.
-        step: Step, counted from 0 over the whole run.
-
-    Returns:
-        int64 [batch_size].
     """
-    if num_items < batch_size:
-        raise ValueError(f"{num_items} tiles cannot fill a batch of {batch_size}; add tiles")
-    epoch, position = divmod(step, num_items // batch_size)
-    order = torch.randperm(num_items, generator=step_generator(seed, epoch, stream=1))
-    return order[position * batch_size : (position + 1) * batch_size]
+
+    num_items: int
+    size: int
+    seed: int
+
+    def index(self, step: int) -> Tensor:
+        """Return the items of a step, counted from 0 over the whole run, int64 [size].
+
+        Raises:
+            ValueError: There are too few items for a batch.
+        """
+        if self.num_items < self.size:
+            raise ValueError(
+                f"{self.num_items} tiles cannot fill a batch of {self.size}; add tiles"
+            )
+        epoch, position = divmod(step, self.num_items // self.size)
+        generator = step_generator(self.seed, epoch, stream=1)
+        order = torch.randperm(self.num_items, generator=generator)
+        return order[position * self.size : (position + 1) * self.size]
 
 
 def stain_maps(

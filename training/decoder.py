@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cytosyn_aug.images import images_to_pixels, pixels_to_images
 from cytosyn_aug.small_decoder import SmallDecoder
-from training.data import Tiles, batch_indices, spread_evenly, step_generator
+from training.data import Batches, Tiles, spread_evenly, step_generator
 from training.loop import LoopConfig
 from training.perception import PerceptualNetwork, texture_distance
 from training.sheets import write_comparison
@@ -73,6 +73,7 @@ class DecoderStage:
         compiles: bool = False,
     ) -> None:
         self.recipe, self.tiles, self.device = recipe, tiles, device
+        self.batches = Batches(len(tiles), recipe.batch_size, recipe.seed)
         self.vae = vae.to(device, memory_format=torch.channels_last).eval()
         self.perception = PerceptualNetwork("vgg").to(device)
         network = build_decoder(recipe, vae.config["latent_channels"])
@@ -81,24 +82,12 @@ class DecoderStage:
         self.floor = torch.cat([round_trip(vae, part) for part in self.held_out.split(8)])
         self.compute = torch.compile(self._compute) if compiles else self._compute
 
-    @property
-    def batch_size(self) -> int:
-        """Crops a step."""
-        return self.recipe.batch_size
-
-    def samples(self, step: int) -> list[int]:
-        """Return the tiles of a step."""
-        return self._index(step).tolist()
-
-    def _index(self, step: int) -> Tensor:
-        return batch_indices(len(self.tiles), self.batch_size, self.recipe.seed, step)
-
     def losses(self, step: int, rows: slice) -> dict[str, Tensor]:
         """Return the losses of crops."""
         r = self.recipe
         crops, noise = draw_crops(
             self.tiles,
-            self._index(step),
+            self.batches.index(step),
             rows,
             r.crop_px,
             r.stain_jitter,

@@ -30,7 +30,7 @@ from cytosyn_aug.sampling import (
     polynomial_grid,
 )
 from cytosyn_aug.transformer import SiT
-from training.data import TileSet, batch_indices, step_generator
+from training.data import Batches, TileSet, step_generator
 from training.latents import LatentSpace, encode_views, evenly_spaced, stratified
 from training.loop import LoopConfig
 from training.losses import cauchy_error
@@ -174,22 +174,11 @@ class DistilStage:
             seed=recipe.seed,
             with_patches=False,
         )
+        self.batches = Batches(len(self.views["cls"]), recipe.batch_size, recipe.seed)
         self.shown = evenly_spaced(validation.images, 16)[:16]
         self.held_out = space.encode(evenly_spaced(validation.images, 160), with_patches=False)
         self.network = Distillation(build_student(recipe, teacher)).to(self.device)
         self.compute = torch.compile(self._compute) if compiles else self._compute
-
-    @property
-    def batch_size(self) -> int:
-        """Views a step."""
-        return self.recipe.batch_size
-
-    def samples(self, step: int) -> list[int]:
-        """Return the views of a step."""
-        return self._index(step).tolist()
-
-    def _index(self, step: int) -> Tensor:
-        return batch_indices(len(self.views["cls"]), self.batch_size, self.recipe.seed, step)
 
     def losses(self, step: int, rows: slice) -> dict[str, Tensor]:
         """Return the losses of views.
@@ -202,7 +191,7 @@ class DistilStage:
                 f"rows {rows.start} to {rows.stop} split a pair; choose a batch_size that gives "
                 "each process and micro-batch an even share"
             )
-        index = self._index(step)
+        index = self.batches.index(step)
         draws = self._draws(len(index), step_generator(self.recipe.seed, step))
         batch = {k: v[index[rows]].to(self.device).float() for k, v in self.views.items()}
         return self.compute(self.network, batch, _Draws(*(x[rows] for x in draws)))

@@ -32,7 +32,7 @@ from cytosyn_aug.stain import (
     pool_moments,
     tissue_moments,
 )
-from training.data import TileSet, batch_indices, restain, stain_maps, step_generator
+from training.data import Batches, TileSet, restain, stain_maps, step_generator
 from training.loop import LoopConfig
 from training.losses import standardised_error
 from training.perception import PerceptualNetwork
@@ -95,6 +95,7 @@ class EncoderStage:
         self.train_views = teacher.views(tiles, min(recipe.num_views, len(tiles)), "train")
         self.held_views = teacher.views(validation, min(len(validation), 128), "val")
         num = len(self.train_views.images)
+        self.batches = Batches(num, recipe.batch_size, recipe.seed)
         sample = self.train_views.take(torch.arange(0, num, max(1, num // 960)))
         patch, cls = _targets(sample, sample.images, torch.eye(3).expand(len(sample.images), 3, 3))
         self.scales = (_scale(patch.flatten(0, 1)), _scale(cls))
@@ -115,24 +116,11 @@ class EncoderStage:
         probe.scale.copy_(std[-_NUM_STAIN:])
         return probe
 
-    @property
-    def batch_size(self) -> int:
-        """Views a step."""
-        return self.recipe.batch_size
-
-    def samples(self, step: int) -> list[int]:
-        """Return the views of a step."""
-        return self._index(step).tolist()
-
-    def _index(self, step: int) -> Tensor:
-        num = len(self.train_views.images)
-        return batch_indices(num, self.batch_size, self.recipe.seed, step)
-
     def losses(self, step: int, rows: slice) -> dict[str, Tensor]:
         """Return patch, tile and stain errors; 1 is what predicting the mean would score."""
         draw = step_generator(self.recipe.seed, step)
-        maps = stain_maps(self.batch_size, draw, jitter=self.recipe.stain_jitter)
-        views = self.train_views.take(self._index(step)[rows])
+        maps = stain_maps(self.batches.size, draw, jitter=self.recipe.stain_jitter)
+        views = self.train_views.take(self.batches.index(step)[rows])
         return self._errors(self.network, views, maps[rows])
 
     def _errors(self, network: nn.Module, views: _Views, maps: Tensor) -> dict[str, Tensor]:

@@ -22,8 +22,8 @@ from cytosyn_aug.images import images_to_pixels, pixels_to_images
 from cytosyn_aug.sampling import adams_bashforth2, polynomial_grid
 from cytosyn_aug.transformer import SiT
 from training.data import (
+    Batches,
     TileSet,
-    batch_indices,
     crop_and_turn,
     draw_views,
     restain,
@@ -120,7 +120,7 @@ def encode_views(
 
     Args:
         space: See `LatentSpace`.
-        tiles: What the views are of, in the order of `training.data.batch_indices`.
+        tiles: What the views are of, in the order of `training.data.Batches`.
         num_views: Views to encode.
         cache: Folder of the chunks.
         stain_jitter: See `training.data.stain_maps`; half of the views are restained.
@@ -136,7 +136,7 @@ def encode_views(
     for k in range(-(-num_views // size)):
         file = cache / f"{k:05d}.safetensors"
         if not file.exists():
-            index = batch_indices(len(tiles), size, seed, k)
+            index = Batches(len(tiles), size, seed).index(k)
             draw = step_generator(seed, k, stream=2)
             side = tiles.images.shape[-1]
             images = crop_and_turn(tiles.images[index], draw_views(size, side, side, draw), side)

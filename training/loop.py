@@ -11,8 +11,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-import pickle
 import signal
 import sys
 import threading
@@ -21,11 +19,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from training.data import Batches
 from training.muon import Muon, split_parameters
 from training.parallel import (
     average_gradients,
@@ -34,9 +33,9 @@ from training.parallel import (
     row_shares,
     world,
 )
+from training.resume import resume, save_checkpoint
 
 Optimisers = list[torch.optim.Optimizer]
-_CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,16 +91,12 @@ class Stage(Protocol):
         ...
 
     @property
-    def batch_size(self) -> int:
-        """Samples a step, over all processes."""
+    def batches(self) -> Batches:
+        """Which samples of the data set every step holds."""
         ...
 
     def losses(self, step: int, rows: slice) -> dict[str, Tensor]:
         """Return scalar losses over these rows of the step's batch; minimise "loss"."""
-        ...
-
-    def samples(self, step: int) -> list[int]:
-        """Return which samples of the data set the step's batch holds, for messages."""
         ...
 
     def report(self, network: nn.Module, folder: Path, step: int) -> dict[str, float]:
@@ -154,17 +149,17 @@ def _train(
     asked_to_stop: list[int],
 ) -> int:
     run_folder.mkdir(parents=True, exist_ok=True)
-    shares = row_shares(stage.batch_size, config.num_micro_batches)
+    shares = row_shares(stage.batches.size, config.num_micro_batches)
     optimisers = _optimisers(stage.network, config)
     average = copy.deepcopy(stage.network).requires_grad_(False).eval()
-    start = _resume(run_folder, stage.network, average, optimisers, recipe, warm_start)
+    start = resume(run_folder, stage.network, average, optimisers, recipe, warm_start)
     is_first = world().rank == 0
     if is_first:
         (run_folder / "recipe.json").write_text(json.dumps(recipe, indent=2))
 
     def save(done: int) -> None:
         if is_first:
-            _save(run_folder, stage.network, average, optimisers, recipe, done)
+            save_checkpoint(run_folder, stage.network, average, optimisers, recipe, done)
 
     began, saved = time.monotonic(), time.monotonic()
     step, num_skipped = start, 0
@@ -182,7 +177,8 @@ def _train(
                 raise FloatingPointError(
                     f"{num_skipped} steps in a row up to {done} had no finite gradient; the "
                     f"weights in {run_folder} are those before. Lower the rate and --warm-start "
-                    f"from there, or look at the samples {stage.samples(step)}"
+                    f"from there, or look at the samples "
+                    f"{stage.batches.index(step).tolist()}"
                 )
         if is_first and (done % config.log_every_steps == 0 or done == 1):
             seconds = (time.monotonic() - began) / (done - start)
@@ -276,7 +272,7 @@ def _parts(network: nn.Module) -> list[nn.Module]:
 
 
 def _warn_of_skipped(stage: Stage, run_folder: Path, step: int, num_skipped: int) -> None:
-    samples = stage.samples(step)
+    samples = stage.batches.index(step).tolist()
     print(
         f"step {step + 1} skipped ({num_skipped} in a row): its gradient is not finite; samples "
         f"{samples[:16]}{' ...' if len(samples) > 16 else ''}, all in skipped.jsonl",
@@ -304,93 +300,6 @@ def _update_average(average: nn.Module, network: nn.Module, decay: float, step: 
             old.lerp_(new, 1 - decay)
         else:
             old.copy_(new)
-
-
-def _resume(
-    run_folder: Path,
-    network: nn.Module,
-    average: nn.Module,
-    optimisers: Optimisers,
-    recipe: dict[str, object],
-    warm_start: dict[str, Tensor] | None,
-) -> int:
-    state = _read_newest(run_folder)
-    if state is None:
-        for target in (network, average):
-            found = target.load_state_dict(warm_start or {}, strict=False)
-            if found.unexpected_keys:
-                raise ValueError(f"this network has no {found.unexpected_keys} to start from")
-        return 0
-    was = json.loads(state["recipe"])
-    now = json.loads(json.dumps(recipe))
-    if was != now:
-        changed = {k: (was.get(k), now.get(k)) for k in was | now if was.get(k) != now.get(k)}
-        raise ValueError(
-            f"{run_folder} holds a run of another recipe (was, now): {changed}; "
-            "choose another --out, and --warm-start from this one"
-        )
-    network.load_state_dict(state["network"])
-    average.load_state_dict(state["average"])
-    for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
-        optimiser.load_state_dict(saved)
-    return int(state["step"])
-
-
-# Any: a checkpoint holds tensors, numbers and text.
-def _read_newest(run_folder: Path) -> dict[str, Any] | None:
-    """Return the newest checkpoint that can be read, or None for a new run.
-
-    Raises:
-        ValueError: There are checkpoints, and none can be read.
-    """
-    files = [f for name in _CHECKPOINTS if (f := run_folder / name).exists()]
-    for file in files:
-        try:
-            # Any: see above.
-            return torch.load(file, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            print(f"{file} was cut short ({reason}); trying the one before", file=sys.stderr)
-    if files:
-        raise ValueError(
-            f"no checkpoint in {run_folder} can be read; restore one from a backup, or start "
-            "again in another folder"
-        )
-    return None
-
-
-def _save(
-    run_folder: Path,
-    network: nn.Module,
-    average: nn.Module,
-    optimisers: Optimisers,
-    recipe: dict[str, object],
-    step: int,
-) -> None:
-    """Write a checkpoint beside the last one, and only then let it take its place."""
-    newest, before = (run_folder / name for name in _CHECKPOINTS)
-    temporary = run_folder / f"checkpoint.{os.getpid()}.tmp"
-    state = {
-        "step": step,
-        "recipe": json.dumps(recipe),
-        "network": network.state_dict(),
-        "average": average.state_dict(),
-        "optimisers": [optimiser.state_dict() for optimiser in optimisers],
-    }
-    try:
-        with temporary.open("wb") as stream:
-            torch.save(state, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as either
-        temporary.unlink(missing_ok=True)
-        raise OSError(
-            f"step {step} could not be saved in {run_folder} ({error}); the checkpoint before it "
-            "is kept. Make room and run the same command to resume from there"
-        ) from error
-    if newest.exists():
-        newest.replace(before)
-    temporary.replace(newest)
 
 
 def _append(file: Path, row: dict[str, float]) -> None:

@@ -36,8 +36,8 @@ from cytosyn_aug.flow import interpolate, velocity_target
 from cytosyn_aug.images import images_to_pixels
 from cytosyn_aug.transformer import SiT
 from training.data import (
+    Batches,
     Tiles,
-    batch_indices,
     crop_and_turn,
     draw_views,
     restain,
@@ -127,6 +127,7 @@ class RepaeStage:
         compiles: bool = False,
     ) -> None:
         self.recipe, self.tiles, self.device = recipe, tiles, device
+        self.batches = Batches(len(tiles), recipe.batch_size, recipe.seed)
         self.encoder = encoder.to(device).eval().requires_grad_(False)
         self.perception = PerceptualNetwork("vgg").to(device)
         torch.manual_seed(recipe.seed)
@@ -147,23 +148,11 @@ class RepaeStage:
             self.usual_patch = mean_token(encoded["patches"]).to(device)
         self.compute = torch.compile(self._compute) if compiles else self._compute
 
-    @property
-    def batch_size(self) -> int:
-        """Tiles a step."""
-        return self.recipe.batch_size
-
-    def samples(self, step: int) -> list[int]:
-        """Return the tiles of a step."""
-        return self._index(step).tolist()
-
-    def _index(self, step: int) -> Tensor:
-        return batch_indices(len(self.tiles), self.batch_size, self.recipe.seed, step)
-
     def losses(self, step: int, rows: slice) -> dict[str, Tensor]:
         """Return all losses of tiles; "loss" is their sum, each part in its own gradient."""
         draws = self._draws(step_generator(self.recipe.seed, step))
         draws = _Draws(*(x[rows] for x in draws))
-        images = self.tiles.take(self._index(step)[rows])
+        images = self.tiles.take(self.batches.index(step)[rows])
         images = crop_and_turn(images, draws.views, images.shape[-1])
         batch = self._batch(restain(images, draws.maps).to(self.device))
         draws = _Draws(*(x.to(self.device) for x in draws))
@@ -171,7 +160,7 @@ class RepaeStage:
         return {"loss": self._weigh(found, step)} | found
 
     def _draws(self, draw: torch.Generator) -> _Draws:
-        recipe, num = self.recipe, self.batch_size
+        recipe, num = self.recipe, self.batches.size
         side_px = self.tiles.side_px
         shape = (num, 4, side_px // 8, side_px // 8)
         return _Draws(

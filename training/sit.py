@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cytosyn_aug.encoder import TileEncoder
 from cytosyn_aug.flow import interpolate, velocity_target
 from cytosyn_aug.transformer import SiT
-from training.data import TileSet, batch_indices, step_generator
+from training.data import Batches, TileSet, step_generator
 from training.latents import (
     LatentSpace,
     encode_views,
@@ -105,6 +105,7 @@ class SitStage:
             seed=recipe.seed,
         )
         self.usual_patch = mean_token(self.views["patches"]).to(device)
+        self.batches = Batches(len(self.views["cls"]), recipe.batch_size, recipe.seed)
         self.shown = evenly_spaced(validation.images, 16)[:16]
         self.held_out = self.space.encode(evenly_spaced(validation.images, 160))
         network = build_transformer(recipe, encoder.config["embed_dim"])
@@ -112,21 +113,9 @@ class SitStage:
         self.network = network.to(device)
         self.compute = torch.compile(self._compute) if compiles else self._compute
 
-    @property
-    def batch_size(self) -> int:
-        """Views a step."""
-        return self.recipe.batch_size
-
-    def samples(self, step: int) -> list[int]:
-        """Return the views of a step."""
-        return self._index(step).tolist()
-
-    def _index(self, step: int) -> Tensor:
-        return batch_indices(len(self.views["cls"]), self.batch_size, self.recipe.seed, step)
-
     def losses(self, step: int, rows: slice) -> dict[str, Tensor]:
         """Return velocity and alignment losses of views."""
-        index = self._index(step)
+        index = self.batches.index(step)
         draws = self._draws(len(index), step_generator(self.recipe.seed, step))
         batch = {k: v[index[rows]].to(self.device).float() for k, v in self.views.items()}
         return self.compute(self.network, batch, _Draws(*(x[rows] for x in draws)))

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from cytosyn_aug.images import images_to_pixels, pixels_to_images
 from training.data import (
+    Batches,
     Tiles,
-    batch_indices,
     crop_and_turn,
     draw_views,
     restain,
@@ -96,6 +96,7 @@ class VaeStage:
         compiles: bool = False,
     ) -> None:
         self.recipe, self.tiles, self.device = recipe, tiles, device
+        self.batches = Batches(len(tiles), recipe.batch_size, recipe.seed)
         self.network = build_vae(recipe).to(device, memory_format=torch.channels_last)
         if not recipe.train_encoder:
             for part in (self.network.encoder, self.network.quant_conv):
@@ -104,24 +105,12 @@ class VaeStage:
         self.compute = torch.compile(self._compute) if compiles else self._compute
         self.validation = spread_evenly(validation, 48)
 
-    @property
-    def batch_size(self) -> int:
-        """Crops a step."""
-        return self.recipe.batch_size
-
-    def samples(self, step: int) -> list[int]:
-        """Return the tiles of a step."""
-        return self._index(step).tolist()
-
-    def _index(self, step: int) -> Tensor:
-        return batch_indices(len(self.tiles), self.batch_size, self.recipe.seed, step)
-
     def losses(self, step: int, rows: slice) -> dict[str, Tensor]:
         """Return the losses of crops; the posterior is sampled as in the paper."""
         r = self.recipe
         crops, noise = draw_crops(
             self.tiles,
-            self._index(step),
+            self.batches.index(step),
             rows,
             r.crop_px,
             r.stain_jitter,

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from training.data import (
-    batch_indices,
+    Batches,
     crop_and_turn,
     draw_views,
     load_tiles,
@@ -41,7 +41,7 @@ def test_an_empty_folder_is_refused(tmp_path):
 
 def test_an_epoch_shows_every_tile_once_and_the_next_in_another_order():
     epochs = [
-        torch.cat([batch_indices(12, 4, seed=3, step=s) for s in steps])
+        torch.cat([Batches(12, 4, seed=3).index(s) for s in steps])
         for steps in (range(3), range(3, 6))
     ]
     for epoch in epochs:
@@ -50,13 +50,13 @@ def test_an_epoch_shows_every_tile_once_and_the_next_in_another_order():
 
 
 def test_a_batch_depends_on_seed_and_step_only():
-    assert torch.equal(batch_indices(50, 8, 1, 17), batch_indices(50, 8, 1, 17))
-    assert not torch.equal(batch_indices(50, 8, 1, 17), batch_indices(50, 8, 2, 17))
+    assert torch.equal(Batches(50, 8, 1).index(17), Batches(50, 8, 1).index(17))
+    assert not torch.equal(Batches(50, 8, 1).index(17), Batches(50, 8, 2).index(17))
 
 
 def test_too_few_tiles_are_refused():
     with pytest.raises(ValueError, match="3 tiles cannot fill a batch of 8"):
-        batch_indices(3, 8, 0, 0)
+        Batches(3, 8, 0).index(0)
 
 
 def test_generators_of_other_streams_differ():

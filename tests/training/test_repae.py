@@ -123,7 +123,7 @@ def _inputs(stage):
     draws = stage._draws(step_generator(stage.recipe.seed, 0))
     from training.data import crop_and_turn, restain
 
-    images = crop_and_turn(stage.tiles.images[stage._index(0)], draws.views, SIZE)
+    images = crop_and_turn(stage.tiles.images[stage.batches.index(0)], draws.views, SIZE)
     return stage._batch(restain(images, draws.maps)), draws
 
 
