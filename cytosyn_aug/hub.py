@@ -13,12 +13,14 @@ import sys
 from pathlib import Path
 from typing import NoReturn, cast
 
+from cytosyn_aug.config import PART_NAMES
+
 MODEL_PATTERNS = (
     "model_index.json",
     "README.md",
     *(
         f"{part}/*.{suffix}"
-        for part in ("transformer", "vae", "encoder", "stain_probe", "student", "scheduler")
+        for part in (*PART_NAMES, "scheduler")
         for suffix in ("json", "safetensors")
     ),
 )

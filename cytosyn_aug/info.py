@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from cytosyn_aug.checkpoint import EMBEDDED_MODEL
+from cytosyn_aug.config import PART_NAMES
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.hub import find_folder, licence_of
 
 RELEASED_PARAMETERS = {"transformer": (682_906_128, 674_774_800), "vae": (83_653_863,)}
-_PARTS = ("vae", "transformer", "encoder", "stain_probe", "student")
 
 
 def describe_model(generator: TileGenerator) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def describe_model(generator: TileGenerator) -> dict[str, Any]:
     Args:
         generator: The loaded model.
     """
-    parts = {name: getattr(generator, name) for name in _PARTS}
+    parts = {name: getattr(generator, name) for name in PART_NAMES}
     sizes = {k: num_parameters(p) for k, p in parts.items() if p is not None}
     statistics = generator.transformer.bn
     assert statistics.running_mean is not None

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cytosyn_aug.config import PART_NAMES
 from cytosyn_aug.weights import KeyMap
 
 Settings = dict[str, Any]  # Any: values of JSON
@@ -98,8 +99,7 @@ def known_settings(config: Settings, cls: type, part: str, ignored: set[str] | N
 
 def index_notes(index: Settings) -> tuple[str, ...]:
     """Return remarks on what `model_index.json` states beyond the parts that are read here."""
-    read = {"vae", "transformer", "encoder", "stain_probe", "tile", "format_version"}
-    read |= {"latents_bias", "latents_scale"}
+    read = {*PART_NAMES, "tile", "format_version", "latents_bias", "latents_scale"}
     return tuple(
         f"model_index.json states {k} = {v!r}, which is not used"
         for k, v in sorted(index.items())

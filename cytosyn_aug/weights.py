@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from cytosyn_aug.config import PART_NAMES
+
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -123,10 +125,10 @@ class KeyMap:
             names = {part: dict(entries) for part, entries in content.items()}
         except (json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{file} is not a key map ({error}); see {cls.__name__}") from error
-        unknown = sorted(names.keys() - set(_MAPPED_PARTS))
+        unknown = sorted(names.keys() - set(PART_NAMES))
         if unknown or len(numbers) == 1:
             raise ValueError(
-                f"{file} holds {unknown or sorted(numbers)}; expected {', '.join(_MAPPED_PARTS)}, "
+                f"{file} holds {unknown or sorted(numbers)}; expected {', '.join(PART_NAMES)}, "
                 "and latents_bias together with latents_scale"
             )
         bad = [k for entries in names.values() for k, v in entries.items() if not _is_entry(k, v)]
@@ -159,7 +161,6 @@ class KeyMap:
 
 
 _NUMBERS = ("latents_bias", "latents_scale")
-_MAPPED_PARTS = ("transformer", "vae", "encoder", "stain_probe")
 
 
 def assign(network: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:

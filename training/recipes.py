@@ -78,8 +78,8 @@ def tiny_long_vae() -> VaeRecipe:
     first = tiny_vae()
     loop = replace(
         first.loop,
-        num_steps=12_000,
-        cooldown_steps=6_000,
+        num_steps=8_000,
+        cooldown_steps=4_000,
         ema_decay=0.998,
         report_every_steps=400,
     )
