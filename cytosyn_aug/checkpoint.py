@@ -3,7 +3,7 @@
     model_index.json                     parts, tile specification, format version
     transformer/{config.json, diffusion_pytorch_model.safetensors}
     vae/{...}
-    encoder/{...}   stain_probe/{...}   student/{...}   (optional)
+    encoder/{...}   stain_probe/{...}   student/{...}   decoder/{...}   (optional)
 
 Released folders have the same layout without `format_version`; `cytosyn_aug.released` reads what
 they say otherwise. Loading never executes code from a folder and never fills a gap: missing,
@@ -25,44 +25,17 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cytosyn_aug.compvis import (
-    compvis_vae_state,
-    is_compvis_vae,
-    renew_attention,
-    vae_config_from_state,
-)
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.differences import compare, report
-from cytosyn_aug.encoder import StainProbe, TileEncoder, read_encoder
+from cytosyn_aug.drafts import PARTS, assign_all, draft_encoder, draft_part, fill_statistics
+from cytosyn_aug.encoder import StainProbe, TileEncoder
 from cytosyn_aug.files import write_atomically
-from cytosyn_aug.released import (
-    LatentStatistics,
-    index_notes,
-    known_settings,
-    latent_statistics,
-    transformer_settings,
-)
+from cytosyn_aug.released import index_notes
 from cytosyn_aug.small_decoder import SmallDecoder
 from cytosyn_aug.transformer import SiT
-from cytosyn_aug.weights import (
-    WEIGHTS_NAME,
-    KeyMap,
-    assign,
-    read_json,
-    read_tensors,
-    weight_files,
-)
+from cytosyn_aug.weights import WEIGHTS_NAME, KeyMap, read_json
 
 FORMAT_VERSION = 1
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "tiny"
-_PARTS: dict[str, type] = {
-    "vae": AutoencoderKL,
-    "transformer": SiT,
-    "encoder": TileEncoder,
-    "stain_probe": StainProbe,
-    "student": SiT,
-    "decoder": SmallDecoder,
-}
 _REQUIRED = ("transformer", "vae")
 _OF_THE_ENCODER = ("encoder", "stain_probe")
 
@@ -122,16 +95,16 @@ def load_model(
     index = _read_index(folder)
     is_ours = "format_version" in index
     left_out = () if encoder == "auto" else _OF_THE_ENCODER
-    own = [k for k in _PARTS if is_ours and k in index and k not in left_out]
-    names = [k for k in _PARTS if k in _REQUIRED or k in own]
-    drafts = {k: _draft(k, folder / k, answers, is_ours) for k in names}
+    own = [k for k in PARTS if is_ours and k in index and k not in left_out]
+    names = [k for k in PARTS if k in _REQUIRED or k in own]
+    drafts = {k: draft_part(k, folder / k, answers, is_ours) for k in names}
     tile, tile_notes = _tile(index, drafts["transformer"].network)
     source = _encoder_source(folder, encoder, is_ours)
     if source is not None:
-        drafts["encoder"] = _draft_encoder(source, answers, tile)
+        drafts["encoder"] = draft_encoder(source, answers, tile)
     null_condition = drafts["transformer"].tensors.pop("null_condition", None)
-    statistics = _fill_statistics(drafts, index, answers)
-    _assign_all(drafts, str(folder), dtype, statistics.problems)
+    statistics = fill_statistics(drafts, index, answers)
+    assign_all(drafts, str(folder), dtype, statistics.problems)
     parts = {name: draft.network for name, draft in drafts.items()}
     _check_fit(parts, tile, null_condition)
     if "student" in parts:
@@ -165,8 +138,8 @@ def load_encoder(
     Raises:
         FileNotFoundError, ValueError: See `load_model`.
     """
-    draft = _draft_encoder(Path(source), KeyMap(), tile or TileSpec())
-    _assign_all({"encoder": draft}, str(source), dtype, ())
+    draft = draft_encoder(Path(source), KeyMap(), tile or TileSpec())
+    assign_all({"encoder": draft}, str(source), dtype, ())
     return draft.network  # type: ignore[no-any-return]
 
 
@@ -184,7 +157,7 @@ def save_model(folder: Path, parts: ModelParts, dtype: torch.dtype = torch.float
         "format_version": FORMAT_VERSION,
         "tile": asdict(parts.tile),
     }
-    for name, cls in _PARTS.items():
+    for name, cls in PARTS.items():
         part = getattr(parts, name)
         if part is not None:
             index[name] = [cls.__module__.split(".models")[0], cls.__name__]
@@ -217,132 +190,12 @@ def parts_digest(
     return whole.hexdigest()[:16]
 
 
-def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Copy tensors into a module, or raise one error that names every difference.
-
-    Args:
-        module: Receives the tensors, cast to its own dtypes.
-        tensors: State dict.
-        source: Where they come from, for the message.
-
-    Raises:
-        ValueError: Missing, unexpected, misshapen or non-finite tensors.
-    """
-    differences = compare(type(module).__name__, module, tensors)
-    if differences:
-        raise ValueError(report(source, [differences]))
-    module.load_state_dict(tensors)
-
-
-class _Draft(NamedTuple):
-    """A part before its weights are in: network without memory, tensors, remarks, files."""
-
-    network: Any  # Any: the class depends on the part
-    holder: nn.Module  # the network, or the module in it whose names the tensors bear
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    notes: tuple[str, ...]
-    files: tuple[Path, ...]
-
-
-def _draft(name: str, folder: Path, answers: KeyMap, is_ours: bool) -> _Draft:
-    cls, file = _PARTS[name], folder / "config.json"
-    config = read_json(file, "the model folder is partial; copy it again")
-    files = weight_files(folder)
-    tensors = answers.rename(name, read_tensors(files))
-    if cls is SiT:
-        settings, notes = transformer_settings(config, tensors, cls)
-    elif cls is AutoencoderKL and is_compvis_vae(tensors):
-        tensors = compvis_vae_state(tensors)
-        settings, notes = vae_config_from_state(tensors), ("vae: CompVis' names were translated",)
-    else:
-        settings, notes = known_settings(config, cls, name)
-        tensors = renew_attention(tensors) if cls is AutoencoderKL else tensors
-    if is_ours and notes:
-        raise ValueError(f"{file} does not describe a {cls.__name__}: {'; '.join(notes)}")
-    try:
-        with torch.device("meta"):  # no memory, and no time for initial values
-            network = cls(**settings)
-    except (TypeError, ValueError, ZeroDivisionError, AssertionError) as error:
-        raise ValueError(f"{file} does not describe a {cls.__name__}: {error}") from error
-    if cls is SiT and "pos_embed" not in tensors:
-        tensors["pos_embed"] = network.fixed_positions()
-        notes = (*notes, "transformer: fixed positions are not stored, and were computed")
-    return _Draft(network, network, config, tensors, notes, (file, *files))
-
-
 def _encoder_source(folder: Path, encoder: Path | str | None, is_ours: bool) -> Path | None:
     """Return where H0-mini lies in timm's names: given, or as `encoder/` of a released folder."""
     if encoder is None or encoder != "auto":
         return None if encoder is None else Path(encoder)
     beside = folder / "encoder"
     return beside if not is_ours and beside.is_dir() else None
-
-
-def _draft_encoder(source: Path, answers: KeyMap, tile: TileSpec) -> _Draft:
-    """Return H0-mini from timm's names, with or without a config beside them."""
-    if source.suffix in (".bin", ".pt", ".pth"):
-        raise ValueError(
-            f"{source} is a pickle, which is not loaded here; translate it once: "
-            f"`cytosyn-aug convert {source} {source.with_suffix('.safetensors')}`"
-        )
-    is_file = source.suffix == ".safetensors"
-    files = [source] if is_file else weight_files(source, "model.safetensors")
-    config_file = files[0].parent / "config.json"
-    has_config = config_file.is_file()
-    config = read_json(config_file, "copy it again") if has_config else {}
-    tensors = answers.rename("encoder", read_tensors(files))
-    network, tensors, notes = read_encoder(config, tensors, tile.size_px)
-    read = (*files, config_file) if has_config else tuple(files)
-    return _Draft(network, network.vit, config, tensors, notes, read)
-
-
-class _Statistics(NamedTuple):
-    """How latent statistics were found: problems, remarks, numbers that no part's files hold."""
-
-    problems: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    unfiled: tuple[float, ...] = ()
-
-
-def _fill_statistics(
-    drafts: dict[str, _Draft], index: dict[str, Any], answers: KeyMap
-) -> _Statistics:
-    """Put the latent statistics of a folder into the transformer's tensors."""
-    transformer = drafts["transformer"]
-    tensors, channels = transformer.tensors, transformer.network.config["in_channels"]
-    try:
-        found = latent_statistics(
-            tensors, transformer.config, drafts["vae"].config, index, answers, channels
-        )
-    except ValueError as error:
-        # Under a wrapper's prefix they are there; then the names are what to report.
-        is_prefixed = any(name.endswith(".bn.running_mean") for name in tensors)
-        problems = () if is_prefixed else (str(error),)
-        found = LatentStatistics(torch.zeros(channels), torch.ones(channels), "bn.")
-    else:
-        problems = ()
-    tensors["bn.running_mean"] = found.mean.expand(channels).contiguous()
-    tensors["bn.running_var"] = found.variance.expand(channels).contiguous()
-    tensors.setdefault("bn.num_batches_tracked", torch.zeros((), dtype=torch.int64))
-    if found.source.startswith("bn."):
-        return _Statistics(problems)
-    in_index = found.source.startswith("model_index")
-    unfiled = (*found.mean.tolist(), *found.variance.tolist()) if in_index else ()
-    return _Statistics(problems, (f"latent statistics come from {found.source}",), unfiled)
-
-
-def _assign_all(
-    drafts: dict[str, _Draft], source: str, dtype: torch.dtype, problems: Sequence[str]
-) -> None:
-    differences = [
-        compare(type(d.network).__name__, d.holder, d.tensors, part=k) for k, d in drafts.items()
-    ]
-    if any(differences) or problems:
-        raise ValueError(report(source, [d for d in differences if d], problems))
-    for draft in drafts.values():
-        assign(draft.holder, draft.tensors, dtype)
-        draft.network.eval().requires_grad_(False)
 
 
 def _check_fit(parts: dict[str, Any], tile: TileSpec, null_condition: Tensor | None) -> None:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cytosyn_aug.checkpoint import ModelParts, load_model, load_strictly, save_model
+from cytosyn_aug.checkpoint import ModelParts, load_model, save_model
 from cytosyn_aug.compvis import (
     State,
     compvis_vae_state,
@@ -37,6 +37,7 @@ from cytosyn_aug.compvis import (
     vae_config_from_state,
 )
 from cytosyn_aug.config import TileSpec
+from cytosyn_aug.drafts import load_strictly
 from cytosyn_aug.transformer import SiT
 
 _XL_WIDTH, _XL_HEADS = 1152, 16

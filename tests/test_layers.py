@@ -12,6 +12,7 @@ ROWS = [
     {"images", "flow", "weights", "differences", "compvis", "hub", "files"},
     {"transformer", "encoder", "small_decoder", "sampling", "stain", "released", "conditions"},
     {"slides", "tissue"},
+    {"drafts"},
     {"checkpoint"},
     {"convert", "generator"},
     {"reference", "info", "doctor"},

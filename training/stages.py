@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-from cytosyn_aug.checkpoint import ModelParts, load_encoder, load_model, load_strictly
+from cytosyn_aug.checkpoint import ModelParts, load_encoder, load_model
 from cytosyn_aug.config import TileSpec
+from cytosyn_aug.drafts import load_strictly
 from cytosyn_aug.encoder import StainProbe, TileEncoder
 from cytosyn_aug.transformer import SiT
 from training import recipes

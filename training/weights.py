@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cytosyn_aug.checkpoint import load_model, load_strictly
+from cytosyn_aug.checkpoint import load_model
+from cytosyn_aug.drafts import load_strictly
 
 # Names of the networks inside an end-to-end run.
 _OF_REPAE = {"vae": "vae.", "sit": "transformer."}
