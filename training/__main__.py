@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from cytosyn_aug.generator import Sampler, TileGenerator
-from training.data import load_tiles
+from training.data import identify, load_tiles
 from training.evaluate import Evaluation, evaluate
 from training.export import export
 from training.loop import recipe_dict, train
@@ -121,6 +121,7 @@ def _train(args: argparse.Namespace, device: torch.device) -> None:
     if args.dry_run:
         print(plan(args.recipe, args.stage).text())
         return
+    settings["data"] = identify(args.data)  # another data set is another run
     stage = build_stage(recipe, args.data, _sources(args), args.out, device, args.compile)
     warm_start = _starting_weights(args)
     train(

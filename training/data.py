@@ -6,6 +6,8 @@ an undisturbed one would. This module refuses to know what is trained on them.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +89,23 @@ def open_tiles(folder: Path, size_px: int = 224, max_bytes: int = 16 * 2**30) ->
 def spread_evenly(tiles: Tiles, num: int) -> Tensor:
     """Return up to `num` tiles, spread evenly over the split, uint8 [n, 3, H, W]."""
     return tiles.take(torch.linspace(0, len(tiles) - 1, min(num, len(tiles))).round().long())
+
+
+def identify(data: Path) -> str:
+    """Return what a data set is known by in checkpoints, 16 hexadecimal digits.
+
+    Of the tile stage's output its description, which vouches for every tile; of a folder of tiles
+    the names and sizes of its files. Moving it changes nothing.
+
+    Args:
+        data: Folder with train/ and val/.
+    """
+    description = data / DATASET_NAME
+    if description.exists():
+        return hashlib.sha256(description.read_bytes()).hexdigest()[:16]
+    files = sorted(f for f in data.rglob("*") if f.suffix.lower() in TILE_SUFFIXES)
+    known = [(f.relative_to(data).as_posix(), f.stat().st_size) for f in files]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
 
 def load_tiles(folder: Path, size_px: int = 224) -> TileSet:

@@ -1,6 +1,7 @@
 """Every stage from the command line, on synthetic tiles: train, resume, export, evaluate."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -230,6 +231,17 @@ def test_evaluation_writes_numbers_and_samples(runs, data, tmp_path):
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert {"psnr_db", "median_rank", "frechet_own", "variation_apart"} <= numbers.keys()
     assert (tmp_path / "samples.png").exists()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_only_with_the_data_it_began_with(runs, data, tmp_path):
+    shutil.copytree(runs / "vae", tmp_path / "vae")
+    arguments = ("vae", "--recipe", "smoke", "--out", tmp_path / "vae", "--data")
+    moved = shutil.copytree(data, tmp_path / "moved")
+    run(*arguments, moved)
+    next((moved / "train").rglob("*.png")).unlink()
+    with pytest.raises(SystemExit, match=r"another recipe \(was, now\): \{'data'"):
+        run(*arguments, moved)
 
 
 def test_missing_arguments_are_named(tmp_path):
