@@ -17,11 +17,18 @@ import os, signal, sys
 from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, {tests!r})
+import torch
 from test_loop import CONFIG, Regression
 from training.loop import train
-from training.parallel import join_world
+from training.parallel import average_gradients, is_true_anywhere, join_world
 
-place, _ = join_world()
+place, device = join_world()
+layer = torch.nn.Linear(2, 1)
+layer.weight.grad = torch.full((1, 2), place.rank + 1.0)
+layer.bias.grad = torch.full((1,), 4.0) if place.rank else None
+average_gradients(layer.parameters())
+assert layer.weight.grad.tolist() == [[1.5, 1.5]] and layer.bias.grad.tolist() == [2.0]
+assert is_true_anywhere(place.rank == 1, device) and not is_true_anywhere(False, device)
 folder, killed_at = Path(sys.argv[1]), int(sys.argv[2])
 is_first_life = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
 stage = Regression()
