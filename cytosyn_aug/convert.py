@@ -80,7 +80,7 @@ def convert(
     Raises:
         FileNotFoundError: A file is missing.
         ValueError: A file is no such checkpoint, or does not fit the others.
-        RuntimeError: What was reopened is not what was read.
+        OSError: What was reopened is not what was read.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty; choose another folder or remove it")
@@ -126,6 +126,7 @@ def convert_tensors(source: Path, out: Path) -> Path:
     Raises:
         FileNotFoundError: `source` is missing.
         ValueError: `source` holds more than tensors, or `out` exists.
+        OSError: What was reopened is not what was read.
     """
     if out.exists():
         raise ValueError(f"{out} exists; choose another file or remove it")
@@ -134,6 +135,10 @@ def convert_tensors(source: Path, out: Path) -> Path:
         draft = Path(work) / out.name
         # Copies, since safetensors refuses tensors that share memory.
         save_file({k: v.clone().contiguous() for k, v in state.items()}, draft)
+        stored = load_file(draft)
+        different = [k for k, v in state.items() if not torch.equal(v, stored[k])]
+        if different:
+            raise OSError(f"{some_names(different)} changed on disk; nothing was kept, try again")
         draft.rename(out)
     return out
 
@@ -363,4 +368,4 @@ def _compare(folder: Path, states: Mapping[str, State], dtype: torch.dtype) -> N
             if not torch.equal(read.to(dtype).to(read) if is_rounded else read, found[name]):
                 different.append(f"{part}/{name}")
     if different:
-        raise RuntimeError(f"{some_names(different)} changed on disk; nothing was kept, try again")
+        raise OSError(f"{some_names(different)} changed on disk; nothing was kept, try again")

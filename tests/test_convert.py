@@ -508,7 +508,7 @@ def test_a_tensor_that_changes_on_disk_is_found(written, tmp_path, monkeypatch):
         save(folder, parts, dtype)
 
     monkeypatch.setattr(conversion, "save_model", save_wrongly)
-    with pytest.raises(RuntimeError, match=r"transformer/blocks.1.attn.proj.bias changed on disk"):
+    with pytest.raises(OSError, match=r"transformer/blocks.1.attn.proj.bias changed on disk"):
         convert(written(), tmp_path / "out", tile=TILE, num_heads=2)
     assert [p.name for p in tmp_path.iterdir()] == ["0400000.pt"]
 
@@ -585,3 +585,13 @@ def test_a_pickled_part_becomes_safetensors_with_nothing_changed(tmp_path, capsy
     assert sorted(f.name for f in tmp_path.iterdir()) == [
         "model.safetensors", "nested.bin", "pytorch_model.bin",
     ]  # fmt: skip
+
+
+def test_a_pickled_part_that_changes_on_disk_is_found(tmp_path, monkeypatch):
+    torch.save({"a": torch.ones(3)}, tmp_path / "a.bin")
+    monkeypatch.setattr(
+        conversion, "save_file", lambda tensors, file: save_file({"a": torch.zeros(3)}, file)
+    )
+    with pytest.raises(OSError, match="a changed on disk"):
+        conversion.convert_tensors(tmp_path / "a.bin", tmp_path / "a.safetensors")
+    assert [f.name for f in tmp_path.iterdir()] == ["a.bin"]
