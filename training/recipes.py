@@ -269,10 +269,10 @@ def tiny_repae() -> RepaeRecipe:
     """
     return RepaeRecipe(
         loop=LoopConfig(
-            num_steps=3000,
+            num_steps=2000,
             learning_rate=5e-4,
             muon_rate=0.004,
-            warmup_steps=50,
+            warmup_steps=100,
             cooldown_steps=1500,
             ema_decay=0.995,
             report_every_steps=250,
@@ -284,7 +284,7 @@ def tiny_repae() -> RepaeRecipe:
         texture_weight=0.1,
         kl_weight=1e-6,
         adversarial_weight=0.01,
-        adversarial_from=500,
+        adversarial_from=300,
         judge_width=32,
         vae_alignment_weight=0.1,
         alignment_weight=0.5,
