@@ -7,18 +7,21 @@ backward pass of a user's own model.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
-from cytosyn_aug.checkpoint import EMBEDDED_MODEL, ModelParts, load_model
+from cytosyn_aug.checkpoint import ModelParts
 from cytosyn_aug.conditions import Conditions, read_conditions
 from cytosyn_aug.encoder import Features
-from cytosyn_aug.hub import ENCODER_PATTERNS, announce_licence, find_folder
 from cytosyn_aug.images import images_to_pixels, pixels_to_images
+from cytosyn_aug.origin import GeneratorHandle, Origin, check_device, check_process
 from cytosyn_aug.sampling import (
     adams_bashforth2,
     bind_student,
@@ -32,6 +35,20 @@ from cytosyn_aug.sampling import (
 
 Sampler = Literal["student", "ab2", "euler_maruyama"]
 _STEPS: dict[Sampler, int] = {"student": 4, "ab2": 16, "euler_maruyama": 250}
+# What a handle from another process has not got until it is asked for.
+_LOADED = (
+    "vae",
+    "transformer",
+    "encoder",
+    "stain_probe",
+    "student",
+    "decoder",
+    "notes",
+    "folder",
+    "_null_condition",
+)
+# Several transforms of one pipeline share a model in the other process as they do in the first.
+_alive: WeakValueDictionary[GeneratorHandle, TileGenerator] = WeakValueDictionary()
 
 
 class Moments(NamedTuple):
@@ -49,8 +66,13 @@ class TileGenerator:
         digest: 16 hexadecimal digits that identify all its weights.
         notes: What its folder states differently from what was expected.
         folder: Where it was read from.
+        has_encoder: Whether it can compute features.
         device: Where it runs.
         dtype: Floating type of the networks; the state of the samplers is float32 or wider.
+
+    Pickling one, as happens to transforms on their way to spawned DataLoader workers, keeps where
+    it came from and its digest, not its weights: the other process loads them when they are first
+    needed. Weights are never changed after loading, so copies in one process are the same object.
 
     Example:
         >>> generator = TileGenerator.from_pretrained()
@@ -67,9 +89,29 @@ class TileGenerator:
         batch_size: int = 16,
     ) -> None:
         self.tile, self.digest = parts.tile, parts.digest
-        self.notes, self.folder = parts.notes, parts.folder
+        self.has_encoder = parts.encoder is not None
         self.device, self.dtype = torch.device(device), dtype
         self.batch_size = batch_size
+        self._handle: GeneratorHandle | None = None
+        if parts.folder is not None:
+            self._came_from(parts, origin := Origin(source=str(parts.folder.absolute())), origin)
+        self._hold(parts)
+
+    def _came_from(self, parts: ModelParts, origin: Origin, located: Origin) -> None:
+        self._handle = GeneratorHandle.of(
+            parts,
+            origin,
+            located,
+            device=self.device,
+            dtype=self.dtype,
+            batch_size=self.batch_size,
+        )
+        _alive.setdefault(self._handle, self)
+
+    def _hold(self, parts: ModelParts) -> None:
+        """Take the networks in, on this generator's device and in its type."""
+        self._pid = os.getpid()
+        self.notes, self.folder = parts.notes, parts.folder
         null = parts.null_condition
         self._null_condition = None if null is None else null.float().to(self.device)
         # The latent statistics are 8 numbers, and stain is in their last digits: they keep float32.
@@ -84,7 +126,7 @@ class TileGenerator:
         ):
             if part is not None:
                 # Not diffusers' own to(): it warns about a float32 list that is empty here.
-                nn.Module.to(part, self.device, dtype)
+                nn.Module.to(part, self.device, self.dtype)
         for name, value in statistics.items():
             setattr(parts.transformer.bn, name, value.to(self.device))
         self.vae = parts.vae.to(memory_format=torch.channels_last)
@@ -133,18 +175,64 @@ class TileGenerator:
             ValueError: The folder does not hold a model of this kind, every difference named; or
                 there is no such device.
         """
-        _check_device(device)
-        folder = EMBEDDED_MODEL
-        if source is not None:
-            folder = find_folder(source, revision=revision, token=token)
-        found = encoder
-        if encoder is not None and encoder != "auto" and not Path(encoder).is_file():
-            found = find_folder(encoder, token=token, patterns=ENCODER_PATTERNS)
-        parts = load_model(folder, encoder=found, key_map=key_map, dtype=dtype)
-        for given, place in ((source, folder), (encoder, found)):
-            if given is not None and isinstance(place, Path) and place.is_dir():
-                announce_licence(given, place)
-        return cls(parts, device=device, dtype=dtype, batch_size=batch_size)
+        check_device(device)
+        origin = Origin(
+            source=None if source is None else str(source),
+            encoder=None if encoder is None else str(encoder),
+            revision=revision,
+            key_map=None if key_map is None else str(key_map),
+        )
+        located = origin.located(token)
+        parts = located.load(dtype)
+        origin.announce_licences(located)
+        made = cls(parts, device=device, dtype=dtype, batch_size=batch_size)
+        made._came_from(parts, origin, located)
+        return made
+
+    def handle(self) -> GeneratorHandle:
+        """Return all of this generator but its weights, for another process.
+
+        Raises:
+            ValueError: It was put together in memory, so no other process could load it.
+        """
+        if self._handle is None:
+            raise ValueError(
+                "this generator was built from parts in memory, which another process cannot load; "
+                "save them with cytosyn_aug.checkpoint.save_model and load the folder"
+            )
+        return replace(self._handle, batch_size=self.batch_size)
+
+    @classmethod
+    def from_handle(cls, handle: GeneratorHandle) -> TileGenerator:
+        """Return the generator of a handle: one that is loaded already, or one that loads later.
+
+        What loading can raise (the model is gone, or its digest differs) is raised at first use.
+        """
+        if handle in _alive:
+            return _alive[handle]
+        made = cls.__new__(cls)
+        made.tile, made.digest, made.batch_size = handle.tile, handle.digest, handle.batch_size
+        made.device, made.dtype = torch.device(handle.device), getattr(torch, handle.dtype)
+        made.has_encoder, made._handle = handle.has_encoder, handle
+        _alive[handle] = made
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TileGenerator.from_handle, (self.handle(),)
+
+    if not TYPE_CHECKING:  # or a misspelt attribute would pass the type checker
+
+        def __getattr__(self, name: str) -> Any:
+            # Python asks only for what is not there.
+            if name not in _LOADED or "_handle" not in self.__dict__:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            check_device(self.device)
+            self._hold(self.handle().load())
+            return getattr(self, name)
+
+    def check_process(self) -> None:
+        """Raise RuntimeError in a forked DataLoader worker, where its parent's GPU is no use."""
+        check_process(self.device, self.__dict__.get("_pid"))
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -397,19 +485,3 @@ class TileGenerator:
     def _batches(self, tensor: Tensor) -> Iterator[Tensor]:
         for part in tensor.split(self.batch_size):
             yield part.to(self.device)
-
-
-def _check_device(given: torch.device | str) -> None:
-    """Fail before the weights are read, not after."""
-    try:
-        device = torch.device(given)
-    except RuntimeError as error:
-        raise ValueError(f"device is {given!r}, expected one like 'cuda:0' or 'cpu'") from error
-    missing = (device.type == "cuda" and not torch.cuda.is_available()) or (
-        device.type == "mps" and not torch.backends.mps.is_available()
-    )
-    if missing:
-        raise ValueError(
-            f"device is {device}, which this torch ({torch.__version__}) does not find here; "
-            "install the build for it, or use device='cpu'"
-        )
