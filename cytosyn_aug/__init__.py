@@ -9,18 +9,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cytosyn_aug.classical import (
+        DensityReference,
+        DensityTransport,
+        MacenkoNormalize,
+        ReinhardNormalize,
+    )
     from cytosyn_aug.conditions import FeatureTable
     from cytosyn_aug.editing import EditRecipe
     from cytosyn_aug.encoder import Features
     from cytosyn_aug.generator import TileGenerator
+    from cytosyn_aug.macenko import MacenkoReference
     from cytosyn_aug.reference import StainReference
+    from cytosyn_aug.reinhard import ReinhardReference
+    from cytosyn_aug.schedules import Ramp
     from cytosyn_aug.transforms import ConditionedResample, StainNormalize, StainTransfer
 
 _HOMES = {
     "ConditionedResample": "transforms",
+    "DensityReference": "classical",
+    "DensityTransport": "classical",
     "EditRecipe": "editing",
     "FeatureTable": "conditions",
     "Features": "encoder",
+    "MacenkoNormalize": "classical",
+    "MacenkoReference": "macenko",
+    "Ramp": "schedules",
+    "ReinhardNormalize": "classical",
+    "ReinhardReference": "reinhard",
     "StainNormalize": "transforms",
     "StainReference": "reference",
     "StainTransfer": "transforms",
@@ -29,9 +45,16 @@ _HOMES = {
 
 __all__ = [
     "ConditionedResample",
+    "DensityReference",
+    "DensityTransport",
     "EditRecipe",
     "FeatureTable",
     "Features",
+    "MacenkoNormalize",
+    "MacenkoReference",
+    "Ramp",
+    "ReinhardNormalize",
+    "ReinhardReference",
     "StainNormalize",
     "StainReference",
     "StainTransfer",

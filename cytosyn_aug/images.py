@@ -6,15 +6,24 @@ The only module that knows about value ranges and channel order. Three forms, on
 * ``pixels``: float [B, 3, H, W] in [-1, 1], what the VAE reads and writes.
 * optical density: float [B, 3, H, W], natural logarithm, 0 for glass; see `optical_density`.
 
+And the forms users hold tiles in, opened and closed again by `open_image`: PIL images, uint8 and
+float tensors, tv_tensors, with any leading dimensions.
+
 It refuses to know what a tile shows, where it comes from and which model will read it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor
+from torchvision import tv_tensors
 
 
 def images_to_pixels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -78,3 +87,101 @@ def tile_key(image: Tensor) -> str:
         )
     header = ",".join(str(n) for n in image.shape).encode()
     return hashlib.sha256(header + image.cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+class OpenImage(NamedTuple):
+    """A user's image as grey levels, and the way back.
+
+    Attributes:
+        grey: float32 [B, 3, H, W] in 0 to 255, on the image's device; B = 1 without leading
+            dimensions.
+        close: Takes edited grey levels [B, 3, H, W] and bool [B], which tiles were edited, and
+            returns what the user gave, in type, shape, dtype and device. The other tiles keep
+            their very bits; without any edited one the user's object itself comes back.
+    """
+
+    grey: Tensor
+    close: Callable[[Tensor, Tensor], Any]
+
+
+def is_image_tensor(x: object) -> bool:
+    """Return whether a plain tensor can be an image; labels and features have fewer dimensions."""
+    return isinstance(x, Tensor) and not isinstance(x, tv_tensors.TVTensor) and x.ndim >= 3
+
+
+def is_image(x: object) -> bool:
+    """Return whether `open_image` is meant for this object."""
+    return isinstance(x, PIL.Image.Image | tv_tensors.Image) or is_image_tensor(x)
+
+
+def num_tiles(image: PIL.Image.Image | Tensor) -> int:
+    """Return the number of tiles in an image: the product of its leading dimensions."""
+    return math.prod(image.shape[:-3]) if isinstance(image, Tensor) else 1
+
+
+def open_image(image: PIL.Image.Image | Tensor) -> OpenImage:
+    """Return a user's image as grey levels, and the way back.
+
+    Args:
+        image: PIL image of mode RGB, or uint8 in 0 to 255 or float in [0, 1] [..., 3, H, W].
+
+    Raises:
+        TypeError: Not 8-bit and not float.
+        ValueError: Not RGB, a float image outside [0, 1] or not finite, or an empty batch.
+    """
+    if isinstance(image, PIL.Image.Image):
+        return _open_pil(image)
+    if image.ndim < 3 or image.shape[-3] != 3:
+        raise ValueError(
+            f"got an image of shape {list(image.shape)}, expected [..., 3, H, W] RGB; "
+            "repeat grey-scale channels, drop alpha"
+        )
+    if 0 in image.shape:
+        raise ValueError(
+            f"got an empty batch or image, {list(image.shape)}; expected at least one tile"
+        )
+    # Tensors of a TVTensor class would dispatch every operation below.
+    plain = image.as_subclass(Tensor)
+    shape, dtype = plain.shape, plain.dtype
+    grey = plain.reshape(-1, *shape[-3:]).float()
+    if dtype.is_floating_point:
+        low, high = grey.aminmax()
+        if not (low >= 0 and high <= 1):
+            raise ValueError(
+                f"got a float image in [{float(low):g}, {float(high):g}], expected [0, 1]; "
+                "divide by the largest value, and normalise after this transform"
+            )
+        grey = grey * 255.0
+    elif dtype != torch.uint8:
+        raise TypeError(f"got an image of {dtype}, expected uint8 or float in [0, 1]")
+
+    def close(edited: Tensor, is_edited: Tensor) -> Any:
+        if not is_edited.any():
+            return image
+        edited = (edited / 255.0 if dtype.is_floating_point else edited.round()).to(dtype)
+        flat = plain.reshape(-1, *shape[-3:])
+        edited = torch.where(is_edited.to(flat.device)[:, None, None, None], edited, flat)
+        edited = edited.reshape(shape)
+        return (
+            tv_tensors.wrap(edited, like=image)
+            if isinstance(image, tv_tensors.TVTensor)
+            else edited
+        )
+
+    return OpenImage(grey, close)
+
+
+def _open_pil(image: PIL.Image.Image) -> OpenImage:
+    if image.mode != "RGB":
+        raise ValueError(
+            f"got a PIL image of mode {image.mode}, expected RGB; use image.convert('RGB')"
+        )
+    grey = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
+
+    def close(edited: Tensor, is_edited: Tensor) -> Any:
+        if not is_edited.any():
+            return image
+        array = edited[0].round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
+        return PIL.Image.fromarray(array)
+
+    return OpenImage(grey, close)

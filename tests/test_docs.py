@@ -13,7 +13,9 @@ ROOT = Path(__file__).parent.parent
 MODULES = [
     "cytosyn_aug.conditions",
     "cytosyn_aug.generator",
+    "cytosyn_aug.macenko",
     "cytosyn_aug.reference",
+    "cytosyn_aug.schedules",
     "cytosyn_aug.transforms",
     "training.perception",
 ]
