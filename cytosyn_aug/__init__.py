@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from cytosyn_aug.macenko import MacenkoReference
     from cytosyn_aug.reference import StainReference
     from cytosyn_aug.reinhard import ReinhardReference
+    from cytosyn_aug.resampling import ConditionedResample
     from cytosyn_aug.schedules import Ramp
-    from cytosyn_aug.transforms import ConditionedResample, StainNormalize, StainTransfer
+    from cytosyn_aug.transforms import StainNormalize, StainTransfer
+    from cytosyn_aug.views import StainViews
 
 _HOMES = {
-    "ConditionedResample": "transforms",
+    "ConditionedResample": "resampling",
     "DensityReference": "classical",
     "DensityTransport": "classical",
     "EditRecipe": "editing",
@@ -40,6 +42,7 @@ _HOMES = {
     "StainNormalize": "transforms",
     "StainReference": "reference",
     "StainTransfer": "transforms",
+    "StainViews": "views",
     "TileGenerator": "generator",
 }
 
@@ -58,6 +61,7 @@ __all__ = [
     "StainNormalize",
     "StainReference",
     "StainTransfer",
+    "StainViews",
     "TileGenerator",
 ]
 

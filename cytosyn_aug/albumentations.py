@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cytosyn_aug import transforms
+from cytosyn_aug import resampling, transforms
 from cytosyn_aug.config import Preserve
 from cytosyn_aug.editing import EditRecipe
 from cytosyn_aug.generator import TileGenerator
@@ -32,7 +32,7 @@ except ImportError as error:
 class _TileImageTransform(ImageOnlyTransform):
     """Carry a torchvision transform into albumentations; HWC uint8 or float32 in, the same out."""
 
-    inner: transforms.StainTransfer | transforms.ConditionedResample
+    inner: transforms.StainTransfer | resampling.ConditionedResample
 
     def __init__(self, p: float) -> None:
         super().__init__(p=p)
@@ -57,8 +57,8 @@ class _TileImageTransform(ImageOnlyTransform):
 
     def apply(self, img: np.ndarray, **params: Any) -> np.ndarray:
         """Edit one image."""
-        names = ("seeds", "references")
-        chosen = {"chosen": torch.ones(1, dtype=torch.bool)}
+        names = ("seeds", "references", "strengths")
+        chosen = {"chosen": [True]}
         drawn = chosen | {k: params[k] for k in names if k in params}
         edited = self.inner.transform(_to_tensor(img), drawn)
         return np.ascontiguousarray(edited.permute(1, 2, 0).numpy())
@@ -174,7 +174,7 @@ class ConditionedResample(_TileImageTransform):
         allow_geometry_change: bool = False,
     ) -> None:
         super().__init__(p=p)
-        self.inner = transforms.ConditionedResample(
+        self.inner = resampling.ConditionedResample(
             generator,
             min_similarity=min_similarity,
             max_similarity=max_similarity,

@@ -15,8 +15,10 @@ MODULES = [
     "cytosyn_aug.generator",
     "cytosyn_aug.macenko",
     "cytosyn_aug.reference",
+    "cytosyn_aug.resampling",
     "cytosyn_aug.schedules",
     "cytosyn_aug.transforms",
+    "cytosyn_aug.views",
     "training.perception",
 ]
 
