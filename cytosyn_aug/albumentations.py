@@ -14,7 +14,7 @@ from torch import Tensor
 from cytosyn_aug import classical, resampling, transforms
 from cytosyn_aug.classical import DensityReference
 from cytosyn_aug.config import Preserve
-from cytosyn_aug.drawing import Mode, Sampling
+from cytosyn_aug.draws import Mode, Sampling
 from cytosyn_aug.editing import EditRecipe
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.image_transform import TileImageTransform

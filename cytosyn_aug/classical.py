@@ -23,8 +23,8 @@ from torch import Tensor
 from cytosyn_aug.config import TileSpec, Triple
 from cytosyn_aug.facts import NO_FACTS, Facts
 from cytosyn_aug.images import optical_density
+from cytosyn_aug.json_files import load_record, save_record
 from cytosyn_aug.macenko import MacenkoReference, Stains, estimate_stains, normalising_map
-from cytosyn_aug.records import load_record, save_record
 from cytosyn_aug.reinhard import (
     ReinhardReference,
     grey_to_lab,

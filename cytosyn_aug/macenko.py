@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cytosyn_aug.config import TileSpec, Triple
 from cytosyn_aug.images import optical_density
-from cytosyn_aug.records import load_record, save_record
+from cytosyn_aug.json_files import load_record, save_record
 from cytosyn_aug.stain import DensityMap
 from cytosyn_aug.tile_sets import MAX_TILES, read_tiles
 

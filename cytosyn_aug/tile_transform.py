@@ -20,7 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from cytosyn_aug.drawing import MAX_SEED
+from cytosyn_aug.draws import MAX_SEED
 from cytosyn_aug.facts import NO_FACTS, Facts, read_labels
 from cytosyn_aug.images import is_image_tensor, num_tiles, open_image, tile_key
 from cytosyn_aug.schedules import Probability, Ramp, check_probability, probabilities

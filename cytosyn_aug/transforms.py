@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cytosyn_aug.config import Preserve
-from cytosyn_aug.drawing import (
+from cytosyn_aug.draws import (
     MAX_SEED,
     Mode,
     Sampling,

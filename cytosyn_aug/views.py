@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
-from cytosyn_aug.drawing import Mode, Sampling
+from cytosyn_aug.draws import Mode, Sampling
 from cytosyn_aug.editing import EditRecipe
 from cytosyn_aug.facts import NO_FACTS, Facts
 from cytosyn_aug.generator import TileGenerator

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 ROWS = [
     {"config", "schedules", "shared"},
     {"images", "flow", "weights", "differences", "compvis", "hub", "files"},
-    {"drawing", "records", "facts"},
+    {"draws", "json_files", "facts"},
     {"tile_transform"},
     {"transformer", "encoder", "small_decoder", "sampling", "stain", "released", "conditions"},
     {"slides", "tissue"},

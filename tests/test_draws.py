@@ -17,7 +17,7 @@ from cytosyn_aug import (
     StainTransfer,
     StainViews,
 )
-from cytosyn_aug.drawing import draw_references, group_by_laboratory
+from cytosyn_aug.draws import draw_references, group_by_laboratory
 from cytosyn_aug.stain import pool_moments, tissue_moments
 
 FAST = EditRecipe(steps=2)
