@@ -30,6 +30,7 @@ TRAINING_ROWS = [
     {"resume", "cutting", "discriminator", "latents"},
     {"loop"},
     {"codecs", "extractors", "neighbours", "likelihood", "catalogue"},
+    {"views"},
     {"vae", "encoder", "sit", "distil", "comparison"},
     {"repae", "decoder", "card", "judgement"},
     {"export", "recipes", "restaining", "report", "tiles"},

@@ -3,9 +3,11 @@
 python -m training tile    --help
 python -m training vae     --data TILES --out RUN
 python -m training encoder --data TILES --out RUN
-python -m training sit     --data TILES --out RUN --vae RUN --encoder RUN
 python -m training repae   --data TILES --out RUN --vae RUN --encoder RUN [--sit RUN]
-python -m training distil  --data TILES --out RUN --vae RUN --encoder RUN --teacher RUN
+python -m training latents --data TILES --out LATENTS --vae RUN --encoder RUN
+python -m training sit     --data TILES --out RUN --vae RUN --encoder RUN --latents LATENTS
+python -m training distil  --data TILES --out RUN --vae RUN --encoder RUN --latents LATENTS
+                           --teacher RUN
 python -m training decoder --data TILES --out RUN --vae RUN
 python -m training export  --vae RUN --encoder RUN --sit RUN [--student RUN] [--decoder RUN]
                            --out FOLDER
@@ -37,9 +39,17 @@ from training.evaluate import Evaluation, evaluate
 from training.export import export
 from training.loop import recipe_dict, train
 from training.parallel import join_world
-from training.plan import plan
+from training.plan import plan, plan_latents
 from training.restaining import gap_closed, known_answer, methods
-from training.stages import TRAINED, Sources, build_stage, export_parts, find_recipe
+from training.stages import (
+    TRAINED,
+    Sources,
+    build_stage,
+    export_parts,
+    find_latents_recipe,
+    find_recipe,
+    write_latents,
+)
 from training.tile_command import main as run_tile_command
 from training.weights import stage_weights
 
@@ -53,7 +63,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("stage", choices=[*TRAINED, "export", "evaluate", "restaining"])
+    parser.add_argument("stage", choices=[*TRAINED, "latents", "export", "evaluate", "restaining"])
     parser.add_argument("--recipe", default="tiny", help="name in training/recipes.py")
     parser.add_argument("--data", type=Path, help="folder with train/ and val/")
     parser.add_argument("--out", type=Path)
@@ -65,6 +75,7 @@ def main() -> None:
         help="run or model folder of the autoencoder; several are averaged",
     )
     parser.add_argument("--encoder", type=Path, help="run or model folder of the encoder")
+    parser.add_argument("--latents", type=Path, help="what the latents stage wrote")
     parser.add_argument("--sit", type=Path, help="run or model folder of the transformer")
     parser.add_argument("--teacher", type=Path, help="distil: run or model folder of the teacher")
     parser.add_argument("--student", type=Path, help="export: run or model folder of the student")
@@ -87,6 +98,8 @@ def main() -> None:
             _need(args, "out")
         if args.stage == "export":
             print(export(args.out, export_parts(_sources(args))))
+        elif args.stage == "latents":
+            _write_latents(args, device)
         elif args.stage == "evaluate":
             _evaluate(args, device)
         elif args.stage == "restaining":
@@ -129,11 +142,23 @@ def _train(args: argparse.Namespace, device: torch.device) -> None:
     )
 
 
+def _write_latents(args: argparse.Namespace, device: torch.device) -> None:
+    print(json.dumps(recipe_dict(find_latents_recipe(args.recipe)), indent=1))
+    if args.dry_run:
+        print(plan_latents(args.recipe).text())
+        return
+    _need(args, "data")
+    missing = write_latents(args.recipe, args.data, _sources(args), args.out, device)
+    state = f"{missing} shards still to come from other processes" if missing else "complete"
+    print(f"{args.out}: {state}")
+
+
 def _sources(args: argparse.Namespace) -> Sources:
     sources = Sources(
         recipe=args.recipe,
         vae=tuple(args.vae),
         encoder=args.encoder,
+        latents=args.latents,
         sit=args.sit,
         teacher=args.teacher,
         student=args.student,

@@ -22,7 +22,7 @@ from training.encoder import EncoderRecipe, build_encoder
 from training.perception import PerceptualNetwork
 from training.repae import RepaeRecipe
 from training.sit import SitRecipe, build_transformer
-from training.stages import Recipe, find_recipe
+from training.stages import Recipe, find_latents_recipe, find_recipe
 from training.vae import VaeRecipe, build_vae
 
 # Passes of a step in units of a forward pass: a backward pass costs one for the inputs' gradient
@@ -95,6 +95,52 @@ def plan(name: str, stage: str) -> Plan:
         frozen_bytes=_FLOAT * frozen,
         checkpoint_bytes=4 * _FLOAT * total,
         flop_per_sample=sum(use.flop for use in uses),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentsPlan:
+    """What a latents stage costs.
+
+    Attributes:
+        num_views: Views that are encoded.
+        num_bytes: Of all shards.
+        flop_per_view: Of both encoders.
+    """
+
+    num_views: int
+    num_bytes: int
+    flop_per_view: float
+
+    def text(self) -> str:
+        """Return the plan as lines for a terminal."""
+        total = self.flop_per_view * self.num_views
+        hours = total / (_H100_FLOPS * _SHARE) / 3600
+        return (
+            f"views        {self.num_views:,} of {self.num_bytes / self.num_views:,.0f} bytes\n"
+            f"disk         {self.num_bytes / 1e9:,.2f} GB\n"
+            f"compute      {self.flop_per_view / 1e9:.1f} GFLOP a view: {hours:,.1f} H100-hours at "
+            f"{_SHARE:.0%} of {_H100_FLOPS / 1e12:.0f} TFLOP/s"
+        )
+
+
+def plan_latents(name: str) -> LatentsPlan:
+    """Return what the latents stage of a recipe costs.
+
+    Raises:
+        ValueError: There is no such recipe, or none of a network it needs.
+    """
+    recipe, vae_recipe = find_latents_recipe(name), find_recipe(name, "vae")
+    assert isinstance(vae_recipe, VaeRecipe)
+    with torch.device("meta"):
+        vae, (encoder, width) = build_vae(vae_recipe), _tile_encoder(name)
+        tile = torch.zeros(1, 3, 224, 224)
+        flop = _encode(vae, tile) + _flop(encoder.vit, tile)
+    num_numbers = 2 * 4 * 28 * 28 + width * (1 + 196 * recipe.has_patches)
+    return LatentsPlan(
+        num_views=recipe.num_views,
+        num_bytes=2 * num_numbers * recipe.num_views,
+        flop_per_view=flop,
     )
 
 
