@@ -31,7 +31,7 @@ from cytosyn_aug.sampling import (
 )
 
 Sampler = Literal["student", "ab2", "euler_maruyama"]
-_STEPS: dict[Sampler, int] = {"student": 4, "ab2": 16, "euler_maruyama": 250}
+DEFAULT_STEPS: dict[Sampler, int] = {"student": 4, "ab2": 16, "euler_maruyama": 250}
 
 
 class Moments(NamedTuple):
@@ -313,11 +313,11 @@ class TileGenerator:
         """
         if sampler is None:
             sampler = "ab2" if self.student is None else "student"
-        if sampler not in _STEPS:
-            raise ValueError(f"sampler is {sampler!r}, expected one of {sorted(_STEPS)}")
+        if sampler not in DEFAULT_STEPS:
+            raise ValueError(f"sampler is {sampler!r}, expected one of {sorted(DEFAULT_STEPS)}")
         guidance = self._guidance(sampler, guidance_scale, guidance_low, guidance_high)
         conditions = self._conditions(cls, per_condition)
-        count = steps if steps is not None else _STEPS[sampler]
+        count = steps if steps is not None else DEFAULT_STEPS[sampler]
         least = 1 if sampler == "student" else 2
         if count < least:
             raise ValueError(f"steps is {count}, expected at least {least} with {sampler!r}")

@@ -33,9 +33,11 @@ TRAINING_ROWS = [
     {"views"},
     {"vae", "encoder", "sit", "distil", "comparison"},
     {"repae", "decoder", "card", "judgement"},
-    {"export", "recipes", "restaining", "report", "tiles"},
+    {"recipes", "restaining", "report", "tiles"},
     {"stages", "evaluate", "tile_command"},
     {"plan"},
+    {"model_card"},
+    {"export"},
     {"__main__"},
 ]
 

@@ -10,7 +10,8 @@ python -m training distil  --data TILES --out RUN --vae RUN --encoder RUN --late
                            --teacher RUN
 python -m training decoder --data TILES --out RUN --vae RUN
 python -m training export  --vae RUN --encoder RUN --sit RUN [--student RUN] [--decoder RUN]
-                           --out FOLDER
+                           --out FOLDER [--notes FILE] [--run NAME=RUN ...]
+                           [--report NAME=REPORT ...]
 python -m training evaluate --data TILES --model FOLDER --out REPORT [--extractors tiny alexnet]
 python -m training restaining --data SLIDES --model FOLDER --out REPORT
 
@@ -33,13 +34,15 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from cytosyn_aug.checkpoint import load_model
 from cytosyn_aug.generator import Sampler, TileGenerator
-from training.data import identify, load_tiles
+from training.data import identify, load_tiles, open_tiles
 from training.evaluate import Evaluation, evaluate
 from training.export import export
 from training.loop import recipe_dict, train
+from training.model_card import CardSources, parts_text
 from training.parallel import join_world
-from training.plan import plan, plan_latents
+from training.plan import plan, plan_evaluation, plan_latents
 from training.restaining import gap_closed, known_answer, methods
 from training.stages import (
     TRAINED,
@@ -80,6 +83,21 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, help="distil: run or model folder of the teacher")
     parser.add_argument("--student", type=Path, help="export: run or model folder of the student")
     parser.add_argument("--decoder", type=Path, help="export: run or model folder of it")
+    parser.add_argument("--notes", type=Path, help="export: Markdown that opens the model card")
+    parser.add_argument(
+        "--run",
+        nargs="+",
+        default=(),
+        metavar="NAME=FOLDER",
+        help="export: runs that came before, for the model card",
+    )
+    parser.add_argument(
+        "--report",
+        nargs="+",
+        default=(),
+        metavar="NAME=FOLDER",
+        help="export: evaluations for the model card, the exported model's own first",
+    )
     parser.add_argument("--model", type=Path, help="model folder to evaluate; default: tiny")
     _add_evaluation(parser)
     parser.add_argument("--only", default="", help="restaining: methods whose name holds this")
@@ -97,7 +115,7 @@ def main() -> None:
         if not args.dry_run:
             _need(args, "out")
         if args.stage == "export":
-            print(export(args.out, export_parts(_sources(args))))
+            _export(args)
         elif args.stage == "latents":
             _write_latents(args, device)
         elif args.stage == "evaluate":
@@ -153,6 +171,29 @@ def _write_latents(args: argparse.Namespace, device: torch.device) -> None:
     print(f"{args.out}: {state}")
 
 
+def _export(args: argparse.Namespace) -> None:
+    sources = _sources(args)
+    earlier = dict(_named_folder(text) for text in args.run)
+    shown = set(earlier.values())
+    card = CardSources(
+        notes=args.notes.read_text() if args.notes else "",
+        runs=earlier | {k: v for k, v in sources.runs().items() if v not in shown},
+        reports=dict(_named_folder(text) for text in args.report),
+    )
+    parts = export_parts(sources)
+    if args.dry_run:
+        print("\n".join(parts_text(parts)))
+        return
+    print(export(args.out, parts, card))
+
+
+def _named_folder(text: str) -> tuple[str, Path]:
+    name, is_named, folder = text.partition("=")
+    if not is_named:
+        raise ValueError(f"got {text!r}, expected NAME=FOLDER")
+    return name, Path(folder)
+
+
 def _sources(args: argparse.Namespace) -> Sources:
     sources = Sources(
         recipe=args.recipe,
@@ -177,6 +218,12 @@ def _evaluate(args: argparse.Namespace, device: torch.device) -> None:
     given = {f.name: getattr(args, f.name) for f in fields(Evaluation)}
     given["extractors"] = tuple(given["extractors"] or ())
     config = Evaluation(**{k: v for k, v in given.items() if v is not None})
+    if args.dry_run:
+        print(json.dumps(recipe_dict(config), indent=1, default=str))
+        assert generator.folder is not None  # it came from there
+        num_held_out = len(open_tiles(args.data / "val", generator.tile.size_px))
+        print(plan_evaluation(load_model(generator.folder), config, num_held_out))
+        return
     print(json.dumps(evaluate(generator, args.data, args.out, config), indent=2))
 
 

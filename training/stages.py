@@ -68,6 +68,23 @@ class Sources:
         """Return the names of what a stage needs and was not given."""
         return [name for name in NEEDS.get(stage, ()) if not getattr(self, name)]
 
+    def runs(self) -> dict[str, Path]:
+        """Return the run folders among them, by the stage they are of, in the order of training."""
+        autoencoders = {
+            "vae" if k == 0 else f"vae {k + 1}": folder for k, folder in enumerate(self.vae)
+        }
+        others = {
+            "encoder": self.encoder,
+            "sit": self.sit,
+            "distil": self.student,
+            "decoder": self.decoder,
+        }
+        found: dict[str, Path] = {}
+        for name, folder in (autoencoders | others).items():
+            if folder is not None and _is_run(folder) and folder not in found.values():
+                found[name] = folder
+        return found
+
 
 def find_recipe(name: str, stage: str) -> Recipe:
     """Return the recipe of a trained stage.

@@ -241,6 +241,43 @@ def test_evaluation_writes_numbers_and_samples(runs, data, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_card_holds_notes_parts_curves_and_numbers_side_by_side(runs, data, tmp_path):
+    run("evaluate", "--data", data, "--model", runs / "model", "--out", tmp_path / "report")
+    (tmp_path / "notes.md").write_text("---\nlicense: mit\n---\n\n# a model of noise\n")
+    export = (
+        "export", "--recipe", "smoke", "--vae", runs / "vae", "--encoder", runs / "encoder",
+        "--sit", runs / "sit", "--notes", tmp_path / "notes.md",
+    )  # fmt: skip
+    folder, report = tmp_path / "model", f"now={tmp_path / 'report'}"
+    run(*export, "--out", folder, "--report", report, f"before={tmp_path / 'report'}")
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n---\n\n# a model of noise\n\n## Parts\n")
+    assert "| `vae/` | AutoencoderKL |" in card
+    assert "| psnr db | " in card
+    assert "### encoder\n\n2 of 2 steps of 2." in card
+    numbers = json.loads((tmp_path / "report" / "numbers.json").read_text())
+    psnr = f"{numbers['psnr_db']:.4g}"
+    assert f"| autoencoder, mean PSNR of a tile (dB) | {psnr} | {psnr} |" in card
+    with Image.open(folder / "training.png") as curves:
+        assert curves.size == (3 * 256, 400)
+    with pytest.raises(SystemExit, match="evaluate the exported model"):
+        run(*export, "--student", runs / "distil", "--out", tmp_path / "other", "--report", report)
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_export_and_evaluate_counts_and_writes_nothing(runs, data, tmp_path, capsys):
+    parts = ("--vae", runs / "vae", "--encoder", runs / "encoder", "--sit", runs / "sit")
+    run("export", "--recipe", "smoke", *parts, "--out", tmp_path / "model", "--dry-run")
+    assert "| `transformer/` | SiT |" in capsys.readouterr().out
+    run("evaluate", "--data", data, "--model", runs / "model", "--out", tmp_path / "report",
+        "--extractors", "own", "--steps", "3", "--dry-run")  # fmt: skip
+    found = capsys.readouterr().out
+    assert "real tiles   80, each" in found  # 40 held out, as many of training slides
+    assert "generated    120 in 3 passes" in found
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_only_with_the_data_it_began_with(runs, data, tmp_path):
     shutil.copytree(runs / "vae", tmp_path / "vae")
     arguments = ("vae", "--recipe", "smoke", "--out", tmp_path / "vae", "--data")
