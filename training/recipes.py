@@ -287,11 +287,11 @@ def tiny_repae() -> RepaeRecipe:
     """
     return RepaeRecipe(
         loop=LoopConfig(
-            num_steps=2000,
+            num_steps=1000,
             learning_rate=5e-4,
             muon_rate=0.004,
-            warmup_steps=100,
-            cooldown_steps=1500,
+            warmup_steps=50,
+            cooldown_steps=850,
             ema_decay=0.995,
             report_every_steps=250,
         ),
@@ -301,8 +301,8 @@ def tiny_repae() -> RepaeRecipe:
         perceptual_stages=4,
         texture_weight=0.1,
         kl_weight=1e-6,
-        adversarial_weight=0.01,
-        adversarial_from=300,
+        adversarial_weight=0.002,
+        adversarial_from=100,
         judge_width=32,
         vae_alignment_weight=0.1,
         alignment_weight=0.5,
