@@ -154,7 +154,7 @@ class ConditionedResample(_TileImageTransform):
         generator: The model.
         min_similarity: Least cosine similarity of the CLS features of old and new tile.
         max_similarity: Largest one.
-        steps: Velocity evaluations.
+        steps: Forwards; None for 4 of a student, or 16 of the transformer of a model without.
         guidance_scale: Classifier-free guidance; 1 for none.
         p: Probability that an image is replaced.
         features: Gives CLS vectors of tiles, such as a `FeatureTable`; None asks the encoder.
@@ -167,7 +167,7 @@ class ConditionedResample(_TileImageTransform):
         *,
         min_similarity: float = -1.0,
         max_similarity: float = 1.0,
-        steps: int = 16,
+        steps: int | None = None,
         guidance_scale: float = 1.0,
         p: float = 0.3,
         features: Callable[[Tensor], Tensor] | None = None,

@@ -21,13 +21,7 @@ from cytosyn_aug.conditions import Conditions, read_conditions
 from cytosyn_aug.flow import interpolate
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.reference import StainReference
-from cytosyn_aug.sampling import (
-    adams_bashforth2,
-    guide,
-    linear_grid,
-    polynomial_grid,
-    sample_noise,
-)
+from cytosyn_aug.sampling import sample_noise
 from cytosyn_aug.stain import (
     MIN_TISSUE,
     DensityMap,
@@ -50,7 +44,7 @@ class EditRecipe:
             probe). Ignored for models without a probe.
         noise_level: With `preserve="none"`: time t in (0, 1] the latents are noised to before
             they are drawn anew; small keeps structure, 1 forgets the tile.
-        steps: Velocity evaluations on the way back.
+        steps: Forwards on the way back, of the student if the model has one.
         guidance_scale: Classifier-free guidance towards the recoloured tile's features.
     """
 
@@ -140,10 +134,15 @@ def redraw(
     cls = generator.features(images).cls
     latents = generator.whiten(generator.encode(images).mean)
     noise = sample_noise(seeds, generator.latent_shape).to(latents)
-    velocity = guide(generator.velocity, cls, generator.null_condition, recipe.guidance_scale)
-    noised = interpolate(latents, noise, recipe.noise_level)
-    times = linear_grid(recipe.steps, recipe.noise_level)
-    return generator.decode(adams_bashforth2(velocity, noised, times), is_few_step=True)
+    drawn = generator.draw(
+        interpolate(latents, noise, recipe.noise_level),
+        cls,
+        steps=recipe.steps,
+        start_time=recipe.noise_level,
+        guidance_scale=recipe.guidance_scale,
+        seeds=seeds,
+    )
+    return generator.decode(drawn, is_few_step=True)
 
 
 class Resampled(NamedTuple):
@@ -163,9 +162,8 @@ def resample(
     images: Tensor,
     seeds: Sequence[int],
     *,
-    steps: int,
-    guidance_scale: float,
-    guidance_high: float = 0.75,
+    steps: int | None = None,
+    guidance_scale: float = 1.0,
     cls: Conditions | None = None,
 ) -> Resampled:
     """Generate a new tile from the features of each old one.
@@ -174,9 +172,8 @@ def resample(
         generator: The model.
         images: uint8 [B, 3, size, size].
         seeds: One seed a tile.
-        steps: Velocity evaluations.
-        guidance_scale: Classifier-free guidance in t <= `guidance_high`; 1 for none.
-        guidance_high: Upper end of the guidance interval, t = 1 is noise.
+        steps: Forwards; None for 4 of a student, or 16 of the transformer of a model without.
+        guidance_scale: Classifier-free guidance in t <= 0.75 (1 = noise); 1 for none.
         cls: Precomputed features of the tiles; None asks the encoder.
 
     Returns:
@@ -188,11 +185,8 @@ def resample(
     else:
         width = len(generator.null_condition)
         cls = read_conditions(cls, width, len(images)).to(generator.device)
-    velocity = guide(
-        generator.velocity, cls, generator.null_condition, guidance_scale, high=guidance_high
-    )
-    noise = sample_noise(seeds, generator.latent_shape).to(cls)
-    latents = adams_bashforth2(velocity, noise, polynomial_grid(steps))
+    noise = sample_noise(seeds, generator.latent_shape)
+    latents = generator.draw(noise, cls, steps=steps, guidance_scale=guidance_scale, seeds=seeds)
     made = generator.decode(latents, is_few_step=True)
     similarity = torch.full((len(made),), torch.nan, device=made.device)
     if generator.encoder is not None:

@@ -16,6 +16,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+from cytosyn_aug.config import TileSpec
+
 
 def images_to_pixels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Map uint8 images to network pixels.
@@ -78,3 +80,28 @@ def tile_key(image: Tensor) -> str:
         )
     header = ",".join(str(n) for n in image.shape).encode()
     return hashlib.sha256(header + image.cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def check_images(images: Tensor, tile: TileSpec) -> None:
+    """Raise unless `images` are uint8 [B, 3, size, size] of the tile's side.
+
+    Raises:
+        TypeError: Another dtype.
+        ValueError: Another shape, or an empty batch.
+    """
+    size = tile.size_px
+    if images.dtype != torch.uint8:
+        raise TypeError(
+            f"got images of {images.dtype}, expected uint8 RGB in 0 to 255; convert them first"
+        )
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(
+            f"got images of shape {list(images.shape)}, expected [B, 3, {size}, {size}] RGB"
+        )
+    if images.shape[0] == 0:
+        raise ValueError(f"got an empty batch, expected [B, 3, {size}, {size}] with B >= 1")
+    if images.shape[2:] != (size, size):
+        raise ValueError(
+            f"tile is {images.shape[3]}x{images.shape[2]} px, the model expects "
+            f"{tile.describe()}; re-tile the slide at that size and scale"
+        )

@@ -11,7 +11,7 @@ ROWS = [
     {"config"},
     {"images", "flow", "weights", "differences", "compvis", "hub", "files"},
     {"transformer", "encoder", "small_decoder", "sampling", "stain", "released", "conditions"},
-    {"slides", "tissue"},
+    {"slides", "tissue", "drawing", "batching"},
     {"drafts"},
     {"checkpoint"},
     {"convert", "generator"},
