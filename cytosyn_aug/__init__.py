@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cytosyn_aug.cache import LatentCache
+    from cytosyn_aug.cache_spec import CacheSpec
     from cytosyn_aug.conditions import FeatureTable
     from cytosyn_aug.editing import EditRecipe
     from cytosyn_aug.encoder import Features
@@ -17,10 +19,12 @@ if TYPE_CHECKING:
     from cytosyn_aug.transforms import ConditionedResample, StainNormalize, StainTransfer
 
 _HOMES = {
+    "CacheSpec": "cache_spec",
     "ConditionedResample": "transforms",
     "EditRecipe": "editing",
     "FeatureTable": "conditions",
     "Features": "encoder",
+    "LatentCache": "cache",
     "StainNormalize": "transforms",
     "StainReference": "reference",
     "StainTransfer": "transforms",
@@ -28,10 +32,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "CacheSpec",
     "ConditionedResample",
     "EditRecipe",
     "FeatureTable",
     "Features",
+    "LatentCache",
     "StainNormalize",
     "StainReference",
     "StainTransfer",

@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MODULES = [
+    "cytosyn_aug.cache",
     "cytosyn_aug.conditions",
     "cytosyn_aug.generator",
     "cytosyn_aug.reference",

@@ -10,6 +10,11 @@ ROOT = Path(__file__).parent.parent
 ROWS = [
     {"config"},
     {"images", "flow", "weights", "differences", "compvis", "hub", "files"},
+    {"tensor_files", "cache_spec"},
+    {"records"},
+    {"index"},
+    {"upkeep"},
+    {"cache"},
     {"transformer", "encoder", "small_decoder", "sampling", "stain", "released", "conditions"},
     {"slides", "tissue"},
     {"drafts"},
