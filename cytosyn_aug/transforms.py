@@ -30,13 +30,12 @@ _MAX_SEED = 2**62
 
 
 class _TileTransform(v2.Transform):
-    """What the three transforms share: finding images, drawing per sample, types out = types in."""
+    """What the transforms share: finding images, drawing per sample, types out = types in."""
 
-    def __init__(self, generator: TileGenerator, *, p: float, keeps_structure: bool) -> None:
+    def __init__(self, *, p: float, keeps_structure: bool) -> None:
         super().__init__()
         if not 0 <= p <= 1:
             raise ValueError(f"p is {p}, expected a probability between 0 and 1")
-        self.generator = generator
         self.p = p
         self.keeps_structure = keeps_structure
 
@@ -139,7 +138,8 @@ class StainTransfer(_TileTransform):
                 "use preserve='color'"
             )
         keeps_structure = preserve == "color" or allow_geometry_change
-        super().__init__(generator, p=p, keeps_structure=keeps_structure)
+        super().__init__(p=p, keeps_structure=keeps_structure)
+        self.generator = generator
         self.references = list(references)
         self.source = source
         self.strength = strength
@@ -259,7 +259,8 @@ class ConditionedResample(_TileTransform):
         features: Callable[[Tensor], Tensor] | None = None,
         allow_geometry_change: bool = False,
     ) -> None:
-        super().__init__(generator, p=p, keeps_structure=allow_geometry_change)
+        super().__init__(p=p, keeps_structure=allow_geometry_change)
+        self.generator = generator
         if not -1 <= min_similarity <= max_similarity <= 1:
             raise ValueError(
                 f"similarities are {min_similarity} and {max_similarity}, expected "

@@ -16,6 +16,7 @@ MODULES = [
     "cytosyn_aug.generator",
     "cytosyn_aug.reference",
     "cytosyn_aug.transforms",
+    "cytosyn_aug.variants",
     "training.perception",
 ]
 
