@@ -77,6 +77,7 @@ class StainTransfer(_TileImageTransform):
         mpp: Scale of the images in microns per pixel.
         p: Probability that an image is restained.
         recipe: How the model edits.
+        features: Gives CLS vectors of tiles, such as a `FeatureTable`; None asks the encoder.
         allow_geometry_change: Accept masks and boxes although structure may move.
     """
 
@@ -91,6 +92,7 @@ class StainTransfer(_TileImageTransform):
         mpp: float = 0.5,
         p: float = 0.5,
         recipe: EditRecipe | None = None,
+        features: Callable[[Tensor], Tensor] | None = None,
         allow_geometry_change: bool = False,
     ) -> None:
         super().__init__(p=p)
@@ -103,6 +105,7 @@ class StainTransfer(_TileImageTransform):
             mpp=mpp,
             p=1.0,
             recipe=recipe,
+            features=features,
             allow_geometry_change=allow_geometry_change,
         )
 
@@ -118,6 +121,7 @@ class StainNormalize(_TileImageTransform):
         preserve: "color" or "none".
         mpp: Scale of the images in microns per pixel.
         recipe: How the model edits.
+        features: Gives CLS vectors of tiles, such as a `FeatureTable`; None asks the encoder.
         seed: Seed of the model's noise, for every tile.
         p: Probability that an image is normalised.
     """
@@ -132,6 +136,7 @@ class StainNormalize(_TileImageTransform):
         preserve: Preserve = "color",
         mpp: float = 0.5,
         recipe: EditRecipe | None = None,
+        features: Callable[[Tensor], Tensor] | None = None,
         seed: int = 0,
         p: float = 1.0,
     ) -> None:
@@ -144,6 +149,7 @@ class StainNormalize(_TileImageTransform):
             preserve=preserve,
             mpp=mpp,
             recipe=recipe,
+            features=features,
             seed=seed,
         )
 

@@ -10,7 +10,14 @@ import pytest
 import torch
 from conftest import SIZE, synthetic_tiles
 
-from cytosyn_aug import ConditionedResample, LatentCache, records
+from cytosyn_aug import (
+    ConditionedResample,
+    LatentCache,
+    StainNormalize,
+    StainReference,
+    StainTransfer,
+    records,
+)
 from cytosyn_aug.filling import (
     derive_seed,
     encode_cached,
@@ -112,16 +119,28 @@ def test_a_full_disk_stops_filling_and_the_rest_is_filled_later(generator, cache
 
 def test_transforms_take_cached_features(generator, cache, tiles):
     features = partial(features_cached, generator, cache=cache)
-    results = []
-    for transform in (
-        ConditionedResample(generator, p=1.0, steps=2),
-        ConditionedResample(generator, p=1.0, steps=2, features=features),
-        ConditionedResample(generator, p=1.0, steps=2, features=features),
+    reference = StainReference.fit(generator, synthetic_tiles(3, seed=5))
+    for make in (
+        partial(ConditionedResample, generator, p=1.0, steps=2),
+        partial(StainTransfer, generator, [reference], p=1.0),
+        partial(StainNormalize, generator, reference),
     ):
-        torch.manual_seed(0)
-        results.append(transform(tiles))
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+        results = []
+        for given in (None, features, features):
+            torch.manual_seed(0)
+            results.append(make(features=given)(tiles))
+        assert not torch.equal(results[0], tiles)
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
+
+
+def test_restaining_with_cached_features_runs_no_encoder(generator, cache, tiles, monkeypatch):
+    reference = StainReference.fit(generator, synthetic_tiles(3, seed=5))
+    features = partial(features_cached, generator, cache=cache)
+    features(tiles)
+    monkeypatch.setattr(generator, "features", None)
+    normalize = StainNormalize(generator, reference, features=features)
+    assert not torch.equal(normalize(tiles), tiles)
 
 
 def test_another_model_is_refused_naming_both(generator, cache, tiles, monkeypatch):
