@@ -38,7 +38,7 @@ from cytosyn_aug.cache_spec import (
     read_spec,
 )
 from cytosyn_aug.index import Index, Place, ShardPool
-from cytosyn_aug.records import RecordBuffer, Tag, record_words, write_shard
+from cytosyn_aug.records import RecordBuffer, Tag, write_shard
 
 
 class Records(NamedTuple):
@@ -151,11 +151,11 @@ class LatentCache:
         """
         tags = self._tags(keys, variants)
         out = {name: np.zeros((len(tags), n), np.uint8) for name, n, _, _ in self._layout}
-        is_found = np.zeros(len(tags), bool)
+        is_found = [False] * len(tags)
         if self._pending is not None:
             self._read_pending(tags, out, is_found)
-        is_whole = is_found.all() or self._read_shards(tags, out, is_found)
-        if not is_whole and not is_found.all():
+        is_whole = all(is_found) or self._read_shards(tags, out, is_found)
+        if not is_whole and not all(is_found):
             # A shard was compacted away; its records are in another.
             self.refresh()
             self._read_shards(tags, out, is_found)
@@ -163,7 +163,7 @@ class LatentCache:
             name: torch.from_numpy(out[name].view(dtype).reshape(len(tags), *shape))
             for name, _, dtype, shape in self._layout
         }
-        return Records(torch.from_numpy(is_found), fields)
+        return Records(torch.from_numpy(np.array(is_found, bool)), fields)
 
     def put(
         self,
@@ -300,7 +300,7 @@ class LatentCache:
         return arrays
 
     def _read_pending(
-        self, tags: list[Tag], out: dict[str, np.ndarray], is_found: np.ndarray
+        self, tags: list[Tag], out: dict[str, np.ndarray], is_found: list[bool]
     ) -> None:
         assert self._pending is not None
         for n, tag in enumerate(tags):
@@ -311,13 +311,11 @@ class LatentCache:
                     out[name][n] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
     def _read_shards(
-        self, tags: list[Tag], out: dict[str, np.ndarray], is_found: np.ndarray
+        self, tags: list[Tag], out: dict[str, np.ndarray], is_found: list[bool]
     ) -> bool:
         """Fill in what is found; return False if a shard was gone."""
-        keys = np.frombuffer(b"".join(key for key, _ in tags), np.uint8).reshape(-1, KEY_BYTES)
-        words = record_words(keys, np.array([v for _, v in tags], "<u2"))
         is_whole = True
-        for place in self._index.find(words):
+        for place in self._index.find(tags):
             n = place.wanted
             if is_found[n]:
                 continue

@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from cytosyn_aug.cache_spec import SHARD_FOLDER, CacheSpec
-from cytosyn_aug.records import SHARD_SUFFIX, Shard
+from cytosyn_aug.records import SHARD_SUFFIX, Shard, Tag, tag_word
 from cytosyn_aug.tensor_files import map_tensors, write_tensors
 
 INDEX_NAME = "index.safetensors"
@@ -126,13 +126,10 @@ class Index:
         while len(self._fresh) > 1 and len(self._fresh[-2].words) <= 2 * len(self._fresh[-1].words):
             self._fresh[-2:] = [merge_tables(self._fresh[-2:])]
 
-    def find(self, words: np.ndarray) -> Iterator[Place]:
-        """Yield every place that a record of each word may be at, those to be preferred first.
-
-        Args:
-            words: uint64 [n].
-        """
-        numbers = words.tolist()
+    def find(self, tags: Sequence[Tag]) -> Iterator[Place]:
+        """Yield every place that each record may be at, those to be preferred first."""
+        numbers = [tag_word(tag) for tag in tags]
+        words = np.array(numbers, "<u8")
         for table in (self._saved, *self._fresh):
             size = len(table.words)
             for wanted, at in enumerate(table.words.searchsorted(words).tolist()):

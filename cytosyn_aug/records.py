@@ -28,7 +28,7 @@ from cytosyn_aug.tensor_files import map_tensors, write_tensors
 
 SHARD_SUFFIX = ".safetensors"
 # Odd, so that multiplying by it modulo 2 ** 64 maps distinct variants to distinct words.
-_VARIANT_STEP = np.uint64(0x9E3779B97F4A7C15)
+_VARIANT_STEP = 0x9E3779B97F4A7C15
 
 Tag = tuple[bytes, int]  # tile key and variant: the name of a record
 
@@ -109,7 +109,12 @@ def record_words(keys: np.ndarray, variants: np.ndarray) -> np.ndarray:
         variants: uint16 [n].
     """
     heads = np.ascontiguousarray(keys[:, :8]).view(">u8")[:, 0].astype("<u8")
-    return heads + variants.astype("<u8") * _VARIANT_STEP
+    return heads + variants.astype("<u8") * np.uint64(_VARIANT_STEP)
+
+
+def tag_word(tag: Tag) -> int:
+    """Return `record_words` of one record, in less time than numpy takes for one."""
+    return (int.from_bytes(tag[0][:8], "big") + tag[1] * _VARIANT_STEP) % (1 << 64)
 
 
 def write_shard(folder: Path, spec: CacheSpec, block: Block) -> tuple[str, np.ndarray]:

@@ -158,6 +158,7 @@ def test_variants_of_a_tile_have_different_words(content, one, other):
     keys = np.frombuffer(content * 2, np.uint8).reshape(2, 32)
     words = records.record_words(keys, np.array([one, other], "<u2"))
     assert (words[0] == words[1]) == (one == other)
+    assert words.tolist() == [records.tag_word((content, v)) for v in (one, other)]
     assert records.record_words(keys[:1], np.zeros(1, "<u2"))[0] == int.from_bytes(content[:8])
 
 
