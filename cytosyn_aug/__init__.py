@@ -9,33 +9,64 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cytosyn_aug.cache import LatentCache
+    from cytosyn_aug.cache_spec import CacheSpec
     from cytosyn_aug.conditions import FeatureTable
     from cytosyn_aug.editing import EditRecipe
     from cytosyn_aug.encoder import Features
+    from cytosyn_aug.filling import (
+        encode_cached,
+        features_cached,
+        fill_moments,
+        fill_variants,
+        moments_spec,
+        variants_spec,
+    )
     from cytosyn_aug.generator import TileGenerator
     from cytosyn_aug.reference import StainReference
     from cytosyn_aug.transforms import ConditionedResample, StainNormalize, StainTransfer
+    from cytosyn_aug.variants import CachedVariants, LatentVariant
 
 _HOMES = {
+    "CacheSpec": "cache_spec",
+    "CachedVariants": "variants",
     "ConditionedResample": "transforms",
     "EditRecipe": "editing",
     "FeatureTable": "conditions",
     "Features": "encoder",
+    "LatentCache": "cache",
+    "LatentVariant": "variants",
     "StainNormalize": "transforms",
     "StainReference": "reference",
     "StainTransfer": "transforms",
     "TileGenerator": "generator",
+    "encode_cached": "filling",
+    "features_cached": "filling",
+    "fill_moments": "filling",
+    "fill_variants": "filling",
+    "moments_spec": "filling",
+    "variants_spec": "filling",
 }
 
 __all__ = [
+    "CacheSpec",
+    "CachedVariants",
     "ConditionedResample",
     "EditRecipe",
     "FeatureTable",
     "Features",
+    "LatentCache",
+    "LatentVariant",
     "StainNormalize",
     "StainReference",
     "StainTransfer",
     "TileGenerator",
+    "encode_cached",
+    "features_cached",
+    "fill_moments",
+    "fill_variants",
+    "moments_spec",
+    "variants_spec",
 ]
 
 

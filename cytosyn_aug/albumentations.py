@@ -8,13 +8,14 @@ albumentations 2.0.8 would repeat its own in all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cytosyn_aug import transforms
+from cytosyn_aug import transforms, variants
+from cytosyn_aug.cache import LatentCache
 from cytosyn_aug.config import Preserve
 from cytosyn_aug.editing import EditRecipe
 from cytosyn_aug.generator import TileGenerator
@@ -32,7 +33,7 @@ except ImportError as error:
 class _TileImageTransform(ImageOnlyTransform):
     """Carry a torchvision transform into albumentations; HWC uint8 or float32 in, the same out."""
 
-    inner: transforms.StainTransfer | transforms.ConditionedResample
+    inner: transforms.StainTransfer | transforms.ConditionedResample | variants.CachedVariants
 
     def __init__(self, p: float) -> None:
         super().__init__(p=p)
@@ -57,7 +58,7 @@ class _TileImageTransform(ImageOnlyTransform):
 
     def apply(self, img: np.ndarray, **params: Any) -> np.ndarray:
         """Edit one image."""
-        names = ("seeds", "references")
+        names = ("seeds", "references", "variants")
         chosen = {"chosen": torch.ones(1, dtype=torch.bool)}
         drawn = chosen | {k: params[k] for k in names if k in params}
         edited = self.inner.transform(_to_tensor(img), drawn)
@@ -76,6 +77,7 @@ class StainTransfer(_TileImageTransform):
         mpp: Scale of the images in microns per pixel.
         p: Probability that an image is restained.
         recipe: How the model edits.
+        features: Gives CLS vectors of tiles, such as a `FeatureTable`; None asks the encoder.
         allow_geometry_change: Accept masks and boxes although structure may move.
     """
 
@@ -90,6 +92,7 @@ class StainTransfer(_TileImageTransform):
         mpp: float = 0.5,
         p: float = 0.5,
         recipe: EditRecipe | None = None,
+        features: Callable[[Tensor], Tensor] | None = None,
         allow_geometry_change: bool = False,
     ) -> None:
         super().__init__(p=p)
@@ -102,6 +105,7 @@ class StainTransfer(_TileImageTransform):
             mpp=mpp,
             p=1.0,
             recipe=recipe,
+            features=features,
             allow_geometry_change=allow_geometry_change,
         )
 
@@ -117,6 +121,7 @@ class StainNormalize(_TileImageTransform):
         preserve: "color" or "none".
         mpp: Scale of the images in microns per pixel.
         recipe: How the model edits.
+        features: Gives CLS vectors of tiles, such as a `FeatureTable`; None asks the encoder.
         seed: Seed of the model's noise, for every tile.
         p: Probability that an image is normalised.
     """
@@ -131,6 +136,7 @@ class StainNormalize(_TileImageTransform):
         preserve: Preserve = "color",
         mpp: float = 0.5,
         recipe: EditRecipe | None = None,
+        features: Callable[[Tensor], Tensor] | None = None,
         seed: int = 0,
         p: float = 1.0,
     ) -> None:
@@ -143,6 +149,7 @@ class StainNormalize(_TileImageTransform):
             preserve=preserve,
             mpp=mpp,
             recipe=recipe,
+            features=features,
             seed=seed,
         )
 
@@ -184,6 +191,35 @@ class ConditionedResample(_TileImageTransform):
             features=features,
             allow_geometry_change=allow_geometry_change,
         )
+
+
+class CachedVariants(_TileImageTransform):
+    """Replace an image by a cached variant; see `cytosyn_aug.CachedVariants`. Images only.
+
+    Args:
+        cache: Filled by `fill_variants`, with images.
+        p: Probability that an image is replaced.
+        on_miss: "raise" or "keep".
+        allow_geometry_change: Accept masks and boxes although the variants moved structure.
+    """
+
+    def __init__(
+        self,
+        cache: LatentCache,
+        p: float = 0.5,
+        *,
+        on_miss: Literal["raise", "keep"] = "raise",
+        allow_geometry_change: bool = False,
+    ) -> None:
+        super().__init__(p=p)
+        self.inner = variants.CachedVariants(
+            cache, p=1.0, on_miss=on_miss, allow_geometry_change=allow_geometry_change
+        )
+        if self.inner.is_latent:
+            raise ValueError(
+                f"{cache.folder} holds latents, which albumentations cannot carry to the decoder; "
+                "fill one with payload 'images', or use cytosyn_aug.CachedVariants"
+            )
 
 
 def _to_tensor(image: np.ndarray) -> Tensor:

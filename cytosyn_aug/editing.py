@@ -81,6 +81,7 @@ def stain_change(
     reference: StainReference,
     source: StainReference | None,
     recipe: EditRecipe,
+    cls: Conditions | None = None,
 ) -> StainChange:
     """Estimate how tiles change colour under the stain of a reference.
 
@@ -95,6 +96,7 @@ def stain_change(
         reference: Where to go.
         source: Statistics of the slide the tiles come from; None for each tile's own.
         recipe: See `EditRecipe`.
+        cls: Precomputed features of the tiles; None asks the encoder, if they are needed.
 
     Returns:
         Maps and tissue gate, on the device of `images`.
@@ -105,8 +107,12 @@ def stain_change(
     target = _slide_statistics(generator, reference, recipe)
     if source is None:
         # Only the probe needs features; a model without one restains without an encoder too.
-        cls = None if generator.stain_probe is None else generator.features(images).cls
-        start = _blend(generator, moment_statistics(own.mean, own.covariance), cls, recipe)
+        found: Tensor | None = None
+        if cls is not None:
+            found = read_conditions(cls, len(generator.null_condition), len(images))
+        elif generator.stain_probe is not None:
+            found = generator.features(images).cls
+        start = _blend(generator, moment_statistics(own.mean, own.covariance), found, recipe)
     else:
         start = _slide_statistics(generator, source, recipe).expand(len(images), -1)
     start, target = start.to(images.device), target.to(images.device)

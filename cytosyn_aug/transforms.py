@@ -30,13 +30,12 @@ _MAX_SEED = 2**62
 
 
 class _TileTransform(v2.Transform):
-    """What the three transforms share: finding images, drawing per sample, types out = types in."""
+    """What the transforms share: finding images, drawing per sample, types out = types in."""
 
-    def __init__(self, generator: TileGenerator, *, p: float, keeps_structure: bool) -> None:
+    def __init__(self, *, p: float, keeps_structure: bool) -> None:
         super().__init__()
         if not 0 <= p <= 1:
             raise ValueError(f"p is {p}, expected a probability between 0 and 1")
-        self.generator = generator
         self.p = p
         self.keeps_structure = keeps_structure
 
@@ -101,6 +100,8 @@ class StainTransfer(_TileTransform):
         mpp: Scale of the images in microns per pixel.
         p: Probability that a tile is restained.
         recipe: How the model edits.
+        features: Gives CLS vectors [B, D] of uint8 tiles at the model's size and scale, such as
+            `features_cached`; None asks the encoder. Not asked where `source` is given.
         allow_geometry_change: Accept masks and boxes although structure may move.
 
     Example:
@@ -122,6 +123,7 @@ class StainTransfer(_TileTransform):
         mpp: float = 0.5,
         p: float = 0.5,
         recipe: EditRecipe | None = None,
+        features: Callable[[Tensor], Tensor] | None = None,
         allow_geometry_change: bool = False,
     ) -> None:
         if preserve not in ("color", "none"):
@@ -139,9 +141,11 @@ class StainTransfer(_TileTransform):
                 "use preserve='color'"
             )
         keeps_structure = preserve == "color" or allow_geometry_change
-        super().__init__(generator, p=p, keeps_structure=keeps_structure)
+        super().__init__(p=p, keeps_structure=keeps_structure)
+        self.generator = generator
         self.references = list(references)
         self.source = source
+        self.features = features
         self.strength = strength
         self.preserve = preserve
         self.mpp = mpp
@@ -170,7 +174,9 @@ class StainTransfer(_TileTransform):
         if self.preserve == "none":
             self.generator.check_images(grey.round().to(torch.uint8))
         tiles = _model_tiles(grey, self.mpp, self.generator)
-        estimate = stain_change(self.generator, tiles, reference, self.source, self.recipe)
+        ask = self.features if self.source is None else None
+        cls = None if ask is None else ask(tiles)
+        estimate = stain_change(self.generator, tiles, reference, self.source, self.recipe, cls)
         strength = torch.full((len(grey),), self.strength, device=grey.device)
         recoloured = apply_density_map(grey, blend_with_identity(estimate.change, strength))
         if self.preserve == "none":
@@ -193,6 +199,7 @@ class StainNormalize(StainTransfer):
         preserve: "color" or "none".
         mpp: Scale of the images in microns per pixel.
         recipe: How the model edits.
+        features: See `StainTransfer`.
         seed: Seed of the model's noise, for every tile.
     """
 
@@ -206,6 +213,7 @@ class StainNormalize(StainTransfer):
         preserve: Preserve = "color",
         mpp: float = 0.5,
         recipe: EditRecipe | None = None,
+        features: Callable[[Tensor], Tensor] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(
@@ -217,6 +225,7 @@ class StainNormalize(StainTransfer):
             mpp=mpp,
             p=1.0,
             recipe=recipe,
+            features=features,
         )
         self.seed = seed
 
@@ -259,7 +268,8 @@ class ConditionedResample(_TileTransform):
         features: Callable[[Tensor], Tensor] | None = None,
         allow_geometry_change: bool = False,
     ) -> None:
-        super().__init__(generator, p=p, keeps_structure=allow_geometry_change)
+        super().__init__(p=p, keeps_structure=allow_geometry_change)
+        self.generator = generator
         if not -1 <= min_similarity <= max_similarity <= 1:
             raise ValueError(
                 f"similarities are {min_similarity} and {max_similarity}, expected "

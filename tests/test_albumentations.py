@@ -6,7 +6,7 @@ import torch
 from conftest import SIZE, synthetic_tiles
 from torch.utils.data import DataLoader, Dataset
 
-from cytosyn_aug import EditRecipe, StainReference
+from cytosyn_aug import EditRecipe, LatentCache, StainReference, fill_variants, variants_spec
 
 alb = pytest.importorskip("albumentations", reason="the albumentations adapter is not tested")
 caa = pytest.importorskip("cytosyn_aug.albumentations")
@@ -59,6 +59,24 @@ def test_grey_scale_is_refused(generator, reference):
     transform = caa.StainNormalize(generator, reference)
     with pytest.raises(ValueError, match=r"expected \[H, W, 3\]"):
         transform(image=np.zeros((SIZE, SIZE), np.uint8))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_cached_images_are_looked_up_and_latents_refused(generator, image, tmp_path, dtype):
+    caches = []
+    for payload in ("images", "latents"):
+        spec = variants_spec(generator, payload, num_variants=1, recipe="inverse")
+        with LatentCache.open(tmp_path / payload, spec) as cache:
+            tile = torch.from_numpy(image).permute(2, 0, 1)[None]
+            fill_variants(generator, tile, cache, [lambda images, _: 255 - images])
+        caches.append(cache)
+    given = image if dtype is np.uint8 else (image / 255).astype(np.float32)
+    out = alb.Compose([caa.CachedVariants(caches[0], p=1.0)])(image=given)["image"]
+    assert out.dtype == dtype
+    levels = out if dtype is np.uint8 else np.rint(out * 255)
+    np.testing.assert_array_equal(levels, 255 - image)
+    with pytest.raises(ValueError, match="which albumentations cannot carry"):
+        caa.CachedVariants(caches[1])
 
 
 class Seeds(Dataset):

@@ -11,10 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MODULES = [
+    "cytosyn_aug.cache",
     "cytosyn_aug.conditions",
     "cytosyn_aug.generator",
     "cytosyn_aug.reference",
     "cytosyn_aug.transforms",
+    "cytosyn_aug.variants",
     "training.perception",
 ]
 
