@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cytosyn_aug.cache import LatentCache
+    from cytosyn_aug.cache_spec import CacheSpec
     from cytosyn_aug.classical import (
         DensityReference,
         DensityTransport,
@@ -18,6 +20,14 @@ if TYPE_CHECKING:
     from cytosyn_aug.conditions import FeatureTable
     from cytosyn_aug.editing import EditRecipe
     from cytosyn_aug.encoder import Features
+    from cytosyn_aug.filling import (
+        encode_cached,
+        features_cached,
+        fill_moments,
+        fill_variants,
+        moments_spec,
+        variants_spec,
+    )
     from cytosyn_aug.generator import TileGenerator
     from cytosyn_aug.macenko import MacenkoReference
     from cytosyn_aug.reference import StainReference
@@ -25,15 +35,20 @@ if TYPE_CHECKING:
     from cytosyn_aug.resampling import ConditionedResample
     from cytosyn_aug.schedules import Ramp
     from cytosyn_aug.transforms import StainNormalize, StainTransfer
+    from cytosyn_aug.variants import CachedVariants, LatentVariant
     from cytosyn_aug.views import StainViews
 
 _HOMES = {
+    "CacheSpec": "cache_spec",
+    "CachedVariants": "variants",
     "ConditionedResample": "resampling",
     "DensityReference": "classical",
     "DensityTransport": "classical",
     "EditRecipe": "editing",
     "FeatureTable": "conditions",
     "Features": "encoder",
+    "LatentCache": "cache",
+    "LatentVariant": "variants",
     "MacenkoNormalize": "classical",
     "MacenkoReference": "macenko",
     "Ramp": "schedules",
@@ -44,15 +59,25 @@ _HOMES = {
     "StainTransfer": "transforms",
     "StainViews": "views",
     "TileGenerator": "generator",
+    "encode_cached": "filling",
+    "features_cached": "filling",
+    "fill_moments": "filling",
+    "fill_variants": "filling",
+    "moments_spec": "filling",
+    "variants_spec": "filling",
 }
 
 __all__ = [
+    "CacheSpec",
+    "CachedVariants",
     "ConditionedResample",
     "DensityReference",
     "DensityTransport",
     "EditRecipe",
     "FeatureTable",
     "Features",
+    "LatentCache",
+    "LatentVariant",
     "MacenkoNormalize",
     "MacenkoReference",
     "Ramp",
@@ -63,6 +88,12 @@ __all__ = [
     "StainTransfer",
     "StainViews",
     "TileGenerator",
+    "encode_cached",
+    "features_cached",
+    "fill_moments",
+    "fill_variants",
+    "moments_spec",
+    "variants_spec",
 ]
 
 

@@ -8,10 +8,12 @@ image.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 from torch import Tensor
 
-from cytosyn_aug import classical, resampling, transforms
+from cytosyn_aug import classical, resampling, transforms, variants
+from cytosyn_aug.cache import LatentCache
 from cytosyn_aug.classical import DensityReference
 from cytosyn_aug.config import Preserve
 from cytosyn_aug.draws import Mode, Sampling
@@ -42,6 +44,8 @@ class StainTransfer(TileImageTransform):
         mode: "tile" or "slide".
         seed: Of the draws of mode "slide".
         recipe: How the model edits.
+        features: Gives CLS vectors of tiles, such as a `FeatureTable`; None asks the encoder. A
+            transform with features cannot be written by `to_dict`.
         allow_geometry_change: Accept masks and boxes although structure may move.
     """
 
@@ -59,6 +63,7 @@ class StainTransfer(TileImageTransform):
         mode: Mode = "tile",
         seed: int = 0,
         recipe: EditRecipe | None = None,
+        features: Callable[[Tensor], Tensor] | None = None,
         allow_geometry_change: bool = False,
     ) -> None:
         p = read_argument(p)
@@ -73,6 +78,7 @@ class StainTransfer(TileImageTransform):
             "mode": mode,
             "seed": seed,
             "recipe": read_argument(recipe),
+            "features": features,
             "allow_geometry_change": allow_geometry_change,
         }
         # One draw a slide, and a label, only the inner transform knows.
@@ -91,6 +97,7 @@ class StainNormalize(TileImageTransform):
         preserve: "color" or "none".
         mpp: Scale of the images in microns per pixel.
         recipe: How the model edits.
+        features: See `StainTransfer`.
         seed: Seed of the model's noise, for every tile.
         allow_geometry_change: Accept masks and boxes although structure may move.
         p: Probability that an image is normalised; or a `Ramp` over epochs.
@@ -106,6 +113,7 @@ class StainNormalize(TileImageTransform):
         preserve: Preserve = "color",
         mpp: float = 0.5,
         recipe: EditRecipe | None = None,
+        features: Callable[[Tensor], Tensor] | None = None,
         seed: int = 0,
         allow_geometry_change: bool = False,
         p: Scheduled = 1.0,
@@ -118,6 +126,7 @@ class StainNormalize(TileImageTransform):
             "preserve": preserve,
             "mpp": mpp,
             "recipe": read_argument(recipe),
+            "features": features,
             "seed": seed,
             "allow_geometry_change": allow_geometry_change,
         }
@@ -131,11 +140,10 @@ class ConditionedResample(TileImageTransform):
         generator: The model.
         min_similarity: Least cosine similarity of the CLS features of old and new tile.
         max_similarity: Largest one.
-        steps: Velocity evaluations.
+        steps: Forwards; None for 4 of a student, or 16 of the transformer of a model without.
         guidance_scale: Classifier-free guidance; 1 for none.
         p: Probability that an image is replaced; a `Ramp`, or one of them by class.
-        features: Gives CLS vectors of tiles, such as a `FeatureTable`; None asks the encoder. A
-            transform with features cannot be written by `to_dict`.
+        features: See `StainTransfer`.
         allow_geometry_change: Accept masks and boxes although structure changes.
     """
 
@@ -145,7 +153,7 @@ class ConditionedResample(TileImageTransform):
         *,
         min_similarity: float = -1.0,
         max_similarity: float = 1.0,
-        steps: int = 16,
+        steps: int | None = None,
         guidance_scale: float = 1.0,
         p: Probability = 0.3,
         features: Callable[[Tensor], Tensor] | None = None,
@@ -168,6 +176,47 @@ class ConditionedResample(TileImageTransform):
     def num_rejected(self) -> int:
         """Images, in all workers, whose new version was too unlike or too like the old one."""
         return self.inner.num_rejected
+
+
+class CachedVariants(TileImageTransform):
+    """Replace an image by a cached variant; see `cytosyn_aug.CachedVariants`. Images only.
+
+    Written by `to_dict` as the folder of the cache and the digest of what it must hold.
+
+    Args:
+        cache: Filled by `fill_variants`, with images.
+        p: Probability that an image is replaced; a `Ramp`, or one of them by class.
+        on_miss: "raise" or "keep".
+        allow_geometry_change: Accept masks and boxes although the variants moved structure.
+    """
+
+    def __init__(
+        self,
+        cache: LatentCache,
+        p: Probability = 0.5,
+        *,
+        on_miss: Literal["raise", "keep"] = "raise",
+        allow_geometry_change: bool = False,
+    ) -> None:
+        p = read_argument(p)
+        arguments = {
+            "cache": read_argument(cache),
+            "on_miss": on_miss,
+            "allow_geometry_change": allow_geometry_change,
+        }
+        inner_p = p if isinstance(p, Mapping) else 1.0
+        inner = variants.CachedVariants(**arguments, p=inner_p)
+        if inner.is_latent:
+            raise ValueError(
+                f"{inner.cache.folder} holds latents, which albumentations cannot carry to the "
+                "decoder; fill one with payload 'images', or use cytosyn_aug.CachedVariants"
+            )
+        super().__init__(inner, p, arguments)
+
+    @property
+    def num_missed(self) -> int:
+        """Images, in all workers, that were not in the cache and came back as they were."""
+        return self.inner.num_missed
 
 
 class MacenkoNormalize(TileImageTransform):

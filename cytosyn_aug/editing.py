@@ -24,13 +24,7 @@ from cytosyn_aug.flow import interpolate
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import pixels_to_images
 from cytosyn_aug.reference import StainReference
-from cytosyn_aug.sampling import (
-    adams_bashforth2,
-    guide,
-    linear_grid,
-    polynomial_grid,
-    sample_noise,
-)
+from cytosyn_aug.sampling import sample_noise
 from cytosyn_aug.stain import (
     MIN_TISSUE,
     DensityMap,
@@ -53,7 +47,7 @@ class EditRecipe:
             probe). Ignored for models without a probe.
         noise_level: With `preserve="none"`: time t in (0, 1] the latents are noised to before
             they are drawn anew; small keeps structure, 1 forgets the tile.
-        steps: Velocity evaluations on the way back.
+        steps: Forwards on the way back, of the student if the model has one.
         guidance_scale: Classifier-free guidance towards the recoloured tile's features.
     """
 
@@ -144,6 +138,7 @@ def stain_change(
     reference: StainReference,
     source: StainReference | None,
     recipe: EditRecipe,
+    cls: Conditions | None = None,
 ) -> StainChange:
     """Estimate how tiles change colour under the stain of a reference.
 
@@ -158,11 +153,12 @@ def stain_change(
         reference: Where to go.
         source: Statistics of the slide the tiles come from; None for each tile's own.
         recipe: See `EditRecipe`.
+        cls: Precomputed features of the tiles; None asks the encoder, if they are needed.
 
     Returns:
         Maps and tissue gate, on the device of `images`.
     """
-    estimate = estimate_stain(generator, images, source, recipe)
+    estimate = estimate_stain(generator, images, source, recipe, cls)
     targets = reference_statistics(generator, reference, recipe).to(images.device)
     change = match_statistics(estimate, targets)
     return StainChange(change, estimate.is_tissue, estimate.is_finite)
@@ -174,6 +170,7 @@ def estimate_stain(
     images: Tensor,
     source: StainReference | None,
     recipe: EditRecipe,
+    cls: Conditions | None = None,
 ) -> StainEstimate:
     """Return the stain of tiles: steps 1 and 2 of `stain_change`, on the device of `images`."""
     generator.check_images(images)
@@ -182,8 +179,12 @@ def estimate_stain(
         statistics = reference_statistics(generator, source, recipe).expand(len(images), -1)
     else:
         # Only the probe needs features; a model without one restains without an encoder too.
-        cls = None if generator.stain_probe is None else generator.features(images).cls
-        statistics = _blend(generator, moment_statistics(own.mean, own.covariance), cls, recipe)
+        found: Tensor | None = None
+        if cls is not None:
+            found = read_conditions(cls, len(generator.null_condition), len(images))
+        elif generator.stain_probe is not None:
+            found = generator.features(images).cls
+        statistics = _blend(generator, moment_statistics(own.mean, own.covariance), found, recipe)
     statistics = statistics.to(images.device)
     return StainEstimate(statistics, own.tissue >= MIN_TISSUE, statistics.isfinite().all(1))
 
@@ -243,10 +244,15 @@ def redraw(
     cls = generator.features(images).cls
     latents = generator.whiten(generator.encode(images).mean)
     noise = sample_noise(seeds, generator.latent_shape).to(latents)
-    velocity = guide(generator.velocity, cls, generator.null_condition, recipe.guidance_scale)
-    noised = interpolate(latents, noise, recipe.noise_level)
-    times = linear_grid(recipe.steps, recipe.noise_level)
-    return _decode(generator, adams_bashforth2(velocity, noised, times))
+    drawn = generator.draw(
+        interpolate(latents, noise, recipe.noise_level),
+        cls,
+        steps=recipe.steps,
+        start_time=recipe.noise_level,
+        guidance_scale=recipe.guidance_scale,
+        seeds=seeds,
+    )
+    return _decode(generator, drawn)
 
 
 class Resampled(NamedTuple):
@@ -272,9 +278,8 @@ def resample(
     images: Tensor,
     seeds: Sequence[int],
     *,
-    steps: int,
-    guidance_scale: float,
-    guidance_high: float = 0.75,
+    steps: int | None = None,
+    guidance_scale: float = 1.0,
     cls: Conditions | None = None,
 ) -> Resampled:
     """Generate a new tile from the features of each old one.
@@ -283,9 +288,8 @@ def resample(
         generator: The model.
         images: uint8 [B, 3, size, size].
         seeds: One seed a tile.
-        steps: Velocity evaluations.
-        guidance_scale: Classifier-free guidance in t <= `guidance_high`; 1 for none.
-        guidance_high: Upper end of the guidance interval, t = 1 is noise.
+        steps: Forwards; None for 4 of a student, or 16 of the transformer of a model without.
+        guidance_scale: Classifier-free guidance in t <= 0.75 (1 = noise); 1 for none.
         cls: Precomputed features of the tiles; None asks the encoder.
 
     Returns:
@@ -297,11 +301,8 @@ def resample(
     else:
         width = len(generator.null_condition)
         cls = read_conditions(cls, width, len(images)).to(generator.device)
-    velocity = guide(
-        generator.velocity, cls, generator.null_condition, guidance_scale, high=guidance_high
-    )
-    noise = sample_noise(seeds, generator.latent_shape).to(cls)
-    latents = adams_bashforth2(velocity, noise, polynomial_grid(steps))
+    noise = sample_noise(seeds, generator.latent_shape)
+    latents = generator.draw(noise, cls, steps=steps, guidance_scale=guidance_scale, seeds=seeds)
     made, is_finite = _decode(generator, latents)
     similarity = torch.full((len(made),), torch.nan, device=made.device)
     if generator.encoder is not None:

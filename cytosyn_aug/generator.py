@@ -7,48 +7,27 @@ backward pass of a user's own model.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-from weakref import WeakValueDictionary
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import Tensor
 
-from cytosyn_aug.checkpoint import ModelParts
+from cytosyn_aug.batching import seed_rows
 from cytosyn_aug.conditions import Conditions, read_conditions
+from cytosyn_aug.drawing import (
+    DEFAULT_STEPS,
+    Forward,
+    Sampler,
+    choose_guidance,
+    draw_latents,
+    time_grid,
+)
 from cytosyn_aug.encoder import Features
-from cytosyn_aug.images import images_to_pixels, pixels_to_images
-from cytosyn_aug.origin import GeneratorHandle, Origin, check_device, check_process
-from cytosyn_aug.sampling import (
-    adams_bashforth2,
-    bind_student,
-    euler_maruyama,
-    flow_map,
-    guide,
-    linear_grid,
-    polynomial_grid,
-    sample_noise,
-)
-
-Sampler = Literal["student", "ab2", "euler_maruyama"]
-_STEPS: dict[Sampler, int] = {"student": 4, "ab2": 16, "euler_maruyama": 250}
-# What a handle from another process has not got until it is asked for.
-_LOADED = (
-    "vae",
-    "transformer",
-    "encoder",
-    "stain_probe",
-    "student",
-    "decoder",
-    "notes",
-    "folder",
-    "_null_condition",
-)
-# Several transforms of one pipeline share a model in the other process as they do in the first.
-_alive: WeakValueDictionary[GeneratorHandle, TileGenerator] = WeakValueDictionary()
+from cytosyn_aug.images import check_images, images_to_pixels, pixels_to_images
+from cytosyn_aug.loaded import LoadedModel
+from cytosyn_aug.sampling import sample_noise
 
 
 class Moments(NamedTuple):
@@ -58,7 +37,7 @@ class Moments(NamedTuple):
     std: Tensor
 
 
-class TileGenerator:
+class TileGenerator(LoadedModel):
     """A CytoSyn-class model, ready to use.
 
     Attributes:
@@ -67,12 +46,15 @@ class TileGenerator:
         notes: What its folder states differently from what was expected.
         folder: Where it was read from.
         has_encoder: Whether it can compute features.
+        null_condition: float32 [D] that stands for no condition: zeros, unless one was learned.
         device: Where it runs.
         dtype: Floating type of the networks; the state of the samplers is float32 or wider.
+        batches: Cuts batches for the networks.
+        vae, transformer: Its networks; encoder, stain_probe, student and decoder may be None.
 
     Pickling one, as happens to transforms on their way to spawned DataLoader workers, keeps where
-    it came from and its digest, not its weights: the other process loads them when they are first
-    needed. Weights are never changed after loading, so copies in one process are the same object.
+    it came from and its digest, neither weights nor what was compiled: the other process loads it
+    when it is first needed. Copies in one process are the same object.
 
     Example:
         >>> generator = TileGenerator.from_pretrained()
@@ -80,186 +62,16 @@ class TileGenerator:
         torch.Size([2, 3, 224, 224])
     """
 
-    def __init__(
-        self,
-        parts: ModelParts,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        batch_size: int = 16,
-    ) -> None:
-        self.tile, self.digest = parts.tile, parts.digest
-        self.has_encoder = parts.encoder is not None
-        self.device, self.dtype = torch.device(device), dtype
-        self.batch_size = batch_size
-        self._handle: GeneratorHandle | None = None
-        if parts.folder is not None:
-            self._came_from(parts, origin := Origin(source=str(parts.folder.absolute())), origin)
-        self._hold(parts)
-
-    def _came_from(self, parts: ModelParts, origin: Origin, located: Origin) -> None:
-        self._handle = GeneratorHandle.of(
-            parts,
-            origin,
-            located,
-            device=self.device,
-            dtype=self.dtype,
-            batch_size=self.batch_size,
-        )
-        _alive.setdefault(self._handle, self)
-
-    def _hold(self, parts: ModelParts) -> None:
-        """Take the networks in, on this generator's device and in its type."""
-        self._pid = os.getpid()
-        self.notes, self.folder = parts.notes, parts.folder
-        null = parts.null_condition
-        self._null_condition = None if null is None else null.float().to(self.device)
-        # The latent statistics are 8 numbers, and stain is in their last digits: they keep float32.
-        statistics = {k: v.clone() for k, v in parts.transformer.bn.named_buffers()}
-        for part in (
-            parts.vae,
-            parts.transformer,
-            parts.encoder,
-            parts.stain_probe,
-            parts.student,
-            parts.decoder,
-        ):
-            if part is not None:
-                # Not diffusers' own to(): it warns about a float32 list that is empty here.
-                nn.Module.to(part, self.device, self.dtype)
-        for name, value in statistics.items():
-            setattr(parts.transformer.bn, name, value.to(self.device))
-        self.vae = parts.vae.to(memory_format=torch.channels_last)
-        self.transformer = parts.transformer
-        self.encoder = parts.encoder
-        self.stain_probe = parts.stain_probe
-        self.student = parts.student
-        self.decoder = parts.decoder
-        if self.decoder is not None:
-            nn.Module.to(self.decoder, memory_format=torch.channels_last)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: Path | str | None = None,
-        *,
-        encoder: Path | str | None = "auto",
-        revision: str | None = None,
-        key_map: Path | str | None = None,
-        token: str | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        batch_size: int = 16,
-    ) -> TileGenerator:
-        """Load a model: the embedded `tiny`, a model folder, or a repository on the Hub.
-
-        No code from a folder or repository is ever executed.
-
-        Args:
-            source: Model folder in diffusers' layout or a Hub id such as
-                "Owkin-Bioptimus/CytoSyn"; None for the embedded `tiny`.
-            encoder: "auto" takes the folder's own `encoder/`, if any; None takes none, and then
-                features must be given; else a folder, a safetensors file or a Hub id such as
-                "bioptimus/H0-mini".
-            revision: Branch, tag or commit on the Hub.
-            key_map: JSON file that renames tensors; see `cytosyn_aug.weights.KeyMap`.
-            token: Access token for the Hub; None for the one you are logged in with.
-            device: Device of the networks.
-            dtype: Floating type of the networks: float32, bfloat16 or float16.
-            batch_size: Largest number of tiles in the networks at once.
-
-        Raises:
-            FileNotFoundError: The folder, a file in it or the repository does not exist.
-            PermissionError: The repository is gated and access has not been granted.
-            ConnectionError: The Hub cannot be reached and nothing usable is in the cache.
-            ValueError: The folder does not hold a model of this kind, every difference named; or
-                there is no such device.
-        """
-        check_device(device)
-        origin = Origin(
-            source=None if source is None else str(source),
-            encoder=None if encoder is None else str(encoder),
-            revision=revision,
-            key_map=None if key_map is None else str(key_map),
-        )
-        located = origin.located(token)
-        parts = located.load(dtype)
-        origin.announce_licences(located)
-        made = cls(parts, device=device, dtype=dtype, batch_size=batch_size)
-        made._came_from(parts, origin, located)
-        return made
-
-    def handle(self) -> GeneratorHandle:
-        """Return all of this generator but its weights, for another process.
-
-        Raises:
-            ValueError: It was put together in memory, so no other process could load it.
-        """
-        if self._handle is None:
-            raise ValueError(
-                "this generator was built from parts in memory, which another process cannot load; "
-                "save them with cytosyn_aug.checkpoint.save_model and load the folder"
-            )
-        return replace(self._handle, batch_size=self.batch_size)
-
-    @classmethod
-    def from_handle(cls, handle: GeneratorHandle) -> TileGenerator:
-        """Return the generator of a handle: one that is loaded already, or one that loads later.
-
-        What loading can raise (the model is gone, or its digest differs) is raised at first use.
-        """
-        if handle in _alive:
-            return _alive[handle]
-        made = cls.__new__(cls)
-        made.tile, made.digest, made.batch_size = handle.tile, handle.digest, handle.batch_size
-        made.device, made.dtype = torch.device(handle.device), getattr(torch, handle.dtype)
-        made.has_encoder, made._handle = handle.has_encoder, handle
-        _alive[handle] = made
-        return made
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return TileGenerator.from_handle, (self.handle(),)
-
-    if not TYPE_CHECKING:  # or a misspelt attribute would pass the type checker
-
-        def __getattr__(self, name: str) -> Any:
-            # Python asks only for what is not there.
-            if name not in _LOADED or "_handle" not in self.__dict__:
-                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            check_device(self.device)
-            self._hold(self.handle().load())
-            return getattr(self, name)
-
-    def check_process(self) -> None:
-        """Raise RuntimeError in a forked DataLoader worker, where its parent's GPU is no use."""
-        check_process(self.device, self.__dict__.get("_pid"))
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Shape [C, h, w] of one tile's latents."""
-        side = self.transformer.config["input_size"]
-        return self.transformer.config["in_channels"], side, side
-
-    @property
-    def null_condition(self) -> Tensor:
-        """The condition that stands for none, float32 [D]: zeros, unless one was learned."""
-        if self._null_condition is not None:
-            return self._null_condition
-        return torch.zeros(self.transformer.config["conditioning_dim"], device=self.device)
-
     @torch.no_grad()
     def encode(self, images: Tensor) -> Moments:
         """Return the posterior moments of uint8 images [B, 3, size, size]."""
         self.check_images(images)
-        means, stds = [], []
-        for part in self._batches(images):
-            pixels = images_to_pixels(part, self.dtype).contiguous(
-                memory_format=torch.channels_last
-            )
-            posterior = self.vae.encode(pixels).latent_dist  # type: ignore[union-attr]
-            means.append(posterior.mean.float())
-            stds.append(posterior.std.float())
-        return Moments(torch.cat(means), torch.cat(stds))
+        return Moments(*self.batches.map(self._encode, images))
+
+    def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        pixels = images_to_pixels(images, self.dtype).contiguous(memory_format=torch.channels_last)
+        posterior = self.vae.encode(pixels).latent_dist  # type: ignore[union-attr]
+        return posterior.mean.float(), posterior.std.float()
 
     def whiten(self, latents: Tensor) -> Tensor:
         """Translate VAE latents to the whitened ones that samplers work on, float32."""
@@ -291,16 +103,16 @@ class TileGenerator:
     @torch.no_grad()
     def decode_pixels(self, latents: Tensor, *, is_few_step: bool = False) -> Tensor:
         """Return float32 pixels [B, 3, size, size], not clipped; see `decode`."""
-        decoder = self.decoder if is_few_step and self.decoder is not None else self._own_decoder
-        decoded = []
-        for part in self._batches(latents):
-            raw = self.transformer.unwhiten(part.float()).to(self.dtype)
-            raw = raw.contiguous(memory_format=torch.channels_last)
-            decoded.append(decoder(raw).float())
-        return torch.cat(decoded)
+        own, name = _own_decoder(self.vae), "vae_decoder"
+        if is_few_step and self.decoder is not None:
+            own, name = self.decoder, "decoder"
+        decoder = self._compiled.get(name, own)
 
-    def _own_decoder(self, raw: Tensor) -> Tensor:
-        return self.vae.decode(raw).sample  # type: ignore[union-attr]
+        def decode(part: Tensor) -> tuple[Tensor]:
+            raw = self.transformer.unwhiten(part.float()).to(self.dtype)
+            return (decoder(raw.contiguous(memory_format=torch.channels_last)).float(),)
+
+        return self.batches.map(decode, latents)[0]
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Features:
@@ -315,11 +127,12 @@ class TileGenerator:
                 'precomputed CLS vectors, or load it with encoder="bioptimus/H0-mini"'
             )
         self.check_images(images)
-        found = [self.encoder(part) for part in self._batches(images)]
-        return Features(
-            torch.cat([f.cls.float() for f in found]),
-            torch.cat([f.patches.float() for f in found]),
-        )
+        return Features(*self.batches.map(self._features, images))
+
+    def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.encoder is not None
+        found = self.encoder(images)
+        return found.cls.float(), found.patches.float()
 
     @torch.no_grad()
     def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
@@ -336,30 +149,65 @@ class TileGenerator:
         return self.transformer(x, t, condition)
 
     @torch.no_grad()
-    def average_velocity(
-        self, x: Tensor, t: Tensor, condition: Tensor, r: Tensor, guidance: Tensor
+    def draw(
+        self,
+        start: Tensor,
+        condition: Tensor,
+        *,
+        sampler: Sampler | None = None,
+        steps: int | None = None,
+        start_time: float = 1.0,
+        guidance_scale: float = 1.0,
+        guidance_low: float | None = None,
+        guidance_high: float | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> Tensor:
-        """Return the student's average velocity from t to r at whitened latents.
+        """Return latents that the flow leads to from `start`.
 
         Args:
-            x: float [B, C, h, w] at time t.
-            t: float [B], 1 = noise, 0 = data.
-            condition: float [B, D].
-            r: float [B], r <= t.
-            guidance: float [B], scales to fold in; 1 for none.
+            start: Whitened latents [B, C, h, w] at `start_time`, any device.
+            condition: [B, D].
+            sampler: See `sample`.
+            steps: See `sample`.
+            start_time: 1 = noise; less where latents were noised only so far.
+            guidance_scale: See `sample`, as for the interval.
+            guidance_low: See `sample`.
+            guidance_high: See `sample`.
+            seeds: One a row, for the noise of "euler_maruyama"; None for 0, 1, ...
 
         Returns:
-            u with x_r = x_t + (r - t) u, shape and dtype of `x`.
+            float32 [B, C, h, w] at t = 0, on the generator's device.
 
         Raises:
-            ValueError: The model has no student.
+            ValueError: See `sample`.
         """
-        if self.student is None:
-            raise ValueError(
-                f"{self.folder} holds no student; sample with 'ab2', or distil one with "
-                "`python -m training distil`"
+        chosen = self._sampler(sampler)
+        taught = None
+        if chosen == "student" and self.student is not None:
+            taught = self.student.config["taught_guidance"]
+        guidance = choose_guidance(guidance_scale, guidance_low, guidance_high, taught)
+        times = time_grid(chosen, DEFAULT_STEPS[chosen] if steps is None else steps, start_time)
+        rows = seed_rows(range(len(start)) if seeds is None else seeds)
+        network = self.student if chosen == "student" else self.transformer
+        assert network is not None
+        forward: Forward = self._compiled.get(chosen, network.forward_modulated)
+
+        def draw(start: Tensor, condition: Tensor, seeds: Tensor) -> tuple[Tensor]:
+            is_stochastic = chosen == "euler_maruyama"
+            latents = draw_latents(
+                network,
+                start.double() if is_stochastic else start.float(),
+                times,
+                condition,
+                self.null_condition,
+                sampler=chosen,
+                guidance=guidance,
+                step_noise=self._step_noise(seeds.tolist()) if is_stochastic else None,
+                forward=forward,
             )
-        return self.student(x, t, condition, r, guidance)
+            return (latents.float(),)
+
+        return self.batches.map(draw, start, condition, rows)[0]
 
     @torch.no_grad()
     def sample(
@@ -399,77 +247,55 @@ class TileGenerator:
             ValueError: Conditions of another width, counts below 1, no student, or guidance that
                 the student was not taught.
         """
-        if sampler is None:
-            sampler = "ab2" if self.student is None else "student"
-        if sampler not in _STEPS:
-            raise ValueError(f"sampler is {sampler!r}, expected one of {sorted(_STEPS)}")
-        guidance = self._guidance(sampler, guidance_scale, guidance_low, guidance_high)
+        chosen = self._sampler(sampler)
         conditions = self._conditions(cls, per_condition)
-        count = steps if steps is not None else _STEPS[sampler]
-        least = 1 if sampler == "student" else 2
-        if count < least:
-            raise ValueError(f"steps is {count}, expected at least {least} with {sampler!r}")
+        seeds = range(seed, seed + len(conditions))
         images = []
         for start in range(0, len(conditions), self.batch_size):
-            condition = conditions[start : start + self.batch_size]
-            seeds = range(seed + start, seed + start + len(condition))
-            latents = self._draw(condition, seeds, sampler, count, guidance)
-            images.append(self.decode(latents, is_few_step=sampler == "student"))
+            part = slice(start, start + self.batch_size)
+            latents = self.draw(
+                sample_noise(seeds[part], self.latent_shape),
+                conditions[part],
+                sampler=chosen,
+                steps=steps,
+                guidance_scale=guidance_scale,
+                guidance_low=guidance_low,
+                guidance_high=guidance_high,
+                seeds=seeds[part],
+            )
+            images.append(self.decode(latents, is_few_step=chosen == "student"))
         return torch.cat(images)
 
-    def _draw(
-        self,
-        condition: Tensor,
-        seeds: Sequence[int],
-        sampler: Sampler,
-        steps: int,
-        guidance: tuple[float, float, float],
-    ) -> Tensor:
-        """Return whitened latents of one batch."""
-        noise = sample_noise(seeds, self.latent_shape).to(self.device)
-        if sampler == "student":
-            jumps = bind_student(self.average_velocity, condition, guidance[0])
-            return flow_map(jumps, noise, linear_grid(steps))
-        velocity = guide(self.velocity, condition, self.null_condition, *guidance)
-        if sampler == "ab2":
-            return adams_bashforth2(velocity, noise, polynomial_grid(steps))
-        return euler_maruyama(velocity, noise.double(), self._step_noise(seeds), num_steps=steps)
+    def compile(self) -> None:
+        """Compile the networks, whole, for batches that are padded to `batch_size`.
 
-    def _guidance(
-        self, sampler: Sampler, scale: float, low: float | None, high: float | None
-    ) -> tuple[float, float, float]:
-        """Return scale and interval, or raise if a student has learned neither."""
-        taught = None if self.student is None else self.student.config["taught_guidance"]
-        if sampler != "student" or taught is None:
-            return scale, 0.0 if low is None else low, 0.75 if high is None else high
-        largest, *interval = taught
-        given = [interval[k] if x is None else x for k, x in enumerate((low, high))]
-        if not 1 <= scale <= largest or given != interval:
+        The first batch then takes minutes. Results move by rounding, less than a grey level.
+        """
+        self.batches.is_static = True
+        parts: dict[str, Callable[..., Tensor]] = {"vae_decoder": _own_decoder(self.vae)}
+        for name in ("ab2", "euler_maruyama"):
+            parts[name] = self.transformer.forward_modulated
+        if self.student is not None:
+            parts["student"] = self.student.forward_modulated
+        if self.decoder is not None:
+            parts["decoder"] = self.decoder
+        self._compiled = {k: torch.compile(v, fullgraph=True) for k, v in parts.items()}
+
+    def _sampler(self, given: Sampler | None) -> Sampler:
+        if given is None:
+            return "ab2" if self.student is None else "student"
+        if given == "student" and self.student is None:
             raise ValueError(
-                f"guidance is {scale} in t from {given[0]} to {given[1]}, but the student was "
-                f"taught 1 to {largest} in {interval[0]} to {interval[1]}; stay inside or use "
-                "sampler='ab2'"
+                f"{self.folder} holds no student; sample with 'ab2', or distil one with "
+                "`python -m training distil`"
             )
-        return scale, interval[0], interval[1]
+        if given not in DEFAULT_STEPS:
+            raise ValueError(f"sampler is {given!r}, expected one of {sorted(DEFAULT_STEPS)}")
+        return given
 
     def check_images(self, images: Tensor) -> None:
         """Raise unless `images` are uint8 [B, 3, size, size] with the model's tile side."""
-        size = self.tile.size_px
-        if images.dtype != torch.uint8:
-            raise TypeError(
-                f"got images of {images.dtype}, expected uint8 RGB in 0 to 255; convert them first"
-            )
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(
-                f"got images of shape {list(images.shape)}, expected [B, 3, {size}, {size}] RGB"
-            )
-        if images.shape[0] == 0:
-            raise ValueError(f"got an empty batch, expected [B, 3, {size}, {size}] with B >= 1")
-        if images.shape[2:] != (size, size):
-            raise ValueError(
-                f"tile is {images.shape[3]}x{images.shape[2]} px, the model expects "
-                f"{self.tile.describe()}; re-tile the slide at that size and scale"
-            )
+        check_images(images, self.tile)
 
     def _step_noise(self, seeds: Sequence[int]) -> Callable[[int], Tensor]:
         return lambda step: sample_noise(seeds, self.latent_shape, stream=step + 1)
@@ -482,6 +308,7 @@ class TileGenerator:
             return self.null_condition.expand(per_condition, width)
         return read_conditions(cls, width).to(self.device).repeat_interleave(per_condition, 0)
 
-    def _batches(self, tensor: Tensor) -> Iterator[Tensor]:
-        for part in tensor.split(self.batch_size):
-            yield part.to(self.device)
+
+def _own_decoder(vae: AutoencoderKL) -> Callable[[Tensor], Tensor]:
+    # Not a method: compiled, it would keep its generator alive, and all weights on the device.
+    return lambda raw: vae.decode(raw).sample  # type: ignore[union-attr]

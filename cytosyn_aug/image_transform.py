@@ -36,7 +36,7 @@ if not albumentations.__version__.startswith("2.0."):
 
 _STRUCTURE = frozenset({"mask", "masks", "mask3d", "masks3d", "bboxes", "keypoints"})
 _IMAGES = frozenset({"image", "images", "volume", "volumes"})
-_DRAWN = ("chosen", "seeds", "references", "strengths")
+_DRAWN = ("chosen", "seeds", "references", "strengths", "variants")
 
 
 class TileImageTransform(albumentations.ImageOnlyTransform):

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
+from cytosyn_aug.config import TileSpec
+
 
 def images_to_pixels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Map uint8 images to network pixels.
@@ -89,6 +91,31 @@ def tile_key(image: Tensor) -> str:
     return hashlib.sha256(header + image.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
+def check_images(images: Tensor, tile: TileSpec) -> None:
+    """Raise unless `images` are uint8 [B, 3, size, size] of the tile's side.
+
+    Raises:
+        TypeError: Another dtype.
+        ValueError: Another shape, or an empty batch.
+    """
+    size = tile.size_px
+    if images.dtype != torch.uint8:
+        raise TypeError(
+            f"got images of {images.dtype}, expected uint8 RGB in 0 to 255; convert them first"
+        )
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(
+            f"got images of shape {list(images.shape)}, expected [B, 3, {size}, {size}] RGB"
+        )
+    if images.shape[0] == 0:
+        raise ValueError(f"got an empty batch, expected [B, 3, {size}, {size}] with B >= 1")
+    if images.shape[2:] != (size, size):
+        raise ValueError(
+            f"tile is {images.shape[3]}x{images.shape[2]} px, the model expects "
+            f"{tile.describe()}; re-tile the slide at that size and scale"
+        )
+
+
 class OpenImage(NamedTuple):
     """A user's image as grey levels, and the way back.
 
@@ -131,15 +158,7 @@ def open_image(image: PIL.Image.Image | Tensor) -> OpenImage:
     """
     if isinstance(image, PIL.Image.Image):
         return _open_pil(image)
-    if image.ndim < 3 or image.shape[-3] != 3:
-        raise ValueError(
-            f"got an image of shape {list(image.shape)}, expected [..., 3, H, W] RGB; "
-            "repeat grey-scale channels, drop alpha"
-        )
-    if 0 in image.shape:
-        raise ValueError(
-            f"got an empty batch or image, {list(image.shape)}; expected at least one tile"
-        )
+    _check_shape(image)
     # Tensors of a TVTensor class would dispatch every operation below.
     plain = image.as_subclass(Tensor)
     shape, dtype = plain.shape, plain.dtype
@@ -159,16 +178,70 @@ def open_image(image: PIL.Image.Image | Tensor) -> OpenImage:
         if not is_edited.any():
             return image
         edited = (edited / 255.0 if dtype.is_floating_point else edited.round()).to(dtype)
-        flat = plain.reshape(-1, *shape[-3:])
-        edited = torch.where(is_edited.to(flat.device)[:, None, None, None], edited, flat)
-        edited = edited.reshape(shape)
-        return (
-            tv_tensors.wrap(edited, like=image)
-            if isinstance(image, tv_tensors.TVTensor)
-            else edited
-        )
+        return _mixed(image, edited, is_edited)
 
     return OpenImage(grey, close)
+
+
+class OpenTiles(NamedTuple):
+    """A user's image as bytes, and the way back.
+
+    Attributes:
+        tiles: uint8 [B, 3, H, W], on the image's device; must not be written to.
+        close: As that of `OpenImage`, but takes bytes, and at least one tile was edited.
+    """
+
+    tiles: Tensor
+    close: Callable[[Tensor, Tensor], Any]
+
+
+def open_tiles(image: PIL.Image.Image | Tensor) -> OpenTiles:
+    """Return a user's image as bytes, which for look-ups are faster than `open_image`'s floats.
+
+    Args:
+        image: See `open_image`. Float images are rounded; bfloat16 keeps too few digits to come
+            back to the bytes it was made from.
+
+    Raises:
+        TypeError, ValueError: See `open_image`.
+    """
+    if isinstance(image, PIL.Image.Image) and image.mode == "RGB":
+        # By bands, because Pillow turns channels about faster than torch and numpy do.
+        bands = np.stack([np.asarray(band) for band in image.split()])
+        return OpenTiles(torch.from_numpy(bands)[None], lambda x, _: _merged(x))
+    if isinstance(image, Tensor) and image.dtype == torch.uint8:
+        _check_shape(image)
+        flat = image.as_subclass(Tensor).reshape(-1, *image.shape[-3:])
+        return OpenTiles(flat, lambda x, is_edited: _mixed(image, x, is_edited))
+    grey, close = open_image(image)
+    return OpenTiles(grey.round().to(torch.uint8), lambda x, is_edited: close(x.float(), is_edited))
+
+
+def _merged(tiles: Tensor) -> PIL.Image.Image:
+    return PIL.Image.merge("RGB", [PIL.Image.fromarray(band) for band in tiles[0].cpu().numpy()])
+
+
+def _check_shape(image: Tensor) -> None:
+    if image.ndim < 3 or image.shape[-3] != 3:
+        raise ValueError(
+            f"got an image of shape {list(image.shape)}, expected [..., 3, H, W] RGB; "
+            "repeat grey-scale channels, drop alpha"
+        )
+    if 0 in image.shape:
+        raise ValueError(
+            f"got an empty batch or image, {list(image.shape)}; expected at least one tile"
+        )
+
+
+def _mixed(image: Tensor, edited: Tensor, is_edited: Tensor) -> Tensor:
+    """Return tiles [B, 3, H, W] where they were edited, else the image's own; as it is shaped."""
+    plain = image.as_subclass(Tensor)
+    flat = plain.reshape(-1, *plain.shape[-3:])
+    edited = torch.where(is_edited.to(flat.device)[:, None, None, None], edited, flat)
+    edited = edited.reshape(plain.shape)
+    if isinstance(image, tv_tensors.TVTensor):
+        return tv_tensors.wrap(edited, like=image)
+    return edited
 
 
 def _open_pil(image: PIL.Image.Image) -> OpenImage:

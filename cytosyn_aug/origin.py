@@ -38,6 +38,19 @@ class Origin:
     revision: str | None = None
     key_map: str | None = None
 
+    @classmethod
+    def of(
+        cls,
+        source: Path | str | None,
+        encoder: Path | str | None,
+        revision: str | None,
+        key_map: Path | str | None,
+    ) -> Origin:
+        """Return these arguments, paths as text."""
+        return cls(
+            source=_text(source), encoder=_text(encoder), revision=revision, key_map=_text(key_map)
+        )
+
     def located(self, token: str | None = None) -> Origin:
         """Return the same on this machine's disk, as absolute paths; fetches what is not there.
 
@@ -101,19 +114,13 @@ class GeneratorHandle:
 
     @classmethod
     def of(
-        cls,
-        parts: ModelParts,
-        origin: Origin,
-        located: Origin,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        batch_size: int,
+        cls, parts: ModelParts, device: torch.device, dtype: torch.dtype, batch_size: int
     ) -> GeneratorHandle:
-        """Return the handle of parts that were just loaded."""
+        """Return the handle of parts that were just loaded, from their folder as a whole."""
+        folder = None if parts.folder is None else _absolute(parts.folder)
         return cls(
-            origin=origin,
-            located=located,
+            origin=Origin(source=folder),
+            located=Origin(source=folder),
             digest=parts.digest,
             device=str(device),
             dtype=str(dtype).removeprefix("torch."),
@@ -178,25 +185,9 @@ def check_process(device: torch.device, owner: int | None) -> None:
         )
 
 
-def check_device(given: torch.device | str) -> None:
-    """Fail before the weights are read, not after.
-
-    Raises:
-        ValueError: There is no such device here.
-    """
-    try:
-        device = torch.device(given)
-    except RuntimeError as error:
-        raise ValueError(f"device is {given!r}, expected one like 'cuda:0' or 'cpu'") from error
-    missing = (device.type == "cuda" and not torch.cuda.is_available()) or (
-        device.type == "mps" and not torch.backends.mps.is_available()
-    )
-    if missing:
-        raise ValueError(
-            f"device is {device}, which this torch ({torch.__version__}) does not find here; "
-            "install the build for it, or use device='cpu'"
-        )
-
-
 def _absolute(path: Path) -> str:
     return str(path.absolute())
+
+
+def _text(path: Path | str | None) -> str | None:
+    return None if path is None else str(path)

@@ -29,7 +29,7 @@ class ConditionedResample(TileTransform):
         generator: The model.
         min_similarity: Least cosine similarity of the CLS features of old and new tile.
         max_similarity: Largest one.
-        steps: Velocity evaluations.
+        steps: Forwards; None for 4 of a student, or 16 of the transformer of a model without.
         guidance_scale: Classifier-free guidance, in t <= 0.75 (1 = noise); 1 for none.
         p: Probability that a tile is replaced; a `Ramp` over epochs, or one of them by class.
         features: Gives CLS vectors [B, D] of uint8 tiles [B, 3, size, size], such as a
@@ -54,7 +54,7 @@ class ConditionedResample(TileTransform):
         *,
         min_similarity: float = -1.0,
         max_similarity: float = 1.0,
-        steps: int = 16,
+        steps: int | None = None,
         guidance_scale: float = 1.0,
         p: Probability = 0.3,
         features: Callable[[Tensor], Tensor] | None = None,

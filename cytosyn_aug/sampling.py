@@ -39,6 +39,14 @@ def polynomial_grid(num_steps: int, start: float = 1.0) -> list[float]:
     return [start * (1 - tau(i / num_steps) / tau(1.0)) for i in range(num_steps)] + [0.0]
 
 
+def reference_grid(num_steps: int = 250, last_time: float = 0.04) -> list[float]:
+    """Return the reference's times: `num_steps` equally spaced from 1 to `last_time`, then 0.
+
+    Source: constants as in REPA-E.
+    """
+    return [*np.linspace(1.0, last_time, num_steps).tolist(), 0.0]
+
+
 def euler(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
     """Integrate dx/dt = v along `times` (either direction) with Euler steps."""
     for now, following in itertools.pairwise(times):
@@ -103,28 +111,26 @@ def euler_maruyama(
     velocity: Velocity,
     x: Tensor,
     noise: Callable[[int], Tensor],
-    num_steps: int = 250,
-    last_time: float = 0.04,
+    times: Sequence[float],
 ) -> Tensor:
     """Sample with the reference stochastic sampler of SiT and REPA-E.
 
-    Times are linspace(1, last_time, num_steps), then 0. Drift d = x + (2 - t) v (the linear path
-    with diffusion 2 t); noise sqrt(2 t |dt|); the last step has none.
+    Drift d = x + (2 - t) v (the linear path with diffusion 2 t); noise sqrt(2 t |dt|); the last
+    step has none.
 
     Args:
-        velocity: See the module; called `num_steps` times.
+        velocity: See the module; called once for all but the last of `times`.
         x: Noise at t = 1.
-        noise: Gives standard normal noise like `x` for step i = 0 ... num_steps - 2.
-        num_steps: Velocity evaluations, at least 2.
-        last_time: Time of the last evaluation.
+        noise: Gives standard normal noise like `x` for step i, from 0 to the last but one.
+        times: Falling times, `reference_grid` for the reference.
 
     Returns:
         Data, dtype of `x`; the reference keeps float64.
 
     Source: Ma et al. (2024), SiT, section 2.4 and appendix A; constants as in REPA-E.
     """
-    times = np.linspace(1.0, last_time, num_steps).tolist()
-    for i, (now, following) in enumerate(itertools.pairwise(times)):
+    last_time = times[-2]
+    for i, (now, following) in enumerate(itertools.pairwise(times[:-1])):
         drift = x + (2 - now) * velocity(x, now).to(x.dtype)
         dt = following - now
         x = x + drift * dt + math.sqrt(2 * now * -dt) * noise(i).to(x)

@@ -11,6 +11,7 @@ Source: Peebles and Xie (2023), DiT; Ma et al. (2024), SiT; Leng et al. (2025), 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -21,6 +22,22 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 _NUM_FREQUENCIES = 256
+
+
+class Modulation(NamedTuple):
+    """What shifts, scales and gates every block at given times and conditions.
+
+    Attributes:
+        blocks: One [B, 6, D] a block: shift, scale and gate of attention, then of the MLP.
+        final: [B, 2, D], shift and scale of the last layer.
+    """
+
+    blocks: tuple[Tensor, ...]
+    final: Tensor
+
+    def rows(self, part: slice) -> Modulation:
+        """Return some rows, views of the same memory."""
+        return Modulation(tuple(block[part] for block in self.blocks), self.final[part])
 
 
 class SiT(ModelMixin, ConfigMixin):
@@ -135,26 +152,57 @@ class SiT(ModelMixin, ConfigMixin):
         guidance_B: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return what `forward` does and the tokens [B, N, D] after block `encoder_depth`."""
-        start_BD, end_BD = self._modulations(t_B, condition_BF, r_B, guidance_B)
-        h_BND = self.x_embedder(x_BCHW.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed
+        modulation = self.modulate(t_B, condition_BF, r_B, guidance_B)
+        h_BND = self._embed(x_BCHW)
         aligned_BND = h_BND
-        for number, block in enumerate(self.blocks, start=1):
-            is_start = self.decoupled_depth is None or number <= self.decoupled_depth
-            h_BND = block(h_BND, start_BD if is_start else end_BD)
+        for number, (block, m_B6D) in enumerate(
+            zip(self.blocks, modulation.blocks, strict=True), start=1
+        ):
+            h_BND = block(h_BND, m_B6D)
             if number == self.encoder_depth:
                 aligned_BND = h_BND
-        out = self._unpatchify(self.final_layer(h_BND, end_BD))
+        out = self._unpatchify(self.final_layer(h_BND, modulation.final))
         return out.to(x_BCHW.dtype), aligned_BND
+
+    def forward_modulated(self, x_BCHW: Tensor, modulation: Modulation) -> Tensor:
+        """Return what `forward` does, of times and conditions that `modulate` has seen before.
+
+        A sampler knows its times and conditions beforehand: all its steps can be modulated in one
+        pass, and no step then has a host number in it that a compiler would have to bake in.
+        """
+        h_BND = self._embed(x_BCHW)
+        for block, m_B6D in zip(self.blocks, modulation.blocks, strict=True):
+            h_BND = block(h_BND, m_B6D)
+        return self._unpatchify(self.final_layer(h_BND, modulation.final)).to(x_BCHW.dtype)
+
+    def modulate(
+        self,
+        t_B: Tensor,
+        condition_BF: Tensor,
+        r_B: Tensor | None = None,
+        guidance_B: Tensor | None = None,
+    ) -> Modulation:
+        """Return what times, conditions and guidance do to every block; see `forward`."""
+        start_BD, end_BD = self._embed_condition(t_B, condition_BF, r_B, guidance_B)
+        split = len(self.blocks) if self.decoupled_depth is None else self.decoupled_depth
+        blocks = tuple(
+            block.modulate(start_BD if number < split else end_BD)  # type: ignore[operator]
+            for number, block in enumerate(self.blocks)
+        )
+        return Modulation(blocks, self.final_layer.modulate(end_BD))
 
     def aligned_tokens(self, x_BCHW: Tensor, t_B: Tensor, condition_BF: Tensor) -> Tensor:
         """Return the tokens of `forward_tokens` alone, without the blocks behind them."""
-        start_BD, _ = self._modulations(t_B, condition_BF, None, None)
-        h_BND = self.x_embedder(x_BCHW.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed
+        start_BD, _ = self._embed_condition(t_B, condition_BF, None, None)
+        h_BND = self._embed(x_BCHW)
         for block in self.blocks[: self.encoder_depth]:
-            h_BND = block(h_BND, start_BD)
+            h_BND = block(h_BND, block.modulate(start_BD))  # type: ignore[operator]
         return h_BND
 
-    def _modulations(
+    def _embed(self, x_BCHW: Tensor) -> Tensor:
+        return self.x_embedder(x_BCHW.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed
+
+    def _embed_condition(
         self, t_B: Tensor, condition_BF: Tensor, r_B: Tensor | None, guidance_B: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return what modulates the blocks at either end of a jump [B, D], the same at r = t."""
@@ -226,10 +274,11 @@ class _Block(nn.Module):
         self.mlp = Mlp(width, hidden, act_layer=lambda: nn.GELU(approximate="tanh"))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, h_BND: Tensor, c_BD: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = (
-            self.adaLN_modulation(c_BD).unsqueeze(1).chunk(6, dim=-1)
-        )
+    def modulate(self, c_BD: Tensor) -> Tensor:
+        return self.adaLN_modulation(c_BD).unflatten(1, (6, -1))
+
+    def forward(self, h_BND: Tensor, m_B6D: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = m_B6D.split(1, dim=1)
         h_BND = h_BND + gate1 * self.attn(self.norm1(h_BND) * (1 + scale1) + shift1)
         return h_BND + gate2 * self.mlp(self.norm2(h_BND) * (1 + scale2) + shift2)
 
@@ -241,8 +290,11 @@ class _FinalLayer(nn.Module):
         self.linear = nn.Linear(width, patch_size * patch_size * channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, h_BND: Tensor, c_BD: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c_BD).unsqueeze(1).chunk(2, dim=-1)
+    def modulate(self, c_BD: Tensor) -> Tensor:
+        return self.adaLN_modulation(c_BD).unflatten(1, (2, -1))
+
+    def forward(self, h_BND: Tensor, m_B2D: Tensor) -> Tensor:
+        shift, scale = m_B2D.split(1, dim=1)
         return self.linear(self.norm_final(h_BND) * (1 + scale) + shift)
 
 

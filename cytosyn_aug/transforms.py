@@ -6,7 +6,7 @@ see `cytosyn_aug.editing`. The grammar is that of `cytosyn_aug.tile_transform`.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +77,8 @@ class StainTransfer(TileTransform):
             whole or not at all.
         seed: Of the draws of mode "slide", which do not depend on torch's generator.
         recipe: How the model edits.
+        features: Gives CLS vectors [B, D] of uint8 tiles at the model's size and scale, such as
+            `features_cached`; None asks the encoder. Not asked where `source` is given.
         allow_geometry_change: Accept masks and boxes although structure may move.
 
     Raises:
@@ -104,6 +106,7 @@ class StainTransfer(TileTransform):
         mode: Mode = "tile",
         seed: int = 0,
         recipe: EditRecipe | None = None,
+        features: Callable[[Tensor], Tensor] | None = None,
         allow_geometry_change: bool = False,
     ) -> None:
         super().__init__(p=p, keeps_structure=preserve == "color" or allow_geometry_change)
@@ -132,6 +135,7 @@ class StainTransfer(TileTransform):
         self.mode = mode
         self.seed = seed
         self.recipe = recipe if recipe is not None else EditRecipe()
+        self.features = features
         self._laboratories = [r.laboratory for r in self.references]
         self._groups = group_by_laboratory(self._laboratories)
         self._targets: Tensor | None = None
@@ -209,7 +213,9 @@ class StainTransfer(TileTransform):
         if self.preserve == "none":
             self.generator.check_images(grey.round().to(torch.uint8))
         tiles = central_tiles(grey, self.mpp, self.generator.tile)
-        estimate = estimate_stain(self.generator, tiles, self.source, self.recipe)
+        ask = self.features if self.source is None else None
+        cls = None if ask is None else ask(tiles)
+        estimate = estimate_stain(self.generator, tiles, self.source, self.recipe, cls)
         self._count_failed(grey, estimate.is_tissue & ~estimate.is_finite)
         return estimate
 
@@ -261,6 +267,7 @@ class StainNormalize(StainTransfer):
         preserve: "color" or "none".
         mpp: Scale of the images in microns per pixel.
         recipe: How the model edits.
+        features: See `StainTransfer`.
         seed: Seed of the model's noise, for every tile.
         allow_geometry_change: Accept masks and boxes although structure may move.
     """
@@ -275,6 +282,7 @@ class StainNormalize(StainTransfer):
         preserve: Preserve = "color",
         mpp: float = 0.5,
         recipe: EditRecipe | None = None,
+        features: Callable[[Tensor], Tensor] | None = None,
         seed: int = 0,
         allow_geometry_change: bool = False,
     ) -> None:
@@ -288,6 +296,7 @@ class StainNormalize(StainTransfer):
             p=1.0,
             seed=seed,
             recipe=recipe,
+            features=features,
             allow_geometry_change=allow_geometry_change,
         )
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from cytosyn_aug.draws import Mode, Sampling
@@ -41,6 +42,7 @@ class StainViews(StainTransfer):
         mode: See `StainTransfer`.
         seed: See `StainTransfer`.
         recipe: How the model edits.
+        features: See `StainTransfer`.
 
     Example:
         >>> generator = TileGenerator.from_pretrained()
@@ -65,6 +67,7 @@ class StainViews(StainTransfer):
         mode: Mode = "tile",
         seed: int = 0,
         recipe: EditRecipe | None = None,
+        features: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if views < 2:
             raise ValueError(f"views is {views}, expected at least 2; StainTransfer gives one")
@@ -79,6 +82,7 @@ class StainViews(StainTransfer):
             mode=mode,
             seed=seed,
             recipe=recipe,
+            features=features,
         )
         self.views = views
         self.has_original = has_original

@@ -1,7 +1,7 @@
 """Arguments of transforms as JSON holds them, for albumentations' to_dict and replay.
 
-A model becomes its handle (no weights), a reference all it holds, so that a written pipeline stands
-alone but for the model's folder.
+A model becomes its handle (no weights), a cache its folder and digest, a reference all it holds: a
+written pipeline stands alone but for these folders.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from cytosyn_aug.cache import LatentCache
 from cytosyn_aug.classical import DensityReference
 from cytosyn_aug.editing import EditRecipe
 from cytosyn_aug.generator import TileGenerator
@@ -20,6 +21,7 @@ from cytosyn_aug.reference import StainReference
 from cytosyn_aug.reinhard import ReinhardReference
 from cytosyn_aug.schedules import Ramp
 
+_CACHE = "cytosyn_aug.LatentCache"
 _RECORDS = {
     f"cytosyn_aug.{k.__name__}": k for k in (DensityReference, MacenkoReference, ReinhardReference)
 }
@@ -33,6 +35,9 @@ def write_argument(value: Any) -> Any:  # Any: whatever a transform is given, an
     """
     if isinstance(value, TileGenerator):
         return value.handle().to_dict()
+    if isinstance(value, LatentCache):
+        folder = str(value.folder.absolute())
+        return {"kind": _CACHE, "folder": folder, "digest": value.spec.digest}
     if isinstance(value, StainReference):
         return value.to_dict()
     if isinstance(value, tuple(_RECORDS.values())):
@@ -69,9 +74,21 @@ def read_argument(value: Any) -> Any:  # Any: as above
             return Ramp(**fields)
         case "cytosyn_aug.TileGenerator":
             return TileGenerator.from_handle(GeneratorHandle.from_dict(value))
+        case "cytosyn_aug.LatentCache":
+            return _open_cache(**fields)
         case "cytosyn_aug.StainReference":
             return StainReference.from_dict(value)
         case name if name in _RECORDS:
             return record_from_dict(_RECORDS[name], value)
         case _:
             raise ValueError(f"got {value['kind']!r}, which this release does not know")
+
+
+def _open_cache(folder: str, digest: str) -> LatentCache:
+    cache = LatentCache.open(folder)
+    if cache.spec.digest != digest:
+        raise ValueError(
+            f"{folder} is a cache of digest {cache.spec.digest}, the pipeline was written with one "
+            f"of {digest}: it was filled anew for another model or recipe; make the pipeline anew"
+        )
+    return cache

@@ -40,6 +40,7 @@ from cytosyn_aug.sampling import (
     guide,
     linear_grid,
     polynomial_grid,
+    reference_grid,
     sample_noise,
 )
 from training.comparison import ReferenceSet
@@ -101,7 +102,7 @@ def runs(generator: TileGenerator, scale: float, num_reference: int) -> Iterator
 
     def jumped(n: int) -> Callable[..., Tensor]:
         def draw(seeds: Sequence[int], condition: Tensor) -> Tensor:
-            average = bind_student(generator.average_velocity, condition, scale)
+            average = bind_student(generator.student, condition, scale)
             return flow_map(average, start(seeds), linear_grid(n))
 
         return draw
@@ -111,7 +112,9 @@ def runs(generator: TileGenerator, scale: float, num_reference: int) -> Iterator
             def noise(step: int) -> Tensor:
                 return sample_noise(seeds, generator.latent_shape, stream=step + 1)
 
-            return euler_maruyama(velocity, x.double(), noise, num_reference).float()
+            return euler_maruyama(
+                velocity, x.double(), noise, reference_grid(num_reference)
+            ).float()
 
         return solved(solver)(seeds, condition)
 

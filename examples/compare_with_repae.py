@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cytosyn_aug.flow import interpolate, velocity_target
-from cytosyn_aug.sampling import euler, euler_maruyama, guide, linear_grid
+from cytosyn_aug.sampling import euler, euler_maruyama, guide, linear_grid, reference_grid
 from cytosyn_aug.transformer import SiT
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-7}
@@ -156,7 +156,9 @@ def compare_samplers(
         with mock.patch.object(torch, "randn_like", side_effect=recorded) as draw:
             reference = samplers.euler_maruyama_sampler(theirs, start, classes, **given)
         assert draw.call_count == num_steps - 1
-        sample = euler_maruyama(velocity, start.double(), steps.__getitem__, num_steps)
+        sample = euler_maruyama(
+            velocity, start.double(), steps.__getitem__, reference_grid(num_steps)
+        )
         yield f"SDE Euler-Maruyama, {num_steps} steps, {what}", sample, reference
         reference = samplers.euler_sampler(theirs, start, classes, **given)
         sample = euler(velocity, start.double(), linear_grid(num_steps))

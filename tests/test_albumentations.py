@@ -3,6 +3,7 @@
 import importlib
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -16,10 +17,13 @@ from cytosyn_aug import (
     DensityReference,
     EditRecipe,
     FeatureTable,
+    LatentCache,
     MacenkoReference,
     Ramp,
     ReinhardReference,
     StainReference,
+    fill_variants,
+    variants_spec,
 )
 
 alb = pytest.importorskip("albumentations", reason="the albumentations adapter is not tested")
@@ -38,7 +42,18 @@ def image():
     return synthetic_tiles(1)[0].permute(1, 2, 0).numpy()
 
 
-def make_all(generator, reference):
+@pytest.fixture(scope="module")
+def variants(generator, tmp_path_factory):
+    """Return a cache of the image's inverse, and of a blank one that no edit changed."""
+    spec = variants_spec(generator, "images", num_variants=1, recipe="inverse")
+    tiles = torch.cat([synthetic_tiles(1), torch.full((1, 3, SIZE, SIZE), 243, dtype=torch.uint8)])
+    with LatentCache.open(tmp_path_factory.mktemp("variants"), spec) as cache:
+        fill_variants(generator, tiles[:1], cache, [lambda images, _: 255 - images])
+        fill_variants(generator, tiles[1:], cache, [lambda images, _: images])
+    return cache
+
+
+def make_all(generator, reference, variants):
     """Return every transform, editing every image."""
     tiles = synthetic_tiles(3, seed=5)
     return {
@@ -48,15 +63,16 @@ def make_all(generator, reference):
         "macenko": caa.MacenkoNormalize(MacenkoReference.fit(tiles)),
         "reinhard": caa.ReinhardNormalize(ReinhardReference.fit(tiles)),
         "transport": caa.DensityTransport(DensityReference.fit(tiles)),
+        "cached": caa.CachedVariants(variants, p=1.0),
     }
 
 
-NAMES = ["transfer", "normalize", "resample", "macenko", "reinhard", "transport"]
+NAMES = ["transfer", "normalize", "resample", "macenko", "reinhard", "transport", "cached"]
 
 
 @pytest.fixture(params=NAMES)
-def transform(request, generator, reference):
-    return make_all(generator, reference)[request.param]
+def transform(request, generator, reference, variants):
+    return make_all(generator, reference, variants)[request.param]
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
@@ -140,11 +156,48 @@ def test_another_process_reads_it_without_this_ones_model(generator, reference, 
     assert done.returncode == 0, done.stderr
 
 
-def test_features_cannot_be_written_and_say_so(generator, tiles):
+def test_features_cannot_be_written_and_say_so(generator, reference, tiles):
     table = FeatureTable(tiles, generator.features(tiles).cls, width=24)
-    transform = caa.ConditionedResample(generator, features=table)
-    with pytest.raises(TypeError, match="FeatureTable cannot be written as JSON"):
-        alb.to_dict(transform)
+    for transform in (
+        caa.ConditionedResample(generator, features=table),
+        caa.StainTransfer(generator, [reference], features=table),
+        caa.StainNormalize(generator, reference, features=table),
+    ):
+        with pytest.raises(TypeError, match="FeatureTable cannot be written as JSON"):
+            alb.to_dict(transform)
+
+
+def test_given_features_are_used_instead_of_the_encoder(generator, reference, image, monkeypatch):
+    tile = torch.from_numpy(image).permute(2, 0, 1)[None]
+    table = FeatureTable(tile, generator.features(tile).cls, width=24)
+
+    def edit(features):
+        transfer = caa.StainTransfer(generator, [reference], p=1.0, features=features)
+        normalize = caa.StainNormalize(generator, reference, features=features)
+        return [alb.Compose([each])(image=image)["image"] for each in (transfer, normalize)]
+
+    expected = edit(None)
+    monkeypatch.setattr(generator, "features", None)  # whoever asks, fails
+    for got, want in zip(edit(table), expected, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_a_pipeline_refuses_a_cache_that_was_made_anew(generator, image, tmp_path):
+    folder = tmp_path / "cache"
+    spec = variants_spec(generator, "images", num_variants=1, recipe="first")
+    content = alb.to_dict(caa.CachedVariants(LatentCache.open(folder, spec)))
+    shutil.rmtree(folder)
+    LatentCache.open(folder, variants_spec(generator, "images", num_variants=1, recipe="second"))
+    with pytest.raises(ValueError, match=f"written with one of {spec.digest}.*make the pipeline"):
+        alb.from_dict(content)
+
+
+def test_a_missing_image_is_kept_and_counted(variants, image):
+    transform = caa.CachedVariants(variants, p=1.0, on_miss="keep")
+    turned = np.ascontiguousarray(image[::-1])
+    with pytest.warns(UserWarning, match="turned or mirrored"):
+        np.testing.assert_array_equal(transform(image=turned)["image"], turned)
+    assert transform.num_missed == 1
 
 
 def test_replay_gives_the_same_from_json(transform, image):
@@ -273,6 +326,24 @@ def test_grey_scale_is_refused(generator, reference):
     transform = caa.StainNormalize(generator, reference)
     with pytest.raises(ValueError, match=r"expected \[H, W, 3\]"):
         transform(image=np.zeros((SIZE, SIZE), np.uint8))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_cached_images_are_looked_up_and_latents_refused(generator, image, tmp_path, dtype):
+    caches = []
+    for payload in ("images", "latents"):
+        spec = variants_spec(generator, payload, num_variants=1, recipe="inverse")
+        with LatentCache.open(tmp_path / payload, spec) as cache:
+            tile = torch.from_numpy(image).permute(2, 0, 1)[None]
+            fill_variants(generator, tile, cache, [lambda images, _: 255 - images])
+        caches.append(cache)
+    given = image if dtype is np.uint8 else (image / 255).astype(np.float32)
+    out = alb.Compose([caa.CachedVariants(caches[0], p=1.0)])(image=given)["image"]
+    assert out.dtype == dtype
+    levels = out if dtype is np.uint8 else np.rint(out * 255)
+    np.testing.assert_array_equal(levels, 255 - image)
+    with pytest.raises(ValueError, match="which albumentations cannot carry"):
+        caa.CachedVariants(caches[1])
 
 
 class Seeds(Dataset):

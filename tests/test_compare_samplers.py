@@ -50,7 +50,7 @@ def test_solvers_of_the_comparison_are_of_second_order(example, name):
 def test_every_row_costs_the_forwards_it_states(example, student_folder, monkeypatch):
     generator = TileGenerator.from_pretrained(student_folder)
     calls = []
-    for name in ("velocity", "average_velocity"):
+    for name in ("velocity", "student"):
         monkeypatch.setattr(generator, name, lambda x, *rest: calls.append(len(x)) or x)
     rows = list(example.runs(generator, 1.0, 12))
     assert {r.sampler for r in rows} == set(example.SAMPLERS)

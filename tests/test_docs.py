@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MODULES = [
+    "cytosyn_aug.cache",
     "cytosyn_aug.conditions",
     "cytosyn_aug.generator",
     "cytosyn_aug.macenko",
@@ -18,6 +19,7 @@ MODULES = [
     "cytosyn_aug.resampling",
     "cytosyn_aug.schedules",
     "cytosyn_aug.transforms",
+    "cytosyn_aug.variants",
     "cytosyn_aug.views",
     "training.perception",
 ]

@@ -64,9 +64,10 @@ def test_a_student_samples_in_four_jumps_unless_told_otherwise(taught):
     usual = taught.sample(cls, seed=3)
     assert torch.equal(usual, taught.sample(cls, seed=3, sampler="student", steps=4))
     noise = sample_noise([3, 4], taught.latent_shape)
-    average = bind_student(taught.average_velocity, cls, 1.0)
+    average = bind_student(taught.student, cls, 1.0)
     by_hand = flow_map(average, noise, [1.0, 0.75, 0.5, 0.25, 0.0])
-    assert torch.equal(usual, taught.decode(by_hand))
+    apart = usual.int() - taught.decode(by_hand).int()
+    assert apart.abs().max() <= 1  # all steps are modulated in one product, which rounds otherwise
     assert taught.sample(cls, steps=1).shape == usual.shape
 
 

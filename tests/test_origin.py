@@ -31,6 +31,27 @@ def test_copies_in_one_process_are_the_same_object(folder):
     assert copy.deepcopy(generator) is generator
 
 
+def test_a_copy_is_the_same_object_after_memory_ran_out(folder):
+    generator = TileGenerator.from_pretrained(folder, batch_size=4)
+    generator.batches.size = 2
+    assert copy.deepcopy(generator) is generator
+    handle = generator.handle()
+    del generator
+    assert TileGenerator.from_handle(handle).batch_size == 2
+
+
+def test_what_is_compiled_stays_behind(folder):
+    generator = TileGenerator.from_pretrained(folder)
+    tiles = generator.sample(per_condition=3, steps=2)
+    generator.compile()  # nothing is compiled before it is called
+    packed = pickle.dumps(generator)
+    assert len(packed) < 2_000
+    del generator  # or the copy would be the same object
+    other = pickle.loads(packed)
+    assert not other.batches.is_static
+    assert torch.equal(other.sample(per_condition=3, steps=2), tiles)
+
+
 def test_a_pickle_holds_no_weights(folder):
     assert len(pickle.dumps(TileGenerator.from_pretrained(folder))) < 2_000
 

@@ -16,6 +16,7 @@ from cytosyn_aug.sampling import (
     guide,
     linear_grid,
     polynomial_grid,
+    reference_grid,
     sample_noise,
 )
 
@@ -85,7 +86,7 @@ def test_euler_maruyama_equals_the_reference_in_its_own_terms():
         lambda y, t: torch.from_numpy(field(y.numpy(), t)),
         torch.from_numpy(x0),
         lambda i: torch.from_numpy(eps[i]),
-        num_steps=10,
+        reference_grid(10),
     )
     np.testing.assert_allclose(got.numpy(), x, rtol=1e-12)
 
@@ -145,7 +146,7 @@ def test_the_reference_sampler_reproduces_a_gaussian():
     torch.manual_seed(0)
     x = torch.randn(20_000, dtype=F64)
     got = euler_maruyama(
-        gaussian_velocity(1.5, 0.4), x, lambda i: torch.randn(20_000, dtype=F64), num_steps=250
+        gaussian_velocity(1.5, 0.4), x, lambda i: torch.randn(20_000, dtype=F64), reference_grid()
     )
     # 20,000 draws: standard error 0.003 of the mean and 0.002 of the deviation; discretisation
     # adds about 0.01.
@@ -176,7 +177,9 @@ def test_a_gaussian_mixture_with_known_velocity_is_reproduced(name):
     if name == "ab2":
         got = adams_bashforth2(velocity, x, polynomial_grid(64))
     else:
-        got = euler_maruyama(velocity, x, lambda i: torch.randn(20_000, dtype=F64))
+        got = euler_maruyama(
+            velocity, x, lambda i: torch.randn(20_000, dtype=F64), reference_grid()
+        )
     low = got < -0.5
     assert low.double().mean().item() == pytest.approx(0.3, abs=0.015)
     assert got[low].mean().item() == pytest.approx(-2.0, abs=0.03)

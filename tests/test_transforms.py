@@ -275,6 +275,16 @@ def test_the_similarity_gates_return_and_count_rejected_tiles(generator, tiles):
         assert transform.num_failed == 0
 
 
+@pytest.mark.parametrize(("folder", "steps"), [("model_folder", 16), ("student_folder", 4)])
+def test_resampling_takes_as_many_steps_as_the_networks_need(request, tiles, folder, steps):
+    generator = TileGenerator.from_pretrained(request.getfixturevalue(folder))
+    results = []
+    for given in (None, steps):
+        torch.manual_seed(0)
+        results.append(ConditionedResample(generator, p=1.0, steps=given)(tiles))
+    assert torch.equal(*results)
+
+
 def test_rejected_tiles_are_counted_in_workers_too(generator, tiles):
     transform = ConditionedResample(generator, p=1.0, steps=2, min_similarity=0.9999)
     data = [(tile, 0) for tile in tiles]
@@ -302,7 +312,8 @@ def failing(model_folder, monkeypatch):
 
     def fail(name):
         network = getattr(generator, name)
-        forward = network.forward
+        method = "forward_modulated" if name == "transformer" else "forward"
+        forward = getattr(network, method)
 
         def broken(*arguments, **options):
             out = forward(*arguments, **options)
@@ -310,7 +321,7 @@ def failing(model_folder, monkeypatch):
                 x[1] = float("nan")
             return out
 
-        monkeypatch.setattr(network, "forward", broken)
+        monkeypatch.setattr(network, method, broken)
         return generator
 
     return fail

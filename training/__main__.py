@@ -3,12 +3,15 @@
 python -m training tile    --help
 python -m training vae     --data TILES --out RUN
 python -m training encoder --data TILES --out RUN
-python -m training sit     --data TILES --out RUN --vae RUN --encoder RUN
 python -m training repae   --data TILES --out RUN --vae RUN --encoder RUN [--sit RUN]
-python -m training distil  --data TILES --out RUN --vae RUN --encoder RUN --teacher RUN
+python -m training latents --data TILES --out LATENTS --vae RUN --encoder RUN
+python -m training sit     --data TILES --out RUN --vae RUN --encoder RUN --latents LATENTS
+python -m training distil  --data TILES --out RUN --vae RUN --encoder RUN --latents LATENTS
+                           --teacher RUN
 python -m training decoder --data TILES --out RUN --vae RUN
 python -m training export  --vae RUN --encoder RUN --sit RUN [--student RUN] [--decoder RUN]
-                           --out FOLDER
+                           --out FOLDER [--notes FILE] [--run NAME=RUN ...]
+                           [--report NAME=REPORT ...]
 python -m training evaluate --data TILES --model FOLDER --out REPORT [--extractors tiny alexnet]
 python -m training restaining --data SLIDES --model FOLDER --out REPORT
 
@@ -31,15 +34,25 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from cytosyn_aug.checkpoint import load_model
 from cytosyn_aug.generator import Sampler, TileGenerator
-from training.data import identify, load_tiles
+from training.data import identify, load_tiles, open_tiles
 from training.evaluate import Evaluation, evaluate
 from training.export import export
 from training.loop import recipe_dict, train
+from training.model_card import CardSources, parts_text
 from training.parallel import join_world
-from training.plan import plan
+from training.plan import plan, plan_evaluation, plan_latents
 from training.restaining import gap_closed, known_answer, methods
-from training.stages import TRAINED, Sources, build_stage, export_parts, find_recipe
+from training.stages import (
+    TRAINED,
+    Sources,
+    build_stage,
+    export_parts,
+    find_latents_recipe,
+    find_recipe,
+    write_latents,
+)
 from training.tile_command import main as run_tile_command
 from training.weights import stage_weights
 
@@ -53,7 +66,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("stage", choices=[*TRAINED, "export", "evaluate", "restaining"])
+    parser.add_argument("stage", choices=[*TRAINED, "latents", "export", "evaluate", "restaining"])
     parser.add_argument("--recipe", default="tiny", help="name in training/recipes.py")
     parser.add_argument("--data", type=Path, help="folder with train/ and val/")
     parser.add_argument("--out", type=Path)
@@ -65,10 +78,26 @@ def main() -> None:
         help="run or model folder of the autoencoder; several are averaged",
     )
     parser.add_argument("--encoder", type=Path, help="run or model folder of the encoder")
+    parser.add_argument("--latents", type=Path, help="what the latents stage wrote")
     parser.add_argument("--sit", type=Path, help="run or model folder of the transformer")
     parser.add_argument("--teacher", type=Path, help="distil: run or model folder of the teacher")
     parser.add_argument("--student", type=Path, help="export: run or model folder of the student")
     parser.add_argument("--decoder", type=Path, help="export: run or model folder of it")
+    parser.add_argument("--notes", type=Path, help="export: Markdown that opens the model card")
+    parser.add_argument(
+        "--run",
+        nargs="+",
+        default=(),
+        metavar="NAME=FOLDER",
+        help="export: runs that came before, for the model card",
+    )
+    parser.add_argument(
+        "--report",
+        nargs="+",
+        default=(),
+        metavar="NAME=FOLDER",
+        help="export: evaluations for the model card, the exported model's own first",
+    )
     parser.add_argument("--model", type=Path, help="model folder to evaluate; default: tiny")
     _add_evaluation(parser)
     parser.add_argument("--only", default="", help="restaining: methods whose name holds this")
@@ -86,7 +115,9 @@ def main() -> None:
         if not args.dry_run:
             _need(args, "out")
         if args.stage == "export":
-            print(export(args.out, export_parts(_sources(args))))
+            _export(args)
+        elif args.stage == "latents":
+            _write_latents(args, device)
         elif args.stage == "evaluate":
             _evaluate(args, device)
         elif args.stage == "restaining":
@@ -129,11 +160,46 @@ def _train(args: argparse.Namespace, device: torch.device) -> None:
     )
 
 
+def _write_latents(args: argparse.Namespace, device: torch.device) -> None:
+    print(json.dumps(recipe_dict(find_latents_recipe(args.recipe)), indent=1))
+    if args.dry_run:
+        print(plan_latents(args.recipe).text())
+        return
+    _need(args, "data")
+    missing = write_latents(args.recipe, args.data, _sources(args), args.out, device)
+    state = f"{missing} shards still to come from other processes" if missing else "complete"
+    print(f"{args.out}: {state}")
+
+
+def _export(args: argparse.Namespace) -> None:
+    sources = _sources(args)
+    earlier = dict(_named_folder(text) for text in args.run)
+    shown = set(earlier.values())
+    card = CardSources(
+        notes=args.notes.read_text() if args.notes else "",
+        runs=earlier | {k: v for k, v in sources.runs().items() if v not in shown},
+        reports=dict(_named_folder(text) for text in args.report),
+    )
+    parts = export_parts(sources)
+    if args.dry_run:
+        print("\n".join(parts_text(parts)))
+        return
+    print(export(args.out, parts, card))
+
+
+def _named_folder(text: str) -> tuple[str, Path]:
+    name, is_named, folder = text.partition("=")
+    if not is_named:
+        raise ValueError(f"got {text!r}, expected NAME=FOLDER")
+    return name, Path(folder)
+
+
 def _sources(args: argparse.Namespace) -> Sources:
     sources = Sources(
         recipe=args.recipe,
         vae=tuple(args.vae),
         encoder=args.encoder,
+        latents=args.latents,
         sit=args.sit,
         teacher=args.teacher,
         student=args.student,
@@ -152,6 +218,12 @@ def _evaluate(args: argparse.Namespace, device: torch.device) -> None:
     given = {f.name: getattr(args, f.name) for f in fields(Evaluation)}
     given["extractors"] = tuple(given["extractors"] or ())
     config = Evaluation(**{k: v for k, v in given.items() if v is not None})
+    if args.dry_run:
+        print(json.dumps(recipe_dict(config), indent=1, default=str))
+        assert generator.folder is not None  # it came from there
+        num_held_out = len(open_tiles(args.data / "val", generator.tile.size_px))
+        print(plan_evaluation(load_model(generator.folder), config, num_held_out))
+        return
     print(json.dumps(evaluate(generator, args.data, args.out, config), indent=2))
 
 

@@ -51,7 +51,8 @@ def card_numbers(
         are for its round trips: the floor of any transformer; `median_rank` of the source among
         NUM_RANKED real tiles; `frechet_own` (median over slides, generated against real) and
         `frechet_between` (median over pairs of real slides); `variation_apart`,
-        `variation_from_source`, `nearest_real` (median LPIPS-AlexNet distances).
+        `variation_from_source`, `nearest_real` (median LPIPS-AlexNet distances); and
+        `small_decoder_psnr_db` if the model has a small decoder.
     """
     alexnet = load_extractor("alexnet", device=generator.device)
     real = alexnet.features(tiles.images)
@@ -59,6 +60,10 @@ def card_numbers(
     floor = likeness(real, alexnet.features(decoded), tiles.slide_index)
     numbers |= {f"round_trip_{k}": v for k, v in floor.items()}
     numbers |= likeness(real, alexnet.features(generated), tiles.slide_index)
+    if generator.decoder is not None:
+        latents = generator.whiten(generator.encode(tiles.images).mean)
+        small = generator.decode(latents, is_few_step=True).cpu()
+        numbers["small_decoder_psnr_db"] = reconstruction_numbers(tiles.images, small)["psnr_db"]
     return numbers | variation_distances(generator, tiles, real, sample)
 
 

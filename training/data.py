@@ -10,6 +10,7 @@ import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -226,9 +227,14 @@ class Batches:
                 f"{self.num_items} tiles cannot fill a batch of {self.size}; add tiles"
             )
         epoch, position = divmod(step, self.num_items // self.size)
-        generator = step_generator(self.seed, epoch, stream=1)
-        order = torch.randperm(self.num_items, generator=generator)
+        order = _epoch_order(self.num_items, self.seed, epoch)
         return order[position * self.size : (position + 1) * self.size]
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(num_items: int, seed: int, epoch: int) -> Tensor:
+    """Return the permutation of an epoch, kept: 40 M items take a second to permute."""
+    return torch.randperm(num_items, generator=step_generator(seed, epoch, stream=1))
 
 
 def stain_maps(

@@ -30,12 +30,13 @@ from cytosyn_aug.sampling import (
     polynomial_grid,
 )
 from cytosyn_aug.transformer import SiT
-from training.data import Batches, TileSet, step_generator
-from training.latents import LatentSpace, encode_views, evenly_spaced, stratified
+from training.data import Batches, Tiles, spread_evenly, step_generator
+from training.latents import LatentSpace, stratified
 from training.loop import LoopConfig
 from training.losses import cauchy_error
 from training.mean_flow import RULES, Target, logit_normal, ordered_times
 from training.sheets import write_sheet
+from training.views import StoredViews
 
 _REPORTED_FORWARDS = (1, 2, 4)
 _REFERENCE_STEPS = 32
@@ -55,8 +56,6 @@ class DistilRecipe:
         time_locations: Means of the logits of the two times t and r are the larger and smaller of.
         time_scale: Standard deviation of these logits.
         condition_dropout: Probability that a sample is taught under the null condition.
-        num_views: Augmented views that are encoded, once.
-        stain_jitter: See `training.data.stain_maps`.
         batch_size: Even.
     """
 
@@ -70,8 +69,6 @@ class DistilRecipe:
     time_locations: tuple[float, float]
     time_scale: float
     batch_size: int
-    num_views: int
-    stain_jitter: float
     condition_dropout: float
     seed: int
 
@@ -156,27 +153,17 @@ class DistilStage:
     def __init__(
         self,
         recipe: DistilRecipe,
-        tiles: TileSet,
-        validation: TileSet,
+        views: StoredViews,
+        validation: Tiles,
         space: LatentSpace,
         teacher: SiT,
-        cache: Path,
         compiles: bool = False,
     ) -> None:
-        self.recipe, self.space, self.device = recipe, space, space.device
+        self.recipe, self.views, self.space, self.device = recipe, views, space, space.device
         self.teacher = teacher.to(self.device).eval().requires_grad_(False)
-        self.views = encode_views(
-            space,
-            tiles,
-            recipe.num_views,
-            cache,
-            stain_jitter=recipe.stain_jitter,
-            seed=recipe.seed,
-            with_patches=False,
-        )
-        self.batches = Batches(len(self.views["cls"]), recipe.batch_size, recipe.seed)
-        self.shown = evenly_spaced(validation.images, 16)[:16]
-        self.held_out = space.encode(evenly_spaced(validation.images, 160), with_patches=False)
+        self.batches = Batches(len(views), recipe.batch_size, recipe.seed)
+        self.shown = spread_evenly(validation, 16)
+        self.held_out = space.encode(spread_evenly(validation, 160), with_patches=False)
         self.network = Distillation(build_student(recipe, teacher)).to(self.device)
         self.compute = torch.compile(self._compute) if compiles else self._compute
 
@@ -193,11 +180,12 @@ class DistilStage:
             )
         index = self.batches.index(step)
         draws = self._draws(len(index), step_generator(self.recipe.seed, step))
-        batch = {k: v[index[rows]].to(self.device).float() for k, v in self.views.items()}
+        taken = self.views.take(index[rows], with_patches=False)
+        batch = {k: v.to(self.device).float() for k, v in taken.items()}
         return self.compute(self.network, batch, _Draws(*(x[rows] for x in draws)))
 
     def _draws(self, num: int, draw: torch.Generator) -> _Draws:
-        recipe, shape = self.recipe, (num, *self.views["mean"].shape[1:])
+        recipe, shape = self.recipe, (num, *self.held_out["mean"].shape[1:])
         posterior = torch.randn(shape, generator=draw)
         eps = torch.randn(shape, generator=draw)
         now = logit_normal(stratified(num - num // 2, draw), 0.0, 1.0)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cytosyn_aug.generator import Sampler, TileGenerator
+from cytosyn_aug.generator import DEFAULT_STEPS, Sampler, TileGenerator
 from training.card import Sample, card_numbers, check_tiles
 from training.codecs import check_codecs, count_codecs, recompress
 from training.data import TileSet, load_tiles
@@ -66,11 +66,18 @@ class Evaluation:
                 raise ValueError(f"{name} is {number}, expected at least 8")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps is {self.steps}, expected at least 1")
+        if self.sampler not in DEFAULT_STEPS:
+            raise ValueError(f"sampler is {self.sampler!r}, expected {sorted(DEFAULT_STEPS)}")
         names = [spec.partition("=")[0] for spec in self.extractors]
         if len(set(names)) < len(names):
             raise ValueError(f"extractors are {names}, expected each name once")
         # Fails on a codec that is not one.
         recompress(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), self.codec)
+
+    @property
+    def num_forwards(self) -> int:
+        """Velocity evaluations of a tile."""
+        return self.steps if self.steps is not None else DEFAULT_STEPS[self.sampler]
 
 
 def evaluate(

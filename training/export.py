@@ -9,21 +9,25 @@ from torch import nn
 
 from cytosyn_aug.checkpoint import ModelParts, load_model, save_model
 from cytosyn_aug.transformer import SiT
+from training.model_card import CardSources, write_model_card
 
 
 def export(
     folder: Path,
     parts: ModelParts,
+    card: CardSources,
     dtype: torch.dtype = torch.float16,
 ) -> str:
-    """Write a model folder without the training-only projector and return its digest.
+    """Write a model folder without the training-only projector, with its card; return its digest.
 
     Args:
         folder: Where to.
         parts: Trained networks; the digest in it is ignored.
+        card: What the model card is written from.
         dtype: Stored floating type.
 
     Raises:
+        ValueError: An evaluation is of another model; the weights are written, the card is not.
         RuntimeError: What was reopened differs from what was written.
     """
     trimmed = SiT(**(_settings(parts.transformer) | {"z_dims": ()}))
@@ -35,6 +39,7 @@ def export(
     for name, old, new in zip(parts._fields, parts, reopened, strict=True):
         if isinstance(old, nn.Module):
             _compare(name, old, new, dtype)
+    write_model_card(folder, reopened, card)
     return reopened.digest
 
 

@@ -20,7 +20,8 @@ python -m training tile --slides "$slides" --manifest "$manifest" --recipe xl \
     --workers "$cores" --out "$out/tiles"
 stage repae --vae "$sd_vae" --encoder "$h0_mini"
 parts=(--vae "$out/repae" --encoder "$h0_mini")
-stage distil "${parts[@]}" --teacher "$out/repae"
+stage latents "${parts[@]}"
+stage distil "${parts[@]}" --latents "$out/latents" --teacher "$out/repae"
 stage decoder --vae "$out/repae"
 python -m training export --recipe xl "${parts[@]}" --sit "$out/repae" --student "$out/distil" \
     --decoder "$out/decoder" --out "$out/model"

@@ -1,35 +1,19 @@
-"""Views of tiles, encoded once: what the transformer's stages train on instead of pixels.
-
-Views (turned, mirrored, half of them restained) go through the frozen VAE and encoder before the
-first step and stay beside the run, in chunks, so that an interrupted encoding resumes. Moments are
-kept rather than latents: every step draws its own latents from the posterior.
-"""
+"""Between pixels and latents: the frozen networks, and what is measured of what they give."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cytosyn_aug.encoder import TileEncoder
 from cytosyn_aug.images import images_to_pixels, pixels_to_images
 from cytosyn_aug.sampling import adams_bashforth2, polynomial_grid
 from cytosyn_aug.transformer import SiT
-from training.data import (
-    Batches,
-    TileSet,
-    crop_and_turn,
-    draw_views,
-    restain,
-    stain_maps,
-    step_generator,
-)
 
 Views = dict[str, Tensor]
 _CHUNK = 64
@@ -106,48 +90,6 @@ def align_grid(patches: Tensor, side: int = 14) -> Tensor:
     return grid.flatten(2).transpose(1, 2)
 
 
-def encode_views(
-    space: LatentSpace,
-    tiles: TileSet,
-    num_views: int,
-    cache: Path,
-    *,
-    stain_jitter: float,
-    seed: int,
-    with_patches: bool = True,
-) -> Views:
-    """Encode augmented views of the training tiles, or read the chunks that are done.
-
-    Args:
-        space: See `LatentSpace`.
-        tiles: What the views are of, in the order of `training.data.Batches`.
-        num_views: Views to encode.
-        cache: Folder of the chunks.
-        stain_jitter: See `training.data.stain_maps`; half of the views are restained.
-        seed: Of the views; a cache belongs to one seed and jitter.
-        with_patches: See `LatentSpace.encode`.
-
-    Returns:
-        See `LatentSpace.encode`.
-    """
-    cache.mkdir(parents=True, exist_ok=True)
-    chunks = []
-    size = min(_CHUNK, num_views, len(tiles))
-    for k in range(-(-num_views // size)):
-        file = cache / f"{k:05d}.safetensors"
-        if not file.exists():
-            index = Batches(len(tiles), size, seed).index(k)
-            draw = step_generator(seed, k, stream=2)
-            side = tiles.images.shape[-1]
-            images = crop_and_turn(tiles.images[index], draw_views(size, side, side, draw), side)
-            images = restain(images, stain_maps(len(index), draw, share=0.5, jitter=stain_jitter))
-            temporary = file.with_suffix(".tmp")
-            save_file(space.encode(images, with_patches), temporary)
-            temporary.replace(file)
-        chunks.append(load_file(file))
-    return {key: torch.cat([c[key] for c in chunks])[:num_views] for key in chunks[0]}
-
-
 def stratified(num: int, generator: torch.Generator) -> Tensor:
     """Draw uniform numbers [num] in [0, 1), one in each of `num` equal parts, in random order.
 
@@ -162,20 +104,33 @@ def mean_token(patches: Tensor) -> Tensor:
     Alignment is to what distinguishes a token: all tokens share so large a part that the cosine
     to the tokens themselves is 0.97 for a transformer that knows nothing (LOG.md, 2026-11-24).
     """
-    total = torch.stack([part.double().sum((0, 1)) for part in patches.split(_CHUNK)]).sum(0)
-    return (total / (patches.shape[0] * patches.shape[1])).float()
+    return (token_sum(patches) / (patches.shape[0] * patches.shape[1])).float()
 
 
-def set_latent_statistics(network: SiT, views: Views) -> None:
-    """Set the whitening buffers: mean and total variance (within and between) per channel."""
-    mean = views["mean"].double().transpose(0, 1).flatten(1)
-    within = views["std"].double().square().transpose(0, 1).flatten(1).mean(1)
+def token_sum(patches: Tensor) -> Tensor:
+    """Return the sum of all tokens [N, P, D], float64 [D], without a copy of all in float64."""
+    return torch.stack([part.double().sum((0, 1)) for part in patches.split(_CHUNK)]).sum(0)
+
+
+def channel_sums(views: Views) -> Tensor:
+    """Return the sums over views and pixels of latents and of their squares, float64 [2, C].
+
+    Of latents drawn from posteriors `mean` and `std` [N, C, h, w], in expectation.
+    """
+    mean, std = (views[k].double().transpose(0, 1).flatten(1) for k in ("mean", "std"))
+    return torch.stack([mean.sum(1), (mean.square() + std.square()).sum(1)])
+
+
+def set_latent_statistics(network: SiT, mean: Tensor, variance: Tensor) -> None:
+    """Set the whitening buffers to the mean and total variance [C] of latents by channel."""
     assert network.bn.running_mean is not None
     assert network.bn.running_var is not None
-    network.bn.running_mean.copy_(mean.mean(1))
-    network.bn.running_var.copy_(mean.var(1) + within)
+    network.bn.running_mean.copy_(mean)
+    network.bn.running_var.copy_(variance)
 
 
-def evenly_spaced(images: Tensor, num: int) -> Tensor:
-    """Return about `num` of the images, spread evenly over them."""
-    return images[:: max(1, len(images) // num)]
+def measure_latents(views: Views) -> tuple[Tensor, Tensor]:
+    """Return mean and total variance (within and between posteriors) by channel, float64 [C]."""
+    count = views["mean"].numel() / views["mean"].shape[1]
+    mean, square = channel_sums(views) / count
+    return mean, square - mean.square()

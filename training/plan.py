@@ -7,22 +7,26 @@ Activations are not in it: they depend on the batch, and num_micro_batches bound
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cytosyn_aug.checkpoint import ModelParts
 from cytosyn_aug.encoder import TileEncoder
 from cytosyn_aug.transformer import SiT
+from training.card import NUM_SOURCES, NUM_VARIATIONS
 from training.decoder import DecoderRecipe, build_decoder
 from training.discriminator import PatchDiscriminator
 from training.distil import DistilRecipe, build_student
 from training.encoder import EncoderRecipe, build_encoder
+from training.evaluate import Evaluation
 from training.perception import PerceptualNetwork
 from training.repae import RepaeRecipe
 from training.sit import SitRecipe, build_transformer
-from training.stages import Recipe, find_recipe
+from training.stages import Recipe, find_latents_recipe, find_recipe
 from training.vae import VaeRecipe, build_vae
 
 # Passes of a step in units of a forward pass: a backward pass costs one for the inputs' gradient
@@ -98,6 +102,52 @@ def plan(name: str, stage: str) -> Plan:
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentsPlan:
+    """What a latents stage costs.
+
+    Attributes:
+        num_views: Views that are encoded.
+        num_bytes: Of all shards.
+        flop_per_view: Of both encoders.
+    """
+
+    num_views: int
+    num_bytes: int
+    flop_per_view: float
+
+    def text(self) -> str:
+        """Return the plan as lines for a terminal."""
+        total = self.flop_per_view * self.num_views
+        hours = total / (_H100_FLOPS * _SHARE) / 3600
+        return (
+            f"views        {self.num_views:,} of {self.num_bytes / self.num_views:,.0f} bytes\n"
+            f"disk         {self.num_bytes / 1e9:,.2f} GB\n"
+            f"compute      {self.flop_per_view / 1e9:.1f} GFLOP a view: {hours:,.1f} H100-hours at "
+            f"{_SHARE:.0%} of {_H100_FLOPS / 1e12:.0f} TFLOP/s"
+        )
+
+
+def plan_latents(name: str) -> LatentsPlan:
+    """Return what the latents stage of a recipe costs.
+
+    Raises:
+        ValueError: There is no such recipe, or none of a network it needs.
+    """
+    recipe, vae_recipe = find_latents_recipe(name), find_recipe(name, "vae")
+    assert isinstance(vae_recipe, VaeRecipe)
+    with torch.device("meta"):
+        vae, (encoder, width) = build_vae(vae_recipe), _tile_encoder(name)
+        tile = torch.zeros(1, 3, 224, 224)
+        flop = _encode(vae, tile) + count_flop(encoder.vit, tile)
+    num_numbers = 2 * 4 * 28 * 28 + width * (1 + 196 * recipe.has_patches)
+    return LatentsPlan(
+        num_views=recipe.num_views,
+        num_bytes=2 * num_numbers * recipe.num_views,
+        flop_per_view=flop,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Use:
     """A network of a step, whether it is trained, and the FLOP a sample spends in it."""
@@ -113,7 +163,7 @@ def _uses(recipe: Recipe, name: str) -> list[_Use]:
         encoder = build_encoder(recipe)
         tile = torch.zeros(1, 3, 224, 224)
         return [
-            _Use("encoder", encoder, True, _TRAINED * _flop(encoder.vit, tile)),
+            _Use("encoder", encoder, True, _TRAINED * count_flop(encoder.vit, tile)),
         ]
     if isinstance(recipe, VaeRecipe):
         crop = torch.zeros(1, 3, recipe.crop_px, recipe.crop_px)
@@ -121,7 +171,7 @@ def _uses(recipe: Recipe, name: str) -> list[_Use]:
         perceived = _PASSED_ON + _FROZEN
         return [
             _Use("vae", vae, True, _TRAINED * (_encode(vae, crop) + _decode(vae, crop))),
-            _Use("vgg", vgg, False, perceived * recipe.perceptual_share * _flop(vgg, crop)),
+            _Use("vgg", vgg, False, perceived * recipe.perceptual_share * count_flop(vgg, crop)),
         ]
     vae_recipe = find_recipe(name, "vae")
     assert isinstance(vae_recipe, VaeRecipe)
@@ -131,16 +181,16 @@ def _uses(recipe: Recipe, name: str) -> list[_Use]:
         small, vgg = build_decoder(recipe, 4), _vgg()
         latents = torch.zeros(1, 4, recipe.crop_px // 8, recipe.crop_px // 8)
         return [
-            _Use("decoder", small, True, _TRAINED * _flop(small, latents)),
+            _Use("decoder", small, True, _TRAINED * count_flop(small, latents)),
             _Use("vae", vae, False, _encode(vae, crop) + _decode(vae, crop)),
-            _Use("vgg", vgg, False, (_PASSED_ON + _FROZEN) * _flop(vgg, crop)),
+            _Use("vgg", vgg, False, (_PASSED_ON + _FROZEN) * count_flop(vgg, crop)),
         ]
     encoder, width = _tile_encoder(name)
     sit_recipe = find_recipe(name, "sit")
     assert isinstance(sit_recipe, SitRecipe)
     transformer = build_transformer(sit_recipe, width)
     one = (torch.zeros(1, 4, 28, 28), torch.zeros(1), torch.zeros(1, width))
-    forward = _flop(transformer, *one)
+    forward = count_flop(transformer, *one)
     if isinstance(recipe, SitRecipe):  # its views are encoded once, before the run
         return [_Use("transformer", transformer, True, _TRAINED * forward)]
     if isinstance(recipe, DistilRecipe):
@@ -164,9 +214,9 @@ def _uses_end_to_end(
     return [
         _Use("vae", vae, True, _TRAINED * (_encode(vae, tile) + _decode(vae, window))),
         _Use("transformer", transformer, True, (_TRAINED + _PASSED_ON * aligned) * flow),
-        _Use("judge", judge, True, (2 * _TRAINED + _PASSED_ON) * _flop(judge, window)),
-        _Use("encoder", encoder, False, _FROZEN * _flop(encoder.vit, tile)),
-        _Use("vgg", vgg, False, (_PASSED_ON + _FROZEN) * _flop(vgg, window)),
+        _Use("judge", judge, True, (2 * _TRAINED + _PASSED_ON) * count_flop(judge, window)),
+        _Use("encoder", encoder, False, _FROZEN * count_flop(encoder.vit, tile)),
+        _Use("vgg", vgg, False, (_PASSED_ON + _FROZEN) * count_flop(vgg, window)),
     ]
 
 
@@ -187,16 +237,64 @@ def _vgg() -> PerceptualNetwork:
 
 
 def _encode(vae: nn.Module, pixels: Tensor) -> float:
-    return _flop(vae.encoder, pixels)  # type: ignore[arg-type]
+    return count_flop(vae.encoder, pixels)  # type: ignore[arg-type]
 
 
 def _decode(vae: nn.Module, pixels: Tensor) -> float:
     side = pixels.shape[-1] // 8
-    return _flop(vae.decoder, torch.zeros(1, 4, side, side))  # type: ignore[arg-type]
+    latents = torch.zeros(1, 4, side, side, device=pixels.device)
+    return count_flop(vae.decoder, latents)  # type: ignore[arg-type]
+
+
+def plan_evaluation(parts: ModelParts, config: Evaluation, num_held_out: int) -> str:
+    """Return what an evaluation makes and costs, as lines for a terminal; judging is not in it.
+
+    Args:
+        parts: The model's.
+        config: What is asked for.
+        num_held_out: Tiles of held-out slides that there are.
+    """
+    num_real = min(num_held_out, config.num_tiles or num_held_out) * (2 if config.extractors else 1)
+    num_varied = NUM_SOURCES * NUM_VARIATIONS
+    passes = config.num_forwards * (2 if config.guidance_scale != 1 else 1)
+    costs = tile_flop(parts)
+    drawn = passes * costs["forward"] + costs["decode"]
+    real = costs["encode"] + costs["decode"] + costs.get("features", 0.0)
+    total = num_real * real + (num_real + num_varied) * drawn
+    return (
+        f"real tiles   {num_real:,}, each with a round trip\n"
+        f"generated    {num_real + num_varied:,} in {passes} passes of the transformer\n"
+        f"compute      {total / 1e12:,.1f} TFLOP, without the networks that judge"
+    )
+
+
+def tile_flop(parts: ModelParts) -> dict[str, float]:
+    """Return what one tile costs in each part of a model, FLOP, 2 a multiply-add.
+
+    Returns:
+        `encode`, `decode`, `forward` of the transformer and, where there are such parts,
+        `features` of the encoder and `small_decode`.
+    """
+    size, config = parts.tile.size_px, parts.transformer.config
+    vae, transformer = (copy.deepcopy(p).to("meta") for p in (parts.vae, parts.transformer))
+    with torch.device("meta"):  # counters miss attention elsewhere
+        pixels = torch.zeros(1, 3, size, size)
+        latents = torch.zeros(1, config["in_channels"], size // 8, size // 8)
+        time, condition = torch.zeros(1), torch.zeros(1, config["conditioning_dim"])
+    found = {
+        "encode": _encode(vae, pixels),
+        "decode": _decode(vae, pixels),
+        "forward": count_flop(transformer, latents, time, condition),
+    }
+    if parts.encoder is not None:
+        found["features"] = count_flop(copy.deepcopy(parts.encoder.vit).to("meta"), pixels)
+    if parts.decoder is not None:
+        found["small_decode"] = count_flop(copy.deepcopy(parts.decoder).to("meta"), latents)
+    return found
 
 
 @torch.no_grad()
-def _flop(network: nn.Module, *inputs: Tensor) -> float:
+def count_flop(network: nn.Module, *inputs: Tensor) -> float:
     """Return the FLOP of a forward pass of one sample, 2 a multiply-add."""
     with FlopCounterMode(display=False) as counter:
         network(*inputs)

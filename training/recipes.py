@@ -12,6 +12,7 @@ from training.loop import LoopConfig
 from training.repae import RepaeRecipe
 from training.sit import SitRecipe
 from training.vae import VaeRecipe
+from training.views import LatentsRecipe
 
 
 def tiny_tile() -> TileRecipe:
@@ -115,6 +116,28 @@ def tiny_encoder() -> EncoderRecipe:
     )
 
 
+def tiny_latents() -> LatentsRecipe:
+    """Return what the transformers of `tiny` train on: every tile one and a half times, 1.1 GB."""
+    return LatentsRecipe(
+        num_views=12_032, shard_size=64, has_patches=True, stain_jitter=1.0, seed=3
+    )
+
+
+def xl_latents() -> LatentsRecipe:
+    """Return what a student of CytoSyn is distilled on: moments and features of every tile.
+
+    Without patch tokens, which only `sit` needs, and which would be 12 TB instead of 0.6.
+    """
+    return LatentsRecipe(
+        num_views=40_000_000, shard_size=4096, has_patches=False, stain_jitter=0.0, seed=0
+    )
+
+
+def smoke_latents() -> LatentsRecipe:
+    """Return a handful of views, in two shards."""
+    return replace(tiny_latents(), num_views=5, shard_size=4)
+
+
 def tiny_sit() -> SitRecipe:
     """Return the transformer of `tiny`: SiT of width 192 and depth 7, 1.4 GFLOP a forward.
 
@@ -136,8 +159,6 @@ def tiny_sit() -> SitRecipe:
         encoder_depth=3,
         projector_dim=512,
         batch_size=32,
-        num_views=12_032,
-        stain_jitter=1.0,
         condition_dropout=0.1,
         alignment_weight=0.5,
         seed=3,
@@ -169,8 +190,6 @@ def tiny_distil() -> DistilRecipe:
         time_locations=(0.4, -1.2),
         time_scale=1.0,
         batch_size=32,
-        num_views=4096,
-        stain_jitter=1.0,
         condition_dropout=0.1,
         seed=7,
     )
@@ -196,7 +215,6 @@ def xl_distil() -> DistilRecipe:
         ),
         decoupled_depth=20,
         batch_size=256,
-        num_views=1_000_000,
     )
 
 
@@ -269,11 +287,11 @@ def tiny_repae() -> RepaeRecipe:
     """
     return RepaeRecipe(
         loop=LoopConfig(
-            num_steps=2000,
+            num_steps=1000,
             learning_rate=5e-4,
             muon_rate=0.004,
-            warmup_steps=100,
-            cooldown_steps=1500,
+            warmup_steps=50,
+            cooldown_steps=850,
             ema_decay=0.995,
             report_every_steps=250,
         ),
@@ -283,8 +301,8 @@ def tiny_repae() -> RepaeRecipe:
         perceptual_stages=4,
         texture_weight=0.1,
         kl_weight=1e-6,
-        adversarial_weight=0.01,
-        adversarial_from=300,
+        adversarial_weight=0.002,
+        adversarial_from=100,
         judge_width=32,
         vae_alignment_weight=0.1,
         alignment_weight=0.5,
@@ -357,7 +375,10 @@ def xl_repae() -> RepaeRecipe:
 
 
 def xl_sit() -> SitRecipe:
-    """Return SiT-XL/2 on latents of a frozen autoencoder, as REPA-E's second stage trains it."""
+    """Return SiT-XL/2 on latents of a frozen autoencoder, as REPA-E's second stage trains it.
+
+    It aligns to patch tokens: set has_patches in `xl_latents` first, and have 13 TB of disk.
+    """
     return SitRecipe(
         loop=replace(xl_repae().loop, num_steps=4_000_000),
         hidden_size=1152,
@@ -366,8 +387,6 @@ def xl_sit() -> SitRecipe:
         encoder_depth=8,
         projector_dim=2048,
         batch_size=256,
-        num_views=40_000_000,
-        stain_jitter=0.0,
         condition_dropout=0.1,
         alignment_weight=0.5,
         seed=0,
@@ -439,7 +458,6 @@ def smoke_sit() -> SitRecipe:
         encoder_depth=1,
         projector_dim=16,
         batch_size=2,
-        num_views=4,
     )
 
 
@@ -450,5 +468,4 @@ def smoke_distil() -> DistilRecipe:
         loop=LoopConfig(num_steps=2, learning_rate=1e-3, report_every_steps=2),
         decoupled_depth=1,
         batch_size=4,
-        num_views=4,
     )

@@ -156,7 +156,8 @@ class RepaeStage:
         images = crop_and_turn(images, draws.views, images.shape[-1])
         batch = self._batch(restain(images, draws.maps).to(self.device))
         draws = _Draws(*(x.to(self.device) for x in draws))
-        found = self.compute(batch, draws)
+        found, moments = self.compute(batch, draws)
+        move_statistics(self.transformer.bn, moments)
         return {"loss": self._weigh(found, step)} | found
 
     def _draws(self, draw: torch.Generator) -> _Draws:
@@ -181,17 +182,20 @@ class RepaeStage:
         patches = align_grid(features.patches, self.transformer.grid_size)
         return _Batch(pixels, features.cls.float(), patches - self.usual_patch)
 
-    def _compute(self, batch: _Batch, draws: _Draws) -> dict[str, Tensor]:
+    def _compute(self, batch: _Batch, draws: _Draws) -> tuple[dict[str, Tensor], Tensor]:
+        """Return all losses, and the moments of the latents in the batch."""
         with torch.autocast(self.device.type, torch.bfloat16):
             posterior = self.vae.encode(batch.pixels).latent_dist  # type: ignore[union-attr]
         mean, std = posterior.mean.float(), posterior.std.float()
         latents = mean + std * draws.posterior
-        return (
+        moments = batch_moments(latents)
+        found = (
             {"kl": kl_to_standard_normal(mean, std)}
             | self._reconstruction(latents, batch, draws)
             | self._alignment_of_latents(latents, batch, draws)
-            | self._flow(latents.detach(), batch, draws)
+            | self._flow(latents.detach(), moments, batch, draws)
         )
+        return found, moments
 
     def _reconstruction(self, latents: Tensor, batch: _Batch, draws: _Draws) -> dict[str, Tensor]:
         """Return losses of a decoded window: the autoencoder's, and the judge's own."""
@@ -227,10 +231,12 @@ class RepaeStage:
             projected = transformer.projectors[0](tokens)
         return {"vae_alignment": alignment(projected, batch.patches)}
 
-    def _flow(self, latents: Tensor, batch: _Batch, draws: _Draws) -> dict[str, Tensor]:
+    def _flow(
+        self, latents: Tensor, moments: Tensor, batch: _Batch, draws: _Draws
+    ) -> dict[str, Tensor]:
         """Return velocity and alignment as the transformer's losses."""
         transformer = self.transformer
-        x = whiten_batch(transformer.bn, latents)
+        x = whiten_batch(latents, moments, transformer.bn.eps)
         x_t = interpolate(x, draws.eps, _as_images(draws.t))
         with torch.autocast(self.device.type, torch.bfloat16):
             condition = batch.cls * draws.keep[:, None]
@@ -299,30 +305,46 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def whiten_batch(norm: nn.BatchNorm2d, latents: Tensor) -> Tensor:
-    """Whiten latents by the statistics of the batch over all processes; move the running ones.
-
-    A batch that is not finite moves nothing.
+def batch_moments(latents: Tensor) -> Tensor:
+    """Return mean and variance of each channel over the batches of all processes, float64 [2, C].
 
     Args:
-        norm: Holds the running statistics, their momentum and eps.
-        latents: float32 [B, C, h, w], no gradient.
+        latents: [B, C, h, w].
+    """
+    x = latents.double()
+    axes = (0, 2, 3)
+    mean, square = mean_over_processes(torch.stack([x.mean(axes), x.square().mean(axes)]))
+    return torch.stack([mean, square - mean.square()])
+
+
+def whiten_batch(latents: Tensor, moments: Tensor, eps: float) -> Tensor:
+    """Return latents [B, C, h, w] whitened by the moments of their batch.
 
     Source: Ioffe and Szegedy (2015), algorithm 1; torch's BatchNorm2d in training mode, which
     cannot be shared by processes on a CPU.
     """
+    mean, scale = moments[0], (moments[1] + eps).rsqrt()
+    return ((latents - mean[:, None, None]) * scale[:, None, None]).to(latents.dtype)
+
+
+@torch.no_grad()
+def move_statistics(norm: nn.BatchNorm2d, moments: Tensor) -> None:
+    """Move the running statistics towards those of a batch, unless these are not finite.
+
+    The buffers are replaced, not written to: the backward pass still needs the old ones.
+
+    Args:
+        norm: Holds the running statistics and their momentum.
+        moments: See `batch_moments`.
+    """
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    axes = (0, 2, 3)
-    moments = torch.stack([latents.double().mean(axes), latents.double().square().mean(axes)])
-    mean, square = mean_over_processes(moments)
-    variance = square - mean.square()
     is_finite = moments.isfinite().all()
-    for running, value in ((norm.running_mean, mean), (norm.running_var, variance)):
-        moved = running.lerp(value.to(running), norm.momentum or 0.1)
-        running.copy_(torch.where(is_finite, moved, running))
-    scale = (variance + norm.eps).rsqrt()
-    return ((latents - mean[:, None, None]) * scale[:, None, None]).to(latents.dtype)
+    mean, variance = (
+        torch.where(is_finite, old.lerp(new.to(old), norm.momentum or 0.1), old)
+        for old, new in zip((norm.running_mean, norm.running_var), moments, strict=True)
+    )
+    norm.running_mean, norm.running_var = mean, variance
 
 
 def _windows(images: Tensor, corners: Tensor, side: int) -> Tensor:

@@ -91,7 +91,7 @@ def report_markdown(content: Mapping[str, object], judgements: Sequence[Judgemen
         lines += _section(judgement, f"the model {seen} the latter's tiles")
     flat = {k: v for k, v in content.items() if isinstance(v, float)}
     lines += ["## Numbers of the model card", ""]
-    lines += _table(("what", "value"), ([k, _number(v)] for k, v in flat.items()))
+    lines += markdown_table(("what", "value"), ([k, number_text(v)] for k, v in flat.items()))
     return "\n".join(lines) + "\n"
 
 
@@ -173,21 +173,21 @@ def _section(judgement: Judgement, seen: str) -> list[str]:
         "",
         "Against real tiles of held-out slides, then real against real:",
         "",
-        *_score_table(judgement),
+        *_scoremarkdown_table(judgement),
         "Nearness to training tiles, and feature likelihood divergence:",
         "",
-        *_nearness_table(judgement),
+        *_nearnessmarkdown_table(judgement),
         f"![nearest](nearest_{name}.png)",
         "",
         "*Generated tiles that come nearest to training tiles, over those tiles.*",
         "",
         f"Held-out slides against slides that were trained on; {seen}:",
         "",
-        *_gap_table(judgement),
+        *_gapmarkdown_table(judgement),
     ]
 
 
-def _score_table(judgement: Judgement) -> list[str]:
+def _scoremarkdown_table(judgement: Judgement) -> list[str]:
     columns = {
         "against": "num_real",
         "Frechet": "frechet",
@@ -202,39 +202,44 @@ def _score_table(judgement: Judgement) -> list[str]:
     }
     rows = judgement.scores | judgement.floors
     cells = (
-        [f"{name} ({scores.num_fake})", *(_number(getattr(scores, c)) for c in columns.values())]
+        [
+            f"{name} ({scores.num_fake})",
+            *(number_text(getattr(scores, c)) for c in columns.values()),
+        ]
         for name, scores in rows.items()
     )
-    return _table(("tiles", *columns), cells)
+    return markdown_table(("tiles", *columns), cells)
 
 
-def _nearness_table(judgement: Judgement) -> list[str]:
+def _nearnessmarkdown_table(judgement: Judgement) -> list[str]:
     titles = ("tiles", "distance", "held-out real", "ratio", "closer", "FLD", "FLD gap")
     cells = (
-        [name, *map(_number, (*near, *judgement.likelihood[name]))]
+        [name, *map(number_text, (*near, *judgement.likelihood[name]))]
         for name, near in judgement.nearness.items()
     )
-    return _table(titles, cells)
+    return markdown_table(titles, cells)
 
 
-def _gap_table(judgement: Judgement) -> list[str]:
+def _gapmarkdown_table(judgement: Judgement) -> list[str]:
     sets = (GENERATED, ROUND_TRIPS)
     parts = ("held out", "trained on", "gap")
     titles = ("metric", *(f"{name}, {part}" for name in sets for part in parts))
     tables = [gap_rows(*judgement.gap[name]) for name in sets]
     cells = (
-        [metric, *(_number(value) for table in tables for value in table[metric])]
+        [metric, *(number_text(value) for table in tables for value in table[metric])]
         for metric in tables[0]
     )
-    return _table(titles, cells)
+    return markdown_table(titles, cells)
 
 
-def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table, and an empty one."""
     ruled = [titles, ["---"] * len(titles), *rows]
     return ["| " + " | ".join(row) + " |" for row in ruled] + [""]
 
 
-def _number(value: object) -> str:
+def number_text(value: object) -> str:
+    """Return a number for a reader, four digits of a float; "-" for None."""
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,6 +1,6 @@
 """The transformer stage: velocity loss on cached latents, with alignment to encoder tokens.
 
-What it trains on is in `training.latents`; every step draws latents, times and noise.
+What it trains on is in `training.views`; every step draws latents, times and noise.
 
 Source: Ma et al. (2024), SiT; Yu et al. (2025), REPA (alignment weight 0.5, cosine).
 """
@@ -12,24 +12,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
-from cytosyn_aug.encoder import TileEncoder
 from cytosyn_aug.flow import interpolate, velocity_target
 from cytosyn_aug.transformer import SiT
-from training.data import Batches, TileSet, step_generator
-from training.latents import (
-    LatentSpace,
-    encode_views,
-    evenly_spaced,
-    mean_token,
-    set_latent_statistics,
-    stratified,
-)
+from training.data import Batches, Tiles, spread_evenly, step_generator
+from training.latents import LatentSpace, set_latent_statistics, stratified
 from training.loop import LoopConfig
 from training.losses import alignment, velocity_error
 from training.sheets import write_comparison
+from training.views import StoredViews
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,10 +29,8 @@ class SitRecipe:
     """A transformer run: shape, views, losses, the loop.
 
     Attributes:
-        num_views: Augmented views that are encoded, once.
         condition_dropout: Probability that a sample trains under the null condition.
         alignment_weight: Weight of the alignment loss.
-        stain_jitter: See `training.data.stain_maps`.
     """
 
     loop: LoopConfig
@@ -50,8 +40,6 @@ class SitRecipe:
     encoder_depth: int
     projector_dim: int
     batch_size: int
-    num_views: int
-    stain_jitter: float
     condition_dropout: float
     alignment_weight: float
     seed: int
@@ -86,42 +74,36 @@ class SitStage:
     def __init__(
         self,
         recipe: SitRecipe,
-        tiles: TileSet,
-        validation: TileSet,
-        vae: AutoencoderKL,
-        encoder: TileEncoder,
-        device: torch.device,
-        cache: Path,
+        views: StoredViews,
+        validation: Tiles,
+        space: LatentSpace,
         compiles: bool = False,
     ) -> None:
-        self.recipe, self.device = recipe, device
-        self.space = LatentSpace(vae.to(device).eval(), encoder.to(device).eval())
-        self.views = encode_views(
-            self.space,
-            tiles,
-            recipe.num_views,
-            cache,
-            stain_jitter=recipe.stain_jitter,
-            seed=recipe.seed,
-        )
-        self.usual_patch = mean_token(self.views["patches"]).to(device)
-        self.batches = Batches(len(self.views["cls"]), recipe.batch_size, recipe.seed)
-        self.shown = evenly_spaced(validation.images, 16)[:16]
-        self.held_out = self.space.encode(evenly_spaced(validation.images, 160))
-        network = build_transformer(recipe, encoder.config["embed_dim"])
-        set_latent_statistics(network, self.views)
-        self.network = network.to(device)
+        if views.mean_patch is None:
+            raise ValueError(
+                f"{views.folder} holds no patch tokens to align to; run the latents stage with a "
+                "recipe that has_patches"
+            )
+        self.recipe, self.views, self.space, self.device = recipe, views, space, space.device
+        self.usual_patch = views.mean_patch.to(self.device)
+        self.batches = Batches(len(views), recipe.batch_size, recipe.seed)
+        self.shown = spread_evenly(validation, 16)
+        self.held_out = space.encode(spread_evenly(validation, 160))
+        network = build_transformer(recipe, space.encoder.config["embed_dim"])
+        set_latent_statistics(network, views.latent_mean, views.latent_variance)
+        self.network = network.to(self.device)
         self.compute = torch.compile(self._compute) if compiles else self._compute
 
     def losses(self, step: int, rows: slice) -> dict[str, Tensor]:
         """Return velocity and alignment losses of views."""
         index = self.batches.index(step)
         draws = self._draws(len(index), step_generator(self.recipe.seed, step))
-        batch = {k: v[index[rows]].to(self.device).float() for k, v in self.views.items()}
+        taken = self.views.take(index[rows])
+        batch = {k: v.to(self.device).float() for k, v in taken.items()}
         return self.compute(self.network, batch, _Draws(*(x[rows] for x in draws)))
 
     def _draws(self, num: int, draw: torch.Generator) -> _Draws:
-        shape = (num, *self.views["mean"].shape[1:])
+        shape = (num, *self.held_out["mean"].shape[1:])
         posterior = torch.randn(shape, generator=draw)
         eps = torch.randn(shape, generator=draw)
         t = stratified(num, draw)

@@ -15,10 +15,12 @@ run tile --slides "$out/slides" --slides-csv "$out/slides/slides.csv" --recipe s
 stage vae
 stage encoder
 parts=(--vae "$out/vae" --encoder "$out/encoder")
-stage sit "${parts[@]}"
+stage latents "${parts[@]}"
+stage sit "${parts[@]}" --latents "$out/latents"
 stage repae "${parts[@]}" --sit "$out/sit"
 parts=(--vae "$out/repae" --encoder "$out/encoder")
-stage distil "${parts[@]}" --teacher "$out/repae"
+run latents --recipe smoke --data "$out/tiles" --out "$out/final_latents" "${parts[@]}"
+stage distil "${parts[@]}" --latents "$out/final_latents" --teacher "$out/repae"
 stage decoder --vae "$out/repae"
 run export --recipe smoke "${parts[@]}" --sit "$out/repae" --student "$out/distil" \
     --decoder "$out/decoder" --out "$out/model"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,24 +15,26 @@ from cytosyn_aug.drafts import load_strictly
 from cytosyn_aug.encoder import StainProbe, TileEncoder
 from cytosyn_aug.transformer import SiT
 from training import recipes
-from training.data import Tiles, load_tiles, open_tiles, spread_evenly
+from training.data import Tiles, identify, load_tiles, open_tiles, spread_evenly
 from training.decoder import DecoderRecipe, DecoderStage, build_decoder
 from training.distil import DistilRecipe, DistilStage, build_student
 from training.encoder import EncoderRecipe, EncoderStage, build_encoder
-from training.latents import LatentSpace, set_latent_statistics
+from training.latents import LatentSpace, measure_latents, set_latent_statistics
 from training.loop import Stage
 from training.repae import RepaeRecipe, RepaeStage
 from training.sit import SitRecipe, SitStage, build_transformer
 from training.vae import VaeRecipe, VaeStage, build_vae
+from training.views import LatentsRecipe, StoredViews, write_views
 from training.weights import load_stage, mean_weights, stage_weights
 
 Recipe = VaeRecipe | EncoderRecipe | SitRecipe | RepaeRecipe | DistilRecipe | DecoderRecipe
 TRAINED = ("vae", "encoder", "sit", "repae", "distil", "decoder")
 # What a stage cannot do without, besides data.
 NEEDS = {
-    "sit": ("vae", "encoder"),
+    "latents": ("vae", "encoder"),
+    "sit": ("vae", "encoder", "latents"),
     "repae": ("vae", "encoder"),
-    "distil": ("vae", "encoder", "teacher"),
+    "distil": ("vae", "encoder", "latents", "teacher"),
     "decoder": ("vae",),
     "export": ("vae", "encoder", "sit"),
 }
@@ -45,6 +48,7 @@ class Sources:
         recipe: Name before the underscore in `training.recipes`; runs are shaped by it.
         vae: Autoencoders, whose weights are averaged.
         encoder: Also a folder or safetensors file of H0-mini under timm's names.
+        latents: What the latents stage wrote.
         sit: Transformer.
         teacher: Transformer that is distilled.
         student: Few-step transformer.
@@ -54,6 +58,7 @@ class Sources:
     recipe: str
     vae: tuple[Path, ...] = ()
     encoder: Path | None = None
+    latents: Path | None = None
     sit: Path | None = None
     teacher: Path | None = None
     student: Path | None = None
@@ -63,18 +68,41 @@ class Sources:
         """Return the names of what a stage needs and was not given."""
         return [name for name in NEEDS.get(stage, ()) if not getattr(self, name)]
 
+    def runs(self) -> dict[str, Path]:
+        """Return the run folders among them, by the stage they are of, in the order of training."""
+        autoencoders = {
+            "vae" if k == 0 else f"vae {k + 1}": folder for k, folder in enumerate(self.vae)
+        }
+        others = {
+            "encoder": self.encoder,
+            "sit": self.sit,
+            "distil": self.student,
+            "decoder": self.decoder,
+        }
+        found: dict[str, Path] = {}
+        for name, folder in (autoencoders | others).items():
+            if folder is not None and _is_run(folder) and folder not in found.values():
+                found[name] = folder
+        return found
+
 
 def find_recipe(name: str, stage: str) -> Recipe:
-    """Return the recipe of a stage.
+    """Return the recipe of a trained stage.
 
     Raises:
         ValueError: There is none of that name.
     """
+    recipe = _recipe_function(name, stage)()
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def _recipe_function(name: str, stage: str) -> Callable[[], object]:
     function = getattr(recipes, f"{name}_{stage}", None)
     if function is None:
         known = sorted(k for k in vars(recipes) if k.endswith(f"_{stage}"))
         raise ValueError(f"no recipe {name}_{stage} in training/recipes.py; there are {known}")
-    return function()  # type: ignore[no-any-return]
+    return function  # type: ignore[no-any-return]
 
 
 def build_stage(
@@ -109,14 +137,35 @@ def build_stage(
         tiles = open_tiles(train)
         networks = (vae, _untaught_transformer(sources, vae, encoder, tiles), encoder)
         return RepaeStage(recipe, tiles, open_tiles(val), *networks, device, compiles)
-    views = run_folder / "views"
-    held, validation = load_tiles(train), load_tiles(val)
-    if isinstance(recipe, SitRecipe):
-        return SitStage(recipe, held, validation, vae, encoder, device, views, compiles)
-    assert sources.teacher is not None
     space = LatentSpace(vae.to(device), encoder.to(device))
+    assert sources.latents is not None
+    views = StoredViews(sources.latents)
+    views.check(space)
+    if isinstance(recipe, SitRecipe):
+        return SitStage(recipe, views, open_tiles(val), space, compiles)
+    assert sources.teacher is not None
     teacher = load_transformer(sources, sources.teacher)
-    return DistilStage(recipe, held, validation, space, teacher, views, compiles)
+    return DistilStage(recipe, views, open_tiles(val), space, teacher, compiles)
+
+
+def write_latents(
+    name: str, data: Path, sources: Sources, folder: Path, device: torch.device
+) -> int:
+    """Run the latents stage; see `training.views.write_views`."""
+    space = LatentSpace(load_vae(sources).to(device), load_tile_encoder(sources).to(device))
+    tiles = open_tiles(data / "train")
+    return write_views(space, tiles, find_latents_recipe(name), folder, identify(data))
+
+
+def find_latents_recipe(name: str) -> LatentsRecipe:
+    """Return the recipe of the latents stage.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    recipe = _recipe_function(name, "latents")()
+    assert isinstance(recipe, LatentsRecipe)
+    return recipe
 
 
 def export_parts(sources: Sources) -> ModelParts:
@@ -213,13 +262,21 @@ def load_transformer(sources: Sources, source: Path) -> SiT:
 def _untaught_transformer(
     sources: Sources, vae: AutoencoderKL, encoder: TileEncoder, tiles: Tiles
 ) -> SiT:
-    """Return a transformer with projector: of a source if given, else with tiles' statistics."""
+    """Return a transformer with projector: of a source if given, else untaught.
+
+    An untaught one begins with the statistics of stored latents, or else of 256 tiles.
+    """
     recipe = find_recipe(sources.recipe, "sit")
     assert isinstance(recipe, SitRecipe)
     transformer = build_transformer(recipe, encoder.config["embed_dim"])
     if sources.sit is None:
-        encoded = LatentSpace(vae, encoder).encode(spread_evenly(tiles, 256))
-        set_latent_statistics(transformer, encoded)
+        if sources.latents is not None:
+            known = StoredViews(sources.latents)
+            known.check(LatentSpace(vae, encoder))
+            moments = (known.latent_mean, known.latent_variance)
+        else:
+            moments = measure_latents(LatentSpace(vae, encoder).encode(spread_evenly(tiles, 256)))
+        set_latent_statistics(transformer, *moments)
         return transformer
     weights = stage_weights(sources.sit, "sit")
     kept = {k: v for k, v in transformer.state_dict().items() if k.startswith("projectors.")}

@@ -12,8 +12,9 @@ from training.data import TileSet
 from training.distil import DistilStage, build_student, guided_velocity
 from training.latents import LatentSpace
 from training.loop import recipe_dict, train
-from training.recipes import smoke_distil, tiny_distil, tiny_sit, xl_distil
+from training.recipes import smoke_distil, smoke_latents, tiny_distil, tiny_sit, xl_distil
 from training.sit import build_transformer
+from training.views import StoredViews, write_views
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +25,14 @@ def tiles():
 
 @pytest.fixture
 def make_stage(tiles, tmp_path):
-    def make(**changes):
+    def make(num_views=4, **changes):
         parts = random_parts()
         space = LatentSpace(parts.vae.eval(), parts.encoder.eval())
+        latents = replace(smoke_latents(), num_views=num_views, has_patches=False)
+        folder = tmp_path / f"latents{num_views}"
+        write_views(space, tiles, latents, folder, data="these tiles")
         recipe = replace(smoke_distil(), **changes)
-        return DistilStage(recipe, tiles, tiles, space, parts.transformer, tmp_path / "views")
+        return DistilStage(recipe, StoredViews(folder), tiles, space, parts.transformer)
 
     return make
 

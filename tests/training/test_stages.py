@@ -13,10 +13,11 @@ from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import pixels_to_images
 from training.__main__ import main
 from training.data import load_tiles
-from training.latents import mean_token
+from training.latents import LatentSpace, mean_token
 from training.losses import alignment
 from training.recipes import smoke_sit
 from training.sit import SitStage
+from training.views import StoredViews
 from training.weights import stage_weights
 
 
@@ -45,6 +46,8 @@ def runs(data, tmp_path_factory):
     run("vae", *smoke, "--out", root / "vae")
     run("encoder", *smoke, "--out", root / "encoder")
     parts = ("--vae", root / "vae", "--encoder", root / "encoder")
+    run("latents", *smoke, "--out", root / "latents", *parts)
+    parts += ("--latents", root / "latents")
     run("sit", *smoke, "--out", root / "sit", *parts)
     run("export", "--recipe", "smoke", "--out", root / "model", "--sit", root / "sit", *parts)
     run("distil", *smoke, "--out", root / "distil", "--teacher", root / "sit", *parts)
@@ -76,9 +79,11 @@ def test_a_model_exported_with_a_student_generates_with_it(runs):
 def test_a_student_is_distilled_from_a_model_folder_alone(runs, data, tmp_path):
     """As its own teacher, autoencoder, encoder and starting point."""
     model = runs / "with_student"
-    run("distil", "--recipe", "smoke", "--data", data, "--out", tmp_path, "--minutes", "0",
-        "--vae", model, "--encoder", model, "--teacher", model, "--warm-start", model)  # fmt: skip
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["average"]
+    parts = ("--recipe", "smoke", "--data", data, "--vae", model, "--encoder", model)
+    run("latents", *parts, "--out", tmp_path / "latents")
+    run("distil", *parts, "--latents", tmp_path / "latents", "--out", tmp_path / "distil",
+        "--minutes", "0", "--teacher", model, "--warm-start", model)  # fmt: skip
+    state = torch.load(tmp_path / "distil" / "checkpoint.pt", weights_only=True)["average"]
     rough = {"rtol": 0.0, "atol": 0.02}  # one step of the warm-up, and half precision
     for name, value in stage_weights(model, "distil").items():
         torch.testing.assert_close(state[name], value, **rough)
@@ -140,8 +145,12 @@ def test_a_run_starts_from_a_model_folder(runs, data, tmp_path, stage):
     """Without the run folders of before; latent statistics come from the new views."""
     smoke = ("--recipe", "smoke", "--data", data, "--minutes", "0")
     parts = ("--vae", runs / "model", "--encoder", runs / "model")
-    run(stage, *smoke, *parts, "--out", tmp_path, "--warm-start", runs / "model")
-    first = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    if stage == "sit":
+        run("latents", *smoke, *parts, "--out", tmp_path / "latents")
+        parts += ("--latents", tmp_path / "latents")
+    out = tmp_path / "run"
+    run(stage, *smoke, *parts, "--out", out, "--warm-start", runs / "model")
+    first = torch.load(out / "checkpoint.pt", weights_only=True)
     assert first["step"] == 1
     shipped = stage_weights(runs / "model", stage)
     rough = {"rtol": 0.0, "atol": 0.02}  # one step of the warm-up, and half precision
@@ -155,7 +164,7 @@ def test_a_warm_start_keeps_the_latent_statistics_of_its_own_views(runs, data, t
     old["average"]["bn.running_mean"].fill_(99.0)
     (tmp_path / "old").mkdir()
     torch.save(old, tmp_path / "old" / "checkpoint.pt")
-    parts = ("--vae", runs / "vae", "--encoder", runs / "encoder")
+    parts = ("--vae", runs / "vae", "--encoder", runs / "encoder", "--latents", runs / "latents")
     run("sit", "--recipe", "smoke", "--data", data, *parts, "--minutes", "0",
         "--out", tmp_path / "new", "--warm-start", tmp_path / "old")  # fmt: skip
     new = torch.load(tmp_path / "new" / "checkpoint.pt", weights_only=True)
@@ -181,14 +190,12 @@ def test_the_transformer_is_aligned_to_centred_tokens(runs, data, monkeypatch):
         return alignment(projected, target)
 
     monkeypatch.setattr("training.sit.alignment", watch)
-    tiles = load_tiles(data / "train")
     parts = load_model(runs / "model")
-    cache = runs / "sit" / "views"
-    stage = SitStage(
-        smoke_sit(), tiles, tiles, parts.vae, parts.encoder, torch.device("cpu"), cache
-    )
+    views = StoredViews(runs / "latents")
+    space = LatentSpace(parts.vae, parts.encoder)
+    stage = SitStage(smoke_sit(), views, load_tiles(data / "val"), space)
     stage.losses(0, slice(None))
-    whole = stage.views["patches"].float()
+    whole = views.take(torch.arange(len(views)))["patches"].float()
     assert seen[0].mean((0, 1)).norm() < 0.2 * whole.mean((0, 1)).norm()
 
 
@@ -231,6 +238,43 @@ def test_evaluation_writes_numbers_and_samples(runs, data, tmp_path):
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert {"psnr_db", "median_rank", "frechet_own", "variation_apart"} <= numbers.keys()
     assert (tmp_path / "samples.png").exists()
+
+
+@pytest.mark.slow
+def test_the_card_holds_notes_parts_curves_and_numbers_side_by_side(runs, data, tmp_path):
+    run("evaluate", "--data", data, "--model", runs / "model", "--out", tmp_path / "report")
+    (tmp_path / "notes.md").write_text("---\nlicense: mit\n---\n\n# a model of noise\n")
+    export = (
+        "export", "--recipe", "smoke", "--vae", runs / "vae", "--encoder", runs / "encoder",
+        "--sit", runs / "sit", "--notes", tmp_path / "notes.md",
+    )  # fmt: skip
+    folder, report = tmp_path / "model", f"now={tmp_path / 'report'}"
+    run(*export, "--out", folder, "--report", report, f"before={tmp_path / 'report'}")
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n---\n\n# a model of noise\n\n## Parts\n")
+    assert "| `vae/` | AutoencoderKL |" in card
+    assert "| psnr db | " in card
+    assert "### encoder\n\n2 of 2 steps of 2." in card
+    numbers = json.loads((tmp_path / "report" / "numbers.json").read_text())
+    psnr = f"{numbers['psnr_db']:.4g}"
+    assert f"| autoencoder, mean PSNR of a tile (dB) | {psnr} | {psnr} |" in card
+    with Image.open(folder / "training.png") as curves:
+        assert curves.size == (3 * 256, 400)
+    with pytest.raises(SystemExit, match="evaluate the exported model"):
+        run(*export, "--student", runs / "distil", "--out", tmp_path / "other", "--report", report)
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_export_and_evaluate_counts_and_writes_nothing(runs, data, tmp_path, capsys):
+    parts = ("--vae", runs / "vae", "--encoder", runs / "encoder", "--sit", runs / "sit")
+    run("export", "--recipe", "smoke", *parts, "--out", tmp_path / "model", "--dry-run")
+    assert "| `transformer/` | SiT |" in capsys.readouterr().out
+    run("evaluate", "--data", data, "--model", runs / "model", "--out", tmp_path / "report",
+        "--extractors", "own", "--steps", "3", "--dry-run")  # fmt: skip
+    found = capsys.readouterr().out
+    assert "real tiles   80, each" in found  # 40 held out, as many of training slides
+    assert "generated    120 in 3 passes" in found
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.slow

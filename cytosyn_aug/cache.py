@@ -1,0 +1,348 @@
+"""LatentCache: what a model computed for a tile, found again by the tile's own pixels.
+
+    FOLDER/cache.json                   specification and its digest; written first, never changed
+    FOLDER/shards/<time>-<random>.safetensors   write-once records, see `cytosyn_aug.records`
+    FOLDER/index.safetensors            where records are; written by `compact`, may be missing
+
+Any number of processes, on any number of machines, read and write at once: each writer makes files
+of its own, which appear whole or not at all. A killed writer loses the records it had not flushed.
+
+Size: a record takes 46 bytes and its fields. For CytoSyn that is 46 + 12,544 (moments [2, 4, 28,
+28] in float16) + 3,072 (features [768] in float32) + 48 (thumbnail) = 15,710 bytes, so 40 M tiles
+take 628 GB in 586 shards of 1 GiB. The index takes 16 bytes a record, 640 MB, mapped rather than
+loaded; before compaction every process holds that in memory instead. A handle further holds at
+most `max_pending_bytes` of records to be written.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cytosyn_aug import upkeep
+from cytosyn_aug.cache_spec import (
+    CACHE_NAME,
+    KEY_BYTES,
+    SHARD_FOLDER,
+    CacheSpec,
+    create_cache,
+    read_spec,
+)
+from cytosyn_aug.index import Index, Place, ShardPool
+from cytosyn_aug.records import RecordBuffer, Tag, write_shard
+
+
+class Records(NamedTuple):
+    """What `LatentCache.get` found.
+
+    Attributes:
+        is_found: bool [B].
+        fields: Each field of the specification [B, ...], in its dtype, on the CPU; zeros where
+            nothing was found.
+    """
+
+    is_found: Tensor
+    fields: dict[str, Tensor]
+
+
+class LatentCache:
+    """Records by tile key and variant, shared by many processes.
+
+    A handle may be copied into other processes, forked or spawned; records it has not flushed
+    stay with the process that put them. It does not support several threads at once, nor changing
+    or removing single records.
+
+    Attributes:
+        folder: Where it lies.
+        spec: What it holds, and for which model and recipe.
+
+    Example:
+        >>> import tempfile
+        >>> from cytosyn_aug.cache_spec import CacheSpec, Field
+        >>> from cytosyn_aug.config import TileSpec
+        >>> fields = (Field("cls", (3,), "float32"),)
+        >>> spec = CacheSpec(tile=TileSpec(), fields=fields, model_digest="0123456789abcdef")
+        >>> folder = tempfile.mkdtemp()
+        >>> with LatentCache.open(folder, spec) as cache:
+        ...     cache.put(["ab" * 32], {"cls": torch.ones(1, 3)})
+        >>> LatentCache.open(folder).get(["ab" * 32, "cd" * 32]).is_found
+        tensor([ True, False])
+    """
+
+    def __init__(self, folder: Path, spec: CacheSpec, max_pending_bytes: int) -> None:
+        self.folder, self.spec = folder, spec
+        self._max_pending_bytes = max_pending_bytes
+        self._layout = [(f.name, f.num_bytes, np.dtype(f.dtype), f.shape) for f in spec.fields]
+        self._pending: RecordBuffer | None = None
+        self._owner = os.getpid()
+        self._damaged: dict[tuple[str, int], str] = {}
+        self._index = Index(folder, spec)
+        self._pool = ShardPool(folder, spec)
+        for fault in self._index.faults:
+            warnings.warn(fault, stacklevel=3)
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path | str,
+        spec: CacheSpec | None = None,
+        *,
+        max_pending_bytes: int = 1 << 26,
+    ) -> LatentCache:
+        """Open a cache, or create it if a specification is given and there is none yet.
+
+        Args:
+            folder: Its folder; reading needs no right to write.
+            spec: What the cache must hold; None takes what is there.
+            max_pending_bytes: Records are written once they fill so much memory.
+
+        Raises:
+            FileNotFoundError: There is no cache, and no specification to create one from.
+            ValueError: The cache was made with another model or recipe, both sides named, or is
+                damaged or of another version.
+            OSError: The folder cannot be created.
+        """
+        folder = Path(folder)
+        if spec is not None and not (folder / CACHE_NAME).is_file():
+            create_cache(folder, spec)
+        found = read_spec(folder)
+        if spec is not None and found != spec:
+            raise ValueError(
+                f"{folder} is a cache of digest {found.digest} for model {found.model_digest}, "
+                f"asked for is {spec.digest} for model {spec.model_digest}: "
+                f"{'; '.join(spec.differences(found))}; use another folder, or remove this one"
+            )
+        return cls(folder, found, max_pending_bytes)
+
+    def __len__(self) -> int:
+        """Return the number of records that readers find, duplicates included until compacted."""
+        return len(self._index)
+
+    @property
+    def faults(self) -> list[str]:
+        """Sentences about files and records that this handle could not use so far."""
+        return [*self._index.faults, *self._damaged.values()]
+
+    @property
+    def num_damaged(self) -> int:
+        """Records that this handle read as missing because their checksum was wrong."""
+        return len(self._damaged)
+
+    def get(self, keys: Sequence[str], variants: Sequence[int] | None = None) -> Records:
+        """Look records up.
+
+        A damaged record reads as missing, is warned of once and named in `faults`.
+
+        Args:
+            keys: `tile_key` of each tile.
+            variants: Number of each variant; None for 0.
+
+        Raises:
+            ValueError: A key is no SHA-256, or a variant is out of range.
+        """
+        tags = self._tags(keys, variants)
+        out = {name: np.zeros((len(tags), n), np.uint8) for name, n, _, _ in self._layout}
+        is_found = [False] * len(tags)
+        if self._pending is not None:
+            self._read_pending(tags, out, is_found)
+        is_whole = all(is_found) or self._read_shards(tags, out, is_found)
+        if not is_whole and not all(is_found):
+            # A shard was compacted away; its records are in another.
+            self.refresh()
+            self._read_shards(tags, out, is_found)
+        fields = {
+            name: torch.from_numpy(out[name].view(dtype).reshape(len(tags), *shape))
+            for name, _, dtype, shape in self._layout
+        }
+        return Records(torch.from_numpy(np.array(is_found, bool)), fields)
+
+    def put(
+        self,
+        keys: Sequence[str],
+        fields: Mapping[str, Tensor],
+        variants: Sequence[int] | None = None,
+    ) -> None:
+        """Add records; they are on disk after `flush`, which happens by itself when many wait.
+
+        A record that exists is not looked for: a second one is ignored by readers and dropped by
+        `compact`, but replaces a damaged one.
+
+        Args:
+            keys: `tile_key` of each tile.
+            fields: Every field of the specification [B, ...], any device; floats are rounded to
+                the stored dtype.
+            variants: Number of each variant; None for 0.
+
+        Raises:
+            ValueError: Other names or shapes, or values that are not finite in the stored dtype.
+            OSError: The disk is full or cannot be written; see `flush`.
+        """
+        tags = self._tags(keys, variants)
+        arrays = self._checked(fields, len(tags))
+        for n, tag in enumerate(tags):
+            if self._buffer().is_full:
+                self.flush()
+            self._buffer().add(tag, {name: array[n] for name, array in arrays.items()})
+
+    def flush(self) -> None:
+        """Write what waits to a file of its own, which other handles see after `refresh`.
+
+        Raises:
+            OSError: The disk is full or cannot be written. What was flushed before is whole, and
+                what waits goes on waiting, so that flushing can be tried again.
+        """
+        if self._pending is None or not len(buffer := self._buffer()):
+            return
+        try:
+            shard = write_shard(self.folder / SHARD_FOLDER, self.spec, buffer.block())
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: {len(buffer):,} records were not cached ({len(self):,} are); "
+                "make room or give a folder that can be written, and run again for what is missing",
+                str(self.folder),
+            ) from error
+        buffer.clear()
+        self._index.add([shard])
+
+    def refresh(self) -> None:
+        """See what other processes have written or compacted since."""
+        if not self._index.is_current():
+            self._index = Index(self.folder, self.spec)
+            self._pool.clear()
+
+    def verify(self) -> Iterator[str]:
+        """Read all shards and the index; yield one sentence a fault. Changes nothing."""
+        return upkeep.verify(self.folder, self.spec)
+
+    def compact(
+        self, *, max_shard_bytes: int = 1 << 30, keeps_old: bool = False
+    ) -> upkeep.Compaction:
+        """Merge small shards, drop damaged and duplicate records; see `cytosyn_aug.upkeep`."""
+        self.flush()
+        done = upkeep.compact(
+            self.folder, self.spec, max_shard_bytes=max_shard_bytes, keeps_old=keeps_old
+        )
+        self._damaged.clear()
+        self.refresh()
+        return done
+
+    def __enter__(self) -> LatentCache:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Flush; after an error as well, but without hiding it behind a second one."""
+        with suppress(*(() if kind is None else (OSError,))):
+            self.flush()
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = {"folder": self.folder, "spec": self.spec}
+        return names | {"max_pending_bytes": self._max_pending_bytes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(self.open(**state).__dict__)
+
+    def _buffer(self) -> RecordBuffer:
+        """Return this process's own buffer: after a fork the parent writes the parent's."""
+        if self._pending is None or self._owner != os.getpid():
+            self._pending = RecordBuffer(self.spec, self._max_pending_bytes)
+            self._owner = os.getpid()
+        return self._pending
+
+    def _tags(self, keys: Sequence[str], variants: Sequence[int] | None) -> list[Tag]:
+        numbers = [0] * len(keys) if variants is None else [int(v) for v in variants]
+        if len(numbers) != len(keys):
+            raise ValueError(f"{len(numbers)} variants for {len(keys)} keys, expected as many")
+        if any(not 0 <= v < self.spec.num_variants for v in numbers):
+            raise ValueError(f"variants are {numbers}, expected 0 to {self.spec.num_variants - 1}")
+        try:
+            raw = [bytes.fromhex(key) for key in keys]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"keys are no SHA-256 ({error}); use tile_key(image)") from error
+        if any(len(key) != KEY_BYTES for key in raw):
+            raise ValueError(f"keys are not all of {KEY_BYTES} bytes; use tile_key(image)")
+        return list(zip(raw, numbers, strict=True))
+
+    def _checked(self, fields: Mapping[str, Tensor], num: int) -> dict[str, np.ndarray]:
+        if set(fields) != set(self.spec.names):
+            raise ValueError(f"got fields {sorted(fields)}, expected {sorted(self.spec.names)}")
+        arrays = {}
+        for field in self.spec.fields:
+            given = fields[field.name]
+            dtype = getattr(torch, field.dtype)
+            if given.shape != (num, *field.shape):
+                raise ValueError(
+                    f"{field.name} is {list(given.shape)}, expected {[num, *field.shape]}"
+                )
+            if given.is_floating_point() != dtype.is_floating_point:
+                raise ValueError(f"{field.name} is {given.dtype}, expected {dtype}")
+            stored = given.detach().to("cpu", dtype)
+            if dtype.is_floating_point and not stored.isfinite().all():
+                raise ValueError(
+                    f"{field.name} holds values that are not finite in {dtype}; compute in "
+                    "float32 or bfloat16, or make the cache with float32"
+                )
+            arrays[field.name] = stored.numpy()
+        return arrays
+
+    def _read_pending(
+        self, tags: list[Tag], out: dict[str, np.ndarray], is_found: list[bool]
+    ) -> None:
+        assert self._pending is not None
+        for n, tag in enumerate(tags):
+            record = self._pending.read(tag)
+            if record is not None:
+                is_found[n] = True
+                for name, array in record.items():
+                    out[name][n] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+    def _read_shards(
+        self, tags: list[Tag], out: dict[str, np.ndarray], is_found: list[bool]
+    ) -> bool:
+        """Fill in what is found; return False if a shard was gone."""
+        is_whole = True
+        for place in self._index.find(tags):
+            n = place.wanted
+            if is_found[n]:
+                continue
+            try:
+                is_found[n] = self._read_place(place, tags[n], {k: m[n] for k, m in out.items()})
+            except FileNotFoundError:
+                is_whole = False
+        return is_whole
+
+    def _read_place(self, place: Place, tag: Tag, out: dict[str, np.ndarray]) -> bool:
+        try:
+            shard = self._pool.get(place.shard)
+        except FileNotFoundError:
+            raise
+        except ValueError as error:
+            self._note(place.shard, 0, str(error))
+            return False
+        if place.row >= len(shard) or shard.tag(place.row) != tag:
+            return False
+        if shard.read(place.row, tag, out):
+            return True
+        for array in out.values():
+            array[:] = 0
+        self._note(place.shard, place.row, upkeep.describe_damage(shard, place.row))
+        return False
+
+    def _note(self, shard: str, row: int, sentence: str) -> None:
+        if not self._damaged:  # one warning a handle; `faults` has the rest
+            warnings.warn(sentence, stacklevel=2)
+        self._damaged.setdefault((shard, row), sentence)

@@ -1,0 +1,196 @@
+"""CachedVariants: edited tiles looked up inside DataLoader workers, with no network there.
+
+A cache of images gives the edited tile itself. A cache of latents, 24 times smaller, works in two
+steps: the worker returns a `LatentVariant` for every tile, and `CachedVariants.decode` turns the
+collated batch into images on the device, in the training process.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cytosyn_aug.cache import LatentCache
+from cytosyn_aug.facts import NO_FACTS, Facts
+from cytosyn_aug.filling import check_model
+from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.images import num_tiles, open_tiles, tile_key
+from cytosyn_aug.misses import explain_miss
+from cytosyn_aug.schedules import Probability
+from cytosyn_aug.shared import SharedCount
+from cytosyn_aug.tile_transform import TileTransform
+
+
+class LatentVariant(NamedTuple):
+    """What a worker returns for a tile; `default_collate` stacks it, `CachedVariants.decode` reads.
+
+    Attributes:
+        image: uint8 or float [..., 3, H, W], the tile as it came; a PIL image as uint8.
+        latents: float16 [..., C, h, w], whitened; zeros where no variant was drawn.
+        is_variant: bool [...], whether the latents replace the image.
+    """
+
+    image: Tensor
+    latents: Tensor
+    is_variant: Tensor
+
+
+class CachedVariants(TileTransform):
+    """Replace a tile by one of its cached variants, drawn per tile; look-up only.
+
+    Safe in DataLoader workers, forked or spawned. It goes before any transform that changes
+    pixels, because tiles are found by theirs. With a cache of latents it goes last, gives a
+    `LatentVariant` for every tile, and `decode` follows after collation.
+
+    Does not support: filling the cache (`cytosyn_aug.filling`), caches of moments, and bfloat16
+    images, whose pixels are no longer those that were cached.
+
+    Args:
+        cache: Filled by `fill_variants`.
+        p: Probability that a tile is replaced; a `Ramp` over epochs, or one of them by class.
+        on_miss: "raise" names the tile and why it is not there; "keep" leaves the tile as it is,
+            warns once, and counts in `num_missed`.
+        allow_geometry_change: Accept masks and boxes although the cache's variants moved
+            structure.
+
+    Example:
+        >>> import tempfile
+        >>> from cytosyn_aug.filling import fill_variants, variants_spec
+        >>> generator = TileGenerator.from_pretrained()
+        >>> tiles = generator.sample(per_condition=2, steps=2, seed=0)
+        >>> spec = variants_spec(generator, "images", num_variants=1, recipe="inverted")
+        >>> with LatentCache.open(tempfile.mkdtemp(), spec) as cache:
+        ...     fill_variants(generator, tiles, cache, [lambda images, seeds: 255 - images])
+        2
+        >>> torch.equal(CachedVariants(cache, p=1.0)(tiles), 255 - tiles)
+        True
+    """
+
+    def __init__(
+        self,
+        cache: LatentCache,
+        p: Probability = 0.5,
+        *,
+        on_miss: Literal["raise", "keep"] = "raise",
+        allow_geometry_change: bool = False,
+    ) -> None:
+        super().__init__(p=p, keeps_structure=cache.spec.keeps_structure or allow_geometry_change)
+        names = cache.spec.names
+        if "is_edited" not in names:
+            raise ValueError(
+                f"{cache.folder} holds {', '.join(names)}, expected variants, images or latents; "
+                "fill one made with variants_spec"
+            )
+        if on_miss not in ("raise", "keep"):
+            raise ValueError(f"on_miss is {on_miss!r}, expected 'raise' or 'keep'")
+        self.cache = cache
+        self.on_miss = on_miss
+        self.is_latent = "latents" in names
+        self._missed = SharedCount()
+
+    @property
+    def num_missed(self) -> int:
+        """Tiles, in all workers, that were not in the cache and came back as they were."""
+        return self._missed.total()
+
+    def make_params(self, flat_inputs: list[Any], facts: Facts = NO_FACTS) -> dict[str, Any]:
+        """Draw also the variant of every tile."""
+        params = super().make_params(flat_inputs, facts)
+        num = num_tiles(flat_inputs[0])
+        drawn = torch.randint(0, self.cache.spec.num_variants, (num,))
+        return params | {"variants": drawn.tolist()}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Look an image up; of a cache of latents, return a `LatentVariant`.
+
+        Not by way of the float32 grey levels of other transforms, which take longer than the
+        look-up itself.
+        """
+        index = [k for k, is_chosen in enumerate(params["chosen"]) if is_chosen]
+        if not index and not self.is_latent:
+            return inpt
+        tiles, close = open_tiles(inpt)
+        is_edited = torch.zeros(len(tiles), dtype=torch.bool)
+        found: Tensor | None = None
+        if index:
+            chosen = tiles if len(index) == len(tiles) else tiles[index]
+            is_edited[index], found = self._look_up(chosen, index, params)
+        if self.is_latent:
+            image = inpt.as_subclass(Tensor) if isinstance(inpt, Tensor) else tiles[0]
+            return self._latent_variant(image, index, found, is_edited)
+        if found is None or not is_edited.any():
+            return inpt  # nothing found may be of another size
+        edited = found.to(tiles.device)
+        if len(index) < len(tiles):
+            edited = tiles.clone()
+            edited[index] = found.to(tiles.device)
+        return close(edited, is_edited)
+
+    def _latent_variant(
+        self, image: Tensor, index: list[int], found: Tensor | None, is_variant: Tensor
+    ) -> LatentVariant:
+        field = next(f for f in self.cache.spec.fields if f.name == "latents")
+        latents = torch.zeros(len(is_variant), *field.shape, dtype=getattr(torch, field.dtype))
+        if found is not None:
+            latents[index] = found
+        lead = image.shape[:-3]
+        return LatentVariant(image, latents.view(*lead, *field.shape), is_variant.view(lead))
+
+    def _look_up(
+        self, tiles: Tensor, index: list[int], params: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Return which tiles a variant was found for, bool [n], and the payload [n, ...]."""
+        tiles = tiles.cpu()
+        variants = [params["variants"][k] for k in index]
+        records = self.cache.get([tile_key(tile) for tile in tiles], variants)
+        if not records.is_found.all():
+            self._miss(tiles, index, variants, records.is_found)
+        payload = records.fields["latents" if self.is_latent else "images"]
+        return records.is_found & records.fields["is_edited"].bool(), payload
+
+    def _miss(self, tiles: Tensor, index: list[int], variants: list[int], found: Tensor) -> None:
+        rows = (~found).nonzero()[:, 0].tolist()
+        if self.on_miss == "raise" or not self.num_missed:
+            first = rows[0]
+            reason = explain_miss(self.cache, tiles[first], variants[first])
+            sentence = (
+                f"{len(rows)} of {len(tiles)} tiles are not in the cache {self.cache.folder}; tile "
+                f"{index[first]}, variant {variants[first]}: {reason}"
+            )
+            if self.on_miss == "raise":
+                raise ValueError(f"{sentence}; or pass on_miss='keep'")
+            warnings.warn(sentence, stacklevel=2)
+        self._missed.add(len(rows))
+
+    def decode(
+        self, generator: TileGenerator, batch: LatentVariant, *, is_few_step: bool = True
+    ) -> Tensor:
+        """Return the images of a collated batch, variants decoded on the generator's device.
+
+        Args:
+            generator: The model that the cache was filled with.
+            batch: Of `default_collate`.
+            is_few_step: Use the model's small decoder, if it has one.
+
+        Returns:
+            Shape and dtype of `batch.image`, on the generator's device.
+
+        Raises:
+            ValueError: The generator is another model than that of the cache.
+        """
+        check_model(generator, self.cache)
+        image = batch.image.to(generator.device)
+        if not batch.is_variant.any():
+            return image
+        rows = batch.is_variant.flatten().nonzero()[:, 0]
+        latents = batch.latents.reshape(-1, *batch.latents.shape[-3:])
+        latents = latents[rows.to(latents.device)]
+        made = generator.decode(latents.float(), is_few_step=is_few_step)
+        out = image.reshape(-1, *image.shape[-3:]).clone()
+        if image.dtype.is_floating_point:
+            made = made.float() / 255.0
+        out[rows.to(out.device)] = made.to(out)
+        return out.view(image.shape)
