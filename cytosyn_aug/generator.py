@@ -251,8 +251,9 @@ class TileGenerator(LoadedModel):
         conditions = self._conditions(cls, per_condition)
         seeds = range(seed, seed + len(conditions))
         images = []
-        for start in range(0, len(conditions), self.batch_size):
-            part = slice(start, start + self.batch_size)
+        size = self.batch_size  # which falls underway if memory runs out
+        for start in range(0, len(conditions), size):
+            part = slice(start, start + size)
             latents = self.draw(
                 sample_noise(seeds[part], self.latent_shape),
                 conditions[part],
