@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from cytosyn_aug.macenko import MacenkoReference
     from cytosyn_aug.reference import StainReference
     from cytosyn_aug.reinhard import ReinhardReference
+    from cytosyn_aug.replay import ReplayBank
     from cytosyn_aug.resampling import ConditionedResample
     from cytosyn_aug.schedules import Ramp
     from cytosyn_aug.transforms import StainNormalize, StainTransfer
@@ -54,6 +55,7 @@ _HOMES = {
     "Ramp": "schedules",
     "ReinhardNormalize": "classical",
     "ReinhardReference": "reinhard",
+    "ReplayBank": "replay",
     "StainNormalize": "transforms",
     "StainReference": "reference",
     "StainTransfer": "transforms",
@@ -83,6 +85,7 @@ __all__ = [
     "Ramp",
     "ReinhardNormalize",
     "ReinhardReference",
+    "ReplayBank",
     "StainNormalize",
     "StainReference",
     "StainTransfer",

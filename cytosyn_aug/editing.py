@@ -241,10 +241,21 @@ def redraw(
 
     Source: Meng et al. (2022), SDEdit.
     """
+    return _decode(generator, redraw_latents(generator, images, recipe, seeds))
+
+
+@torch.no_grad()
+def redraw_latents(
+    generator: TileGenerator, images: Tensor, recipe: EditRecipe, seeds: Sequence[int]
+) -> Tensor:
+    """Return the whitened latents [B, C, h, w] of `redraw`, on the generator's device.
+
+    For stores of latents: a `ReplayBank`, or a cache of variants.
+    """
     cls = generator.features(images).cls
     latents = generator.whiten(generator.encode(images).mean)
     noise = sample_noise(seeds, generator.latent_shape).to(latents)
-    drawn = generator.draw(
+    return generator.draw(
         interpolate(latents, noise, recipe.noise_level),
         cls,
         steps=recipe.steps,
@@ -252,7 +263,6 @@ def redraw(
         guidance_scale=recipe.guidance_scale,
         seeds=seeds,
     )
-    return _decode(generator, drawn)
 
 
 class Resampled(NamedTuple):

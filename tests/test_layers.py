@@ -27,7 +27,7 @@ ROWS = [
     {"loaded"},
     {"generator"},
     {"reference", "info", "doctor", "filling"},
-    {"editing", "variants"},
+    {"editing", "variants", "replay"},
     {"transforms", "resampling"},
     {"views", "written"},
     {"image_transform"},
