@@ -27,7 +27,7 @@ ROWS = [
     {"loaded"},
     {"generator"},
     {"reference", "info", "doctor", "filling"},
-    {"editing", "variants", "replay"},
+    {"editing", "variants", "replay", "memory"},
     {"transforms", "resampling"},
     {"views", "written"},
     {"image_transform"},
