@@ -226,8 +226,8 @@ def tiny_sharp_vae() -> VaeRecipe:
         first,
         loop=loop,
         train_encoder=False,
-        perceptual_weight=0.02,
-        texture_weight=0.1,
+        perceptual_weight=0.03,
+        texture_weight=0.03,
         seed=4,
     )
 
