@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -16,15 +16,14 @@ from torch import Tensor
 
 from cytosyn_aug.cache import LatentCache, Records
 from cytosyn_aug.cache_spec import CacheSpec, Field
+from cytosyn_aug.edits import Edit, describe_edits, run_edit
 from cytosyn_aug.generator import Moments, TileGenerator
 from cytosyn_aug.images import tile_key
 from cytosyn_aug.misses import THUMBNAIL, thumbnails
+from cytosyn_aug.tile_transform import TileTransform
 
 Contents = Literal["moments", "features"]
 Payload = Literal["latents", "images"]
-# From uint8 images [B, 3, H, W] and one seed a tile to uint8 images of the same shape, or, for a
-# cache of latents, to whitened latents [B, C, h, w].
-Edit = Callable[[Tensor, list[int]], Tensor]
 
 
 def moments_spec(
@@ -65,10 +64,11 @@ def moments_spec(
 def variants_spec(
     generator: TileGenerator,
     payload: Payload,
+    edits: Sequence[TileTransform | Edit],
     *,
-    num_variants: int,
-    recipe: object,
-    keeps_structure: bool = False,
+    seed: int = 0,
+    recipe: object = None,
+    keeps_structure: bool | None = None,
 ) -> CacheSpec:
     """Return the specification of a cache of edited variants of tiles.
 
@@ -76,14 +76,17 @@ def variants_spec(
         generator: The model.
         payload: "latents" (6 KB a record for CytoSyn) are decoded after collation, "images"
             (150 KB, pixels) in no time.
-        num_variants: Variants of each tile.
-        recipe: Whatever else decides the variants, as JSON can hold it: the edit and its
-            settings, digests of references, base seed.
-        keeps_structure: Whether masks and boxes of the tile are true of its variants too.
+        edits: What `fill_variants` will be given, one a variant. All settings of transforms are
+            written down, references and models by digest; only `p` is not, see there.
+        seed: Base seed; each tile and variant derives its own from it.
+        recipe: What edits that are functions do and with what, as JSON can hold it: nobody else
+            can tell that they changed.
+        keeps_structure: Whether masks and boxes of the tile are true of its variants too; None for
+            what all transforms say, and for no with functions.
 
     Raises:
-        ValueError: Unknown payload.
-        TypeError: The recipe is nothing JSON can hold.
+        ValueError: Unknown payload, no edits, or one that depends on epochs or slides.
+        TypeError: Functions without a recipe, or a recipe that JSON cannot hold.
     """
     if payload not in ("latents", "images"):
         raise ValueError(f"payload is {payload!r}, expected 'latents' or 'images'")
@@ -91,12 +94,15 @@ def variants_spec(
     field = Field("images", (3, size, size), "uint8")
     if payload == "latents":
         field = Field("latents", generator.latent_shape, "float16")
+    if keeps_structure is None:
+        keeps_structure = all(isinstance(e, TileTransform) and e.keeps_structure for e in edits)
+    content = {"kind": "variants", **describe_edits(edits, seed, recipe)}
     return CacheSpec(
         tile=generator.tile,
         fields=(field, Field("is_edited", (), "uint8"), THUMBNAIL),
         model_digest=generator.digest,
-        recipe=_recipe(generator, {"kind": "variants", "recipe": recipe}),
-        num_variants=num_variants,
+        recipe=_recipe(generator, content),
+        num_variants=len(edits),
         keeps_structure=keeps_structure,
     )
 
@@ -172,9 +178,7 @@ def fill_variants(
     generator: TileGenerator,
     images: Tensor,
     cache: LatentCache,
-    edits: Sequence[Edit],
-    *,
-    seed: int = 0,
+    edits: Sequence[TileTransform | Edit],
 ) -> int:
     """Put whatever is missing of tiles' variants into a cache; return how many records.
 
@@ -182,21 +186,19 @@ def fill_variants(
         generator: The model.
         images: uint8 [B, 3, size, size].
         cache: Made with `variants_spec`; flush or close it at the end.
-        edits: One a variant: images and seeds to edited images, or to whitened latents for a
-            cache of latents. Tiles whose pixels an edit left alone, such as blank ones, are
-            marked, and are never decoded.
-        seed: Base seed; each tile and variant derives its own from it.
+        edits: Those of the specification. Transforms edit every tile, whatever their `p`, and draw
+            from a seed of the tile and variant; functions take images and seeds, and return edited
+            images, or whitened latents for a cache of latents. Tiles whose pixels an edit left
+            alone, such as blank ones, are marked, and are never decoded.
 
     Raises:
-        ValueError: Another model, another number of edits, or a cache of something else.
+        ValueError: Another model, other edits than the specification's (each difference named),
+            or a cache of something else.
         OSError: The cache cannot be written; see `LatentCache.flush`.
     """
     _check_filler(generator, cache)
     generator.check_images(images)
-    if len(edits) != cache.spec.num_variants:
-        raise ValueError(f"{len(edits)} edits for {cache.spec.num_variants} variants; give as many")
-    if "is_edited" not in cache.spec.names:
-        raise ValueError(f"{cache.folder} holds {cache.spec.names}; make it with variants_spec")
+    seed = _check_edits(generator, cache, edits)
     keys = [tile_key(image) for image in images]
     num_filled = 0
     for variant, edit in enumerate(edits):
@@ -272,6 +274,36 @@ def _check_filler(generator: TileGenerator, cache: LatentCache) -> None:
         )
 
 
+def _check_edits(
+    generator: TileGenerator, cache: LatentCache, edits: Sequence[TileTransform | Edit]
+) -> int:
+    """Raise unless a cache was made for these edits; return its base seed."""
+    if "is_edited" not in cache.spec.names:
+        raise ValueError(f"{cache.folder} holds {cache.spec.names}; make it with variants_spec")
+    if len(edits) != cache.spec.num_variants:
+        raise ValueError(f"{len(edits)} edits for {cache.spec.num_variants} variants; give as many")
+    recipe = json.loads(cache.spec.recipe)
+    if "edits" not in recipe:
+        raise ValueError(
+            f"{cache.folder} was made by an earlier release, which did not write down its edits; "
+            "fill a cache in another folder"
+        )
+    given = variants_spec(
+        generator,
+        "images" if "images" in cache.spec.names else "latents",
+        edits,
+        seed=recipe["seed"],
+        recipe=recipe["recipe"],
+        keeps_structure=cache.spec.keeps_structure,
+    )
+    if given != cache.spec:
+        raise ValueError(
+            f"{cache.folder} was made for other edits: {'; '.join(given.differences(cache.spec))}; "
+            "give those edits, or fill a cache in another folder"
+        )
+    return int(recipe["seed"])
+
+
 def _first_rows(keys: list[str], is_found: Tensor) -> list[int]:
     """Return the rows that were not found, of equal tiles only the first."""
     first: dict[str, int] = {}
@@ -282,9 +314,13 @@ def _first_rows(keys: list[str], is_found: Tensor) -> list[int]:
 
 
 def _edited_fields(
-    generator: TileGenerator, images: Tensor, edit: Edit, seeds: list[int], spec: CacheSpec
+    generator: TileGenerator,
+    images: Tensor,
+    edit: TileTransform | Edit,
+    seeds: list[int],
+    spec: CacheSpec,
 ) -> dict[str, Tensor]:
-    made = edit(images, seeds)
+    made = run_edit(edit, images, seeds)
     is_edited = torch.ones(len(images), dtype=torch.uint8)
     if made.dtype == torch.uint8:
         if made.shape != images.shape:

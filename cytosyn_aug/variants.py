@@ -61,11 +61,13 @@ class CachedVariants(TileTransform):
         >>> from cytosyn_aug.filling import fill_variants, variants_spec
         >>> generator = TileGenerator.from_pretrained()
         >>> tiles = generator.sample(per_condition=2, steps=2, seed=0)
-        >>> spec = variants_spec(generator, "images", num_variants=1, recipe="inverted")
-        >>> with LatentCache.open(tempfile.mkdtemp(), spec) as cache:
-        ...     fill_variants(generator, tiles, cache, [lambda images, seeds: 255 - images])
+        >>> edits = [StainNormalize(generator, StainReference.fit(generator, tiles[:1]))]
+        >>> with LatentCache.open(
+        ...     tempfile.mkdtemp(), variants_spec(generator, "images", edits)
+        ... ) as cache:
+        ...     fill_variants(generator, tiles, cache, edits)
         2
-        >>> torch.equal(CachedVariants(cache, p=1.0)(tiles), 255 - tiles)
+        >>> torch.equal(CachedVariants(cache, p=1.0)(tiles), edits[0](tiles))
         True
     """
 

@@ -1,11 +1,14 @@
-"""Arguments of transforms as JSON holds them, for albumentations' to_dict and replay.
+"""Arguments of transforms as JSON holds them: to be read again, or only to be compared.
 
-A model becomes its handle (no weights), a cache its folder and digest, a reference all it holds: a
-written pipeline stands alone but for these folders.
+For albumentations' to_dict and replay a model becomes its handle (no weights), a cache its folder
+and digest, a reference all it holds: a written pipeline stands alone but for these folders. For the
+recipe of a cache, which has to be the same on every machine, all three become digests.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -82,6 +85,29 @@ def read_argument(value: Any) -> Any:  # Any: as above
             return record_from_dict(_RECORDS[name], value)
         case _:
             raise ValueError(f"got {value['kind']!r}, which this release does not know")
+
+
+def identify_argument(value: Any) -> Any:  # Any: as above
+    """Return what tells an argument from others, in short, as JSON holds it.
+
+    As `write_argument`, but models, caches and references are named by digest, not by place.
+
+    Raises:
+        TypeError: See `write_argument`.
+    """
+    if isinstance(value, TileGenerator):
+        return {"kind": "TileGenerator", "digest": value.digest, "networks": str(value.dtype)}
+    if isinstance(value, LatentCache):
+        return {"kind": "LatentCache", "digest": value.spec.digest}
+    if isinstance(value, StainReference):
+        text = json.dumps(value.to_dict(), sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return {"kind": "StainReference", "laboratory": value.laboratory, "digest": digest}
+    if isinstance(value, Mapping):
+        return {"kind": "mapping", "items": [[k, identify_argument(v)] for k, v in value.items()]}
+    if isinstance(value, list | tuple):
+        return [identify_argument(v) for v in value]
+    return write_argument(value)
 
 
 def _open_cache(folder: str, digest: str) -> LatentCache:

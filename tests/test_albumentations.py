@@ -45,7 +45,7 @@ def image():
 @pytest.fixture(scope="module")
 def variants(generator, tmp_path_factory):
     """Return a cache of the image's inverse, and of a blank one that no edit changed."""
-    spec = variants_spec(generator, "images", num_variants=1, recipe="inverse")
+    spec = variants_spec(generator, "images", [lambda images, _: images], recipe="inverse")
     tiles = torch.cat([synthetic_tiles(1), torch.full((1, 3, SIZE, SIZE), 243, dtype=torch.uint8)])
     with LatentCache.open(tmp_path_factory.mktemp("variants"), spec) as cache:
         fill_variants(generator, tiles[:1], cache, [lambda images, _: 255 - images])
@@ -184,10 +184,10 @@ def test_given_features_are_used_instead_of_the_encoder(generator, reference, im
 
 def test_a_pipeline_refuses_a_cache_that_was_made_anew(generator, image, tmp_path):
     folder = tmp_path / "cache"
-    spec = variants_spec(generator, "images", num_variants=1, recipe="first")
+    spec = variants_spec(generator, "images", [abs], recipe="first")
     content = alb.to_dict(caa.CachedVariants(LatentCache.open(folder, spec)))
     shutil.rmtree(folder)
-    LatentCache.open(folder, variants_spec(generator, "images", num_variants=1, recipe="second"))
+    LatentCache.open(folder, variants_spec(generator, "images", [abs], recipe="second"))
     with pytest.raises(ValueError, match=f"written with one of {spec.digest}.*make the pipeline"):
         alb.from_dict(content)
 
@@ -332,7 +332,7 @@ def test_grey_scale_is_refused(generator, reference):
 def test_cached_images_are_looked_up_and_latents_refused(generator, image, tmp_path, dtype):
     caches = []
     for payload in ("images", "latents"):
-        spec = variants_spec(generator, payload, num_variants=1, recipe="inverse")
+        spec = variants_spec(generator, payload, [abs], recipe="inverse")
         with LatentCache.open(tmp_path / payload, spec) as cache:
             tile = torch.from_numpy(image).permute(2, 0, 1)[None]
             fill_variants(generator, tile, cache, [lambda images, _: 255 - images])

@@ -241,7 +241,16 @@ def test_a_cache_of_another_model_is_refused_naming_both_sides(tmp_path):
         LatentCache.open(tmp_path, other)
     assert SPEC.digest in str(info.value)
     assert other.digest in str(info.value)
-    assert 'recipe {} for {"seed": 1}' in str(info.value)
+    assert "recipe.seed None for 1" in str(info.value)
+
+
+def test_differences_of_recipes_are_named_by_their_innermost_place():
+    recipes = ['{"edits": [{"strength": 1.0, "mpp": 0.5}]}', '{"edits": [{"strength": 0.5}]}']
+    one, other = (replace(SPEC, recipe=recipe) for recipe in recipes)
+    assert one.differences(other) == [
+        "recipe.edits[0].strength 0.5 for 1.0",
+        "recipe.edits[0].mpp None for 0.5",
+    ]
 
 
 def test_a_shard_of_another_cache_is_refused_and_named(tmp_path):

@@ -12,7 +12,11 @@ from conftest import SIZE, synthetic_tiles
 
 from cytosyn_aug import (
     ConditionedResample,
+    EditRecipe,
     LatentCache,
+    MacenkoNormalize,
+    MacenkoReference,
+    Ramp,
     StainNormalize,
     StainReference,
     StainTransfer,
@@ -183,26 +187,27 @@ def test_features_need_an_encoder(generator, monkeypatch):
 
 
 def test_a_variants_seed_depends_on_tile_number_and_base(generator, tmp_path, tiles):
-    spec = variants_spec(generator, "images", num_variants=2, recipe={"edit": "seeded"})
     seeds = []
 
     def edit(images, drawn):
         seeds.append(drawn)
         return images
 
+    spec = variants_spec(generator, "images", [edit, edit], seed=3, recipe={"edit": "seeded"})
     with LatentCache.open(tmp_path / "variants", spec) as cache:
-        fill_variants(generator, tiles, cache, [edit, edit], seed=3)
+        fill_variants(generator, tiles, cache, [edit, edit])
+    assert seeds[1][0] == derive_seed(tile_key(tiles[0]), 1, 3)
     assert len({*seeds[0], *seeds[1]}) == 8
     assert derive_seed("ab" * 32, 0, 0) == 943043470627561455
 
 
 def test_variants_are_made_once_and_flagged_where_nothing_changed(generator, tmp_path, tiles):
-    spec = variants_spec(generator, "images", num_variants=1, recipe="darker")
     tiles[1] = 0
 
     def darker(images, _seeds):
         return images // 2
 
+    spec = variants_spec(generator, "images", [darker], recipe="darker")
     with LatentCache.open(tmp_path / "variants", spec) as cache:
         assert fill_variants(generator, tiles, cache, [darker]) == 4
         assert fill_variants(generator, tiles, cache, [darker]) == 0
@@ -212,7 +217,7 @@ def test_variants_are_made_once_and_flagged_where_nothing_changed(generator, tmp
 
 
 def test_edits_must_fit_the_cache(generator, tmp_path, cache, tiles):
-    spec = variants_spec(generator, "images", num_variants=2, recipe={})
+    spec = variants_spec(generator, "images", [abs] * 2, recipe={})
     variants = LatentCache.open(tmp_path / "variants", spec)
     with pytest.raises(ValueError, match="1 edits for 2 variants"):
         fill_variants(generator, tiles, variants, [lambda images, _: images])
@@ -221,11 +226,124 @@ def test_edits_must_fit_the_cache(generator, tmp_path, cache, tiles):
     with pytest.raises(ValueError, match="make it with variants_spec"):
         fill_variants(generator, tiles, cache, [lambda images, _: images])
     with pytest.raises(ValueError, match="expected 'latents' or 'images'"):
-        variants_spec(generator, "pixels", num_variants=1, recipe={})
+        variants_spec(generator, "pixels", [abs], recipe={})
 
 
 def test_specifications_differ_by_recipe(generator):
-    specs = [variants_spec(generator, "latents", num_variants=1, recipe=r) for r in ("a", "b")]
+    specs = [variants_spec(generator, "latents", [abs], recipe=r) for r in ("a", "b")]
     assert specs[0].digest != specs[1].digest
     assert replace(specs[0], recipe=specs[1].recipe) == specs[1]
     assert synthetic_tiles(1).shape[-1] == SIZE == specs[0].tile.size_px
+
+
+# Transforms as edits
+
+
+@pytest.fixture
+def references(generator):
+    first = synthetic_tiles(3, seed=5)
+    return [
+        StainReference.fit(generator, first, laboratory="a"),
+        StainReference.fit(generator, 255 - (255 - first) // 2, laboratory="b"),
+    ]
+
+
+def opened(generator, folder, edits, **settings):
+    return LatentCache.open(folder, variants_spec(generator, "images", edits, **settings))
+
+
+def test_transforms_are_edits_and_say_what_they_keep(generator, tmp_path, tiles, references):
+    edits = [StainNormalize(generator, reference) for reference in references]
+    with opened(generator, tmp_path, edits) as cache:
+        fill_variants(generator, tiles, cache, edits)
+    assert cache.spec.num_variants == 2
+    assert cache.spec.keeps_structure
+    for variant, edit in enumerate(edits):
+        found = cache.get([tile_key(tile) for tile in tiles], [variant] * 4)
+        assert torch.equal(found.fields["images"], edit(tiles))
+    moving = [*edits, ConditionedResample(generator)]
+    assert not variants_spec(generator, "images", moving).keeps_structure
+
+
+def change(generator, references):
+    """Return edits and how the message names what they have other than the first."""
+    make = partial(StainNormalize, generator)
+    macenko = MacenkoReference.fit(synthetic_tiles(3))
+    return [
+        ([make(references[0])], ""),
+        ([make(references[1])], r"edits\[0\]\.references\[0\]\.laboratory a for b"),
+        ([make(references[0], strength=0.5)], r"edits\[0\]\.strength 1\.0 for 0\.5"),
+        ([make(references[0], seed=4)], r"edits\[0\]\.seed 0 for 4"),
+        ([make(references[0], source=references[1])], r"edits\[0\]\.source None for"),
+        ([make(references[0], recipe=EditRecipe(probe_share=0.1))], r"probe_share 0\.5 for 0\.1"),
+        ([MacenkoNormalize(macenko)], r"kind cytosyn_aug\.StainNormalize for cytosyn_aug\.Macenko"),
+        ([lambda images, _: images], r"kind cytosyn_aug\.StainNormalize for function"),
+    ]
+
+
+def test_filling_with_other_edits_is_refused_naming_the_difference(
+    generator, tmp_path, tiles, references
+):
+    (edits, _), *others = change(generator, references)
+    cache = opened(generator, tmp_path / "edits", edits, recipe="so that a function may be given")
+    fill_variants(generator, tiles[:1], cache, edits)
+    for other, message in others:
+        with pytest.raises(ValueError, match=message):
+            fill_variants(generator, tiles, cache, other)
+        with pytest.raises(ValueError, match=message):
+            opened(generator, cache.folder, other, recipe="so that a function may be given")
+    assert fill_variants(generator, tiles, cache, change(generator, references)[0][0]) == 3
+
+
+def test_opening_with_another_seed_is_refused(generator, tmp_path, references):
+    edits = [StainNormalize(generator, references[0])]
+    opened(generator, tmp_path, edits, seed=1)
+    with pytest.raises(ValueError, match=r"recipe\.seed 1 for 2"):
+        opened(generator, tmp_path, edits, seed=2)
+
+
+def test_a_refitted_reference_of_equal_tiles_is_the_same(generator, references):
+    again = StainReference.fit(generator, synthetic_tiles(3, seed=5), laboratory="a")
+    specs = [
+        variants_spec(generator, "images", [StainNormalize(generator, reference)])
+        for reference in (references[0], again)
+    ]
+    assert specs[0] == specs[1]
+    assert len(specs[0].recipe) < 1000  # it is in every shard, so no tensors
+
+
+def test_transforms_draw_by_tile_and_variant_alone(generator, tmp_path, tiles, references):
+    edits = [StainTransfer(generator, references, p=0.1)] * 2
+    edits.append(ConditionedResample(generator, p={"tumour": 0.3}, steps=2))
+    found = []
+    for number, parts in enumerate(([tiles], [tiles[3:], tiles[:3].flip(0)])):
+        torch.manual_seed(number)
+        state = torch.get_rng_state()
+        with opened(generator, tmp_path / str(number), edits) as cache:
+            for part in parts:
+                fill_variants(generator, part, cache, edits)
+        assert torch.equal(torch.get_rng_state(), state)
+        keys = [tile_key(tile) for tile in tiles for _ in edits]
+        found.append(cache.get(keys, [0, 1, 2] * 4).fields)
+    assert found[0]["is_edited"].all()
+    difference = found[0]["images"].int() - found[1]["images"].int()
+    assert difference.abs().max() <= 1  # batches of another size round otherwise
+    restained = found[0]["images"].view(4, 3, *tiles.shape[1:])[:, :2]
+    assert not torch.equal(restained[:, 0], restained[:, 1])
+
+
+def test_functions_need_a_recipe_and_unnamed_settings_too(generator, references, tiles):
+    make = partial(variants_spec, generator, "images")
+    with pytest.raises(TypeError, match="edit 0 is a function"):
+        make([abs])
+    with_features = StainNormalize(generator, references[0], features=abs)
+    with pytest.raises(TypeError, match="features of edit 0, a StainNormalize, has no name"):
+        make([with_features])
+    described = json.loads(make([with_features], recipe="features of the encoder").recipe)
+    assert described["edits"][0]["features"]["kind"] == "unnamed"
+    with pytest.raises(ValueError, match="draws by slide"):
+        make([StainTransfer(generator, references, mode="slide")])
+    with pytest.raises(ValueError, match=r"strength of edit 0.*is a Ramp"):
+        make([StainTransfer(generator, references, strength=Ramp(0.0, 1.0, 3))])
+    with pytest.raises(ValueError, match="edits is empty"):
+        make([])

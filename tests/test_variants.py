@@ -25,9 +25,7 @@ NUM = 6
 
 
 def make_cache(folder, generator, payload, tiles, edits=EDITS, **settings):
-    spec = variants_spec(
-        generator, payload, num_variants=len(edits), recipe="half, inverse", **settings
-    )
+    spec = variants_spec(generator, payload, edits, recipe="half, inverse", **settings)
     with LatentCache.open(folder, spec) as cache:
         fill_variants(generator, tiles, cache, edits)
     return LatentCache.open(folder)
@@ -241,12 +239,13 @@ def test_a_miss_of_one_variant_says_which_are_there(generator, tmp_path, tiles):
     def interrupted(_images, _seeds):
         raise KeyboardInterrupt
 
-    spec = variants_spec(generator, "images", num_variants=2, recipe="interrupted")
+    edits = [EDITS[0], interrupted]
+    spec = variants_spec(generator, "images", edits, recipe="interrupted")
     with (
         pytest.raises(KeyboardInterrupt),
         LatentCache.open(tmp_path / "part", spec) as part,
     ):
-        fill_variants(generator, tiles, part, [EDITS[0], interrupted])
+        fill_variants(generator, tiles, part, edits)
     assert "variants [0] are there; filling was interrupted" in explain_miss(part, tiles[0], 1)
 
 
