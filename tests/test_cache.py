@@ -1,6 +1,7 @@
 """Claims of the cache: nothing wrong is ever read, whoever writes, dies or damages files."""
 
 import errno
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -20,6 +21,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
+from torch.utils.data import DataLoader, Dataset
 
 from cytosyn_aug import index, records, upkeep
 from cytosyn_aug.cache import LatentCache
@@ -567,6 +569,88 @@ def test_a_forked_handle_does_not_write_its_parents_records(tmp_path):
     assert check(LatentCache.open(tmp_path), [1, 2]) == [True, True]
 
 
+def test_a_handle_that_ends_writes_what_it_holds(tmp_path):
+    cache = LatentCache.open(tmp_path, SPEC)
+    put(cache, [1])
+    del cache
+    gc.collect()
+    assert check(LatentCache.open(tmp_path), [1]) == [True]
+
+
+@pytest.mark.parametrize("ending", ["", "raise SystemExit(3)", "1 / 0"])
+def test_a_script_that_ends_writes_what_it_holds(tmp_path, ending):
+    with LatentCache.open(tmp_path, SPEC):
+        pass
+    code = (
+        "import sys, torch\n"
+        "from cytosyn_aug.cache import LatentCache\n"
+        "cache = LatentCache.open(sys.argv[1])\n"
+        "fields = {'latents': torch.ones(1, 2, 3), 'flag': torch.ones(1, dtype=torch.uint8)}\n"
+        "cache.put(['ab' * 32], fields)\n" + ending
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.DEVNULL)
+    assert LatentCache.open(tmp_path).get(["ab" * 32]).is_found.all()
+
+
+class Puts(Dataset):
+    """Puts a record an item, through a handle of the main process."""
+
+    def __init__(self, cache):
+        self.cache = cache
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        put(self.cache, [index])
+        return index
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_dataloader_workers_write_what_they_hold(tmp_path, method):
+    cache = LatentCache.open(tmp_path, SPEC)
+    list(DataLoader(Puts(cache), num_workers=2, multiprocessing_context=method))
+    cache.refresh()
+    assert check(cache, range(9)) == [True] * 8 + [False]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_killed_worker_loses_only_what_it_held(tmp_path):
+    class Dies(Puts):
+        def __getitem__(self, index):
+            super().__getitem__(index)
+            if index == 5:
+                self.cache.flush()
+                put(self.cache, [100])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return index
+
+    cache = fill(tmp_path, [200])
+    with pytest.raises(RuntimeError, match=r"worker .*(killed|exited unexpectedly)"):
+        list(DataLoader(Dies(cache), num_workers=2))
+    cache.refresh()
+    assert check(cache, [200, 1, 3, 5, 100]) == [True, True, True, True, False]
+    assert list(cache.verify()) == []
+
+
+def test_records_do_not_wait_for_long(tmp_path, monkeypatch):
+    # Workers that persist are ended by a signal, so what they hold must not get old.
+    cache = LatentCache.open(tmp_path, SPEC)
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    put(cache, [1])
+    now[0] += 30
+    put(cache, [2])
+    assert not shards(tmp_path)
+    now[0] += 31
+    check(cache, [1])
+    assert check(LatentCache.open(tmp_path), [1, 2]) == [True, True]
+    put(cache, [3])
+    check(cache, [3])
+    assert len(shards(tmp_path)) == 1
+
+
 # Disks
 
 
@@ -582,13 +666,14 @@ def test_a_full_disk_is_one_clear_error_and_nothing_is_lost(tmp_path, monkeypatc
     put(cache, [7, 8])
     with monkeypatch.context() as patch:
         patch.setattr(records, "write_tensors", refuse(errno.ENOSPC))
-        with pytest.raises(OSError, match=r"No space left.*2 records were not cached \(3 are\)"):
+        with pytest.raises(OSError, match=r"No space left.*2 records were not cached"):
             cache.flush()
     assert check(cache, [0, 7, 8]) == [True] * 3
     cache.flush()
     assert check(LatentCache.open(tmp_path), [0, 7, 8]) == [True] * 3
 
 
+@pytest.mark.filterwarnings("ignore:.*1 records were not cached")  # said when it is collected
 def test_an_error_inside_the_block_is_not_hidden_by_the_disks(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "write_tensors", refuse(errno.ENOSPC))
     with pytest.raises(ZeroDivisionError), LatentCache.open(tmp_path, SPEC) as cache:  # noqa: PT012
@@ -608,8 +693,18 @@ def test_a_read_only_cache_is_read_and_refuses_records_in_one_sentence(tmp_path,
     monkeypatch.setattr(Path, "open", read_only)  # root, whom tests run as, may write anything
     cache = LatentCache.open(tmp_path)
     assert all(check(cache, range(3)))
-    put(cache, [9])
-    with pytest.raises(OSError, match=r"Read-only file system: 1 records were not cached"):
-        cache.flush()
+    with pytest.raises(OSError, match=r"Read-only file system: nothing can be cached.*writes="):
+        put(cache, [9])  # the first, not the one that fills the memory
+    assert check(cache, [9]) == [False]
+    with cache:
+        pass
     with pytest.raises(OSError, match=r"Read-only.*no cache can be created here"):
         LatentCache.open(tmp_path / "new", SPEC)
+
+
+def test_what_cannot_be_written_at_the_end_is_said(tmp_path, monkeypatch):
+    cache = LatentCache.open(tmp_path, SPEC)
+    put(cache, [1])
+    monkeypatch.setattr(records, "write_tensors", refuse(errno.ENOSPC))
+    with pytest.warns(UserWarning, match=r"No space left.*: 1 records were not cached"):
+        del cache

@@ -5,10 +5,12 @@ import json
 import os
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import SIZE, synthetic_tiles
+from torch.utils.data import DataLoader, Dataset
 
 from cytosyn_aug import (
     ConditionedResample,
@@ -234,6 +236,53 @@ def test_specifications_differ_by_recipe(generator):
     assert specs[0].digest != specs[1].digest
     assert replace(specs[0], recipe=specs[1].recipe) == specs[1]
     assert synthetic_tiles(1).shape[-1] == SIZE == specs[0].tile.size_px
+
+
+class Restained(Dataset):
+    def __init__(self, transform, tiles):
+        self.transform, self.tiles = transform, tiles
+
+    def __len__(self):
+        return len(self.tiles)
+
+    def __getitem__(self, index):
+        return self.transform(self.tiles[index])
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_features_that_workers_and_the_main_process_computed_are_kept(generator, cache, tiles):
+    reference = StainReference.fit(generator, synthetic_tiles(3, seed=5))
+    features = partial(features_cached, generator, cache=cache)
+    transfer = StainTransfer(generator, [reference], p=1.0, features=features)
+    more = synthetic_tiles(4, seed=9)
+    transfer(tiles)
+    list(DataLoader(Restained(transfer, more), num_workers=2))
+    folder = cache.folder
+    cache.refresh()
+    assert cache.get([tile_key(tile) for tile in more]).is_found.all()
+    cache.flush()
+    assert len(LatentCache.open(folder)) == 8
+
+
+def test_a_read_only_cache_of_features_says_so_at_the_first_miss(
+    generator, cache, tiles, monkeypatch
+):
+    features_cached(generator, tiles[:1], cache)
+    cache.flush()
+    real = Path.open
+
+    def read_only(self, mode="r", **options):
+        if "w" in mode:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+        return real(self, mode, **options)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    handle = LatentCache.open(cache.folder)
+    features_cached(generator, tiles[:1], handle)
+    with pytest.raises(OSError, match=r"Read-only file system: nothing can.*writes=False"):
+        features_cached(generator, tiles, handle)
+    expected = generator.features(tiles).cls
+    assert torch.equal(features_cached(generator, tiles, handle, writes=False), expected)
 
 
 # Transforms as edits

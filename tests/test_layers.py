@@ -12,7 +12,7 @@ ROWS = [
     {"images", "flow", "weights", "differences", "compvis", "hub", "files"},
     {"draws", "json_files", "facts", "tensor_files", "cache_spec"},
     {"tile_transform", "records"},
-    {"index"},
+    {"index", "waiting"},
     {"upkeep"},
     {"cache"},
     {"misses"},
