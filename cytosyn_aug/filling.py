@@ -1,8 +1,4 @@
-"""Filling caches: moments and features of tiles, or edited variants of them.
-
-What is in the cache is read, what is not is computed in one batch and written. A value is the same
-either way, because what was computed is rounded to the stored dtype before it is returned.
-"""
+"""Filling caches of variants: tiles edited beforehand, so that training only looks them up."""
 
 from __future__ import annotations
 
@@ -14,51 +10,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cytosyn_aug.cache import LatentCache, Records
+from cytosyn_aug.cache import LatentCache
 from cytosyn_aug.cache_spec import CacheSpec, Field
 from cytosyn_aug.edits import Edit, describe_edits, run_edit
-from cytosyn_aug.generator import Moments, TileGenerator
+from cytosyn_aug.encodings import check_filler, first_rows, write_recipe
+from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import tile_key
 from cytosyn_aug.misses import THUMBNAIL, thumbnails
 from cytosyn_aug.tile_transform import TileTransform
 
-Contents = Literal["moments", "features"]
 Payload = Literal["latents", "images"]
-
-
-def moments_spec(
-    generator: TileGenerator,
-    contents: Sequence[Contents] = ("moments", "features"),
-    *,
-    dtype: Literal["float16", "float32"] = "float16",
-) -> CacheSpec:
-    """Return the specification of a cache of what a model sees in tiles.
-
-    Args:
-        generator: The model.
-        contents: "moments" of the autoencoder's posterior, "features" of the encoder, or both.
-        dtype: How moments are stored; features are always float32, because the stain probe reads
-            small differences.
-
-    Raises:
-        ValueError: Unknown contents, or features of a model without an encoder.
-    """
-    unknown = set(contents) - {"moments", "features"}
-    if unknown or not contents:
-        raise ValueError(f"contents are {list(contents)}, expected 'moments', 'features' or both")
-    fields = []
-    if "moments" in contents:
-        fields.append(Field("moments", (2, *generator.latent_shape), dtype))
-    if "features" in contents:
-        if generator.encoder is None:
-            raise ValueError("this model has no encoder to take features from; cache its moments")
-        fields.append(Field("cls", (len(generator.null_condition),), "float32"))
-    return CacheSpec(
-        tile=generator.tile,
-        fields=(*fields, THUMBNAIL),
-        model_digest=generator.digest,
-        recipe=_recipe(generator, {"kind": "moments"}),
-    )
 
 
 def variants_spec(
@@ -101,77 +62,10 @@ def variants_spec(
         tile=generator.tile,
         fields=(field, Field("is_edited", (), "uint8"), THUMBNAIL),
         model_digest=generator.digest,
-        recipe=_recipe(generator, content),
+        recipe=write_recipe(generator, content),
         num_variants=len(edits),
         keeps_structure=keeps_structure,
     )
-
-
-def check_model(generator: TileGenerator, cache: LatentCache) -> None:
-    """Raise unless a cache was filled with this very model."""
-    if cache.spec.model_digest != generator.digest:
-        raise ValueError(
-            f"{cache.folder} was filled with model {cache.spec.model_digest}, this generator is "
-            f"{generator.digest}; fill a cache in another folder with it"
-        )
-
-
-def encode_cached(
-    generator: TileGenerator, images: Tensor, cache: LatentCache, *, writes: bool = True
-) -> Moments:
-    """Return what `generator.encode` does, encoding only tiles that are not in the cache.
-
-    Args:
-        generator: The model.
-        images: uint8 [B, 3, size, size].
-        cache: Made with `moments_spec`.
-        writes: Put what was missing into the cache; False for a cache that is only read.
-
-    Raises:
-        ValueError: The cache is of another model or holds no moments.
-        OSError: The cache cannot be written; see `LatentCache.flush`.
-    """
-    moments = _complete(generator, images, cache, "moments", writes).to(generator.device)
-    mean, std = moments.float().unbind(1)
-    return Moments(mean, std)
-
-
-def features_cached(
-    generator: TileGenerator, images: Tensor, cache: LatentCache, *, writes: bool = True
-) -> Tensor:
-    """Return CLS features of tiles, float32 [B, D], encoding only those not in the cache.
-
-    Bound to a model and a cache it is what transforms take as `features`:
-    `functools.partial(features_cached, generator, cache=cache)`.
-
-    Args:
-        generator: The model.
-        images: uint8 [B, 3, size, size].
-        cache: Made with `moments_spec`.
-        writes: Put what was missing into the cache; False for a cache that is only read.
-
-    Raises:
-        ValueError: The cache is of another model or holds no features.
-        OSError: The cache cannot be written; see `LatentCache.flush`.
-    """
-    return _complete(generator, images, cache, "cls", writes).to(generator.device)
-
-
-def fill_moments(generator: TileGenerator, images: Tensor, cache: LatentCache) -> int:
-    """Put whatever is missing of tiles into a cache made with `moments_spec`; return how many.
-
-    Args:
-        generator: The model.
-        images: uint8 [B, 3, size, size].
-        cache: Flush or close it at the end.
-
-    Raises:
-        ValueError, OSError: See `encode_cached`.
-    """
-    _check_filler(generator, cache)
-    generator.check_images(images)
-    keys = [tile_key(image) for image in images]
-    return len(_fill_missing(generator, images, cache, keys, cache.get(keys), writes=True))
 
 
 def fill_variants(
@@ -196,14 +90,14 @@ def fill_variants(
             or a cache of something else.
         OSError: The cache cannot be written; see `LatentCache.flush`.
     """
-    _check_filler(generator, cache)
+    check_filler(generator, cache)
     generator.check_images(images)
     seed = _check_edits(generator, cache, edits)
     keys = [tile_key(image) for image in images]
     num_filled = 0
     for variant, edit in enumerate(edits):
         is_found = cache.get(keys, [variant] * len(keys)).is_found
-        rows = _first_rows(keys, is_found)
+        rows = first_rows(keys, is_found)
         if not rows:
             continue
         seeds = [derive_seed(keys[row], variant, seed) for row in rows]
@@ -217,61 +111,6 @@ def derive_seed(key: str, variant: int, seed: int) -> int:
     """Return a seed in [0, 2 ** 62) from a tile, the number of a variant and a base seed."""
     digest = hashlib.sha256(f"{key},{variant},{seed}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 2
-
-
-def _complete(
-    generator: TileGenerator, images: Tensor, cache: LatentCache, name: str, writes: bool
-) -> Tensor:
-    """Return one field of tiles [B, ...] in the stored dtype, computing what is missing."""
-    _check_filler(generator, cache)
-    generator.check_images(images)
-    if name not in cache.spec.names:
-        raise ValueError(
-            f"{cache.folder} holds {', '.join(cache.spec.names)}, asked for is {name}; fill one "
-            "made with moments_spec"
-        )
-    keys = [tile_key(image) for image in images]
-    records = cache.get(keys)
-    computed = _fill_missing(generator, images, cache, keys, records, writes)
-    values = records.fields[name]
-    for row in (~records.is_found).nonzero()[:, 0].tolist():
-        values[row] = computed[keys[row]][name].to(values)
-    return values
-
-
-def _fill_missing(
-    generator: TileGenerator,
-    images: Tensor,
-    cache: LatentCache,
-    keys: list[str],
-    records: Records,
-    writes: bool,
-) -> dict[str, dict[str, Tensor]]:
-    """Compute, and if asked put, the records not found; return them by key."""
-    rows = _first_rows(keys, records.is_found)
-    if not rows:
-        return {}
-    missing = images[rows]
-    fields = {THUMBNAIL.name: thumbnails(missing)}
-    if "moments" in cache.spec.names:
-        fields["moments"] = torch.stack(generator.encode(missing), 1).cpu()
-    if "cls" in cache.spec.names:
-        fields["cls"] = generator.features(missing).cls.cpu()
-    if writes:
-        cache.put([keys[row] for row in rows], fields)
-    return {keys[row]: {k: v[n] for k, v in fields.items()} for n, row in enumerate(rows)}
-
-
-def _check_filler(generator: TileGenerator, cache: LatentCache) -> None:
-    """Raise unless records of this model, computed in its dtype, belong into a cache."""
-    check_model(generator, cache)
-    recipe = json.loads(cache.spec.recipe)
-    found = recipe.get("networks") if isinstance(recipe, dict) else None
-    if found != str(generator.dtype):
-        raise ValueError(
-            f"{cache.folder} is of networks in {found}, this generator computes in "
-            f"{generator.dtype}; load it with that dtype, or fill a cache in another folder"
-        )
 
 
 def _check_edits(
@@ -304,15 +143,6 @@ def _check_edits(
     return int(recipe["seed"])
 
 
-def _first_rows(keys: list[str], is_found: Tensor) -> list[int]:
-    """Return the rows that were not found, of equal tiles only the first."""
-    first: dict[str, int] = {}
-    for row, key in enumerate(keys):
-        if not is_found[row]:
-            first.setdefault(key, row)
-    return list(first.values())
-
-
 def _edited_fields(
     generator: TileGenerator,
     images: Tensor,
@@ -334,8 +164,3 @@ def _edited_fields(
     if made.dtype == torch.uint8:
         made = generator.whiten(generator.encode(made).mean)
     return fields | {"latents": made}
-
-
-def _recipe(generator: TileGenerator, content: dict[str, object]) -> str:
-    """Return canonical JSON; the dtype of the networks is in no model's digest."""
-    return json.dumps(content | {"networks": str(generator.dtype)}, sort_keys=True)

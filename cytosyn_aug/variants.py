@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from cytosyn_aug.cache import LatentCache
+from cytosyn_aug.encodings import check_model
 from cytosyn_aug.facts import NO_FACTS, Facts
-from cytosyn_aug.filling import check_model
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import num_tiles, open_tiles, tile_key
 from cytosyn_aug.misses import explain_miss

@@ -13,9 +13,12 @@ ROOT = Path(__file__).parent.parent
 MODULES = [
     "cytosyn_aug.cache",
     "cytosyn_aug.conditions",
+    "cytosyn_aug.encodings",
     "cytosyn_aug.generator",
     "cytosyn_aug.macenko",
+    "cytosyn_aug.memory",
     "cytosyn_aug.reference",
+    "cytosyn_aug.replay",
     "cytosyn_aug.resampling",
     "cytosyn_aug.schedules",
     "cytosyn_aug.transforms",

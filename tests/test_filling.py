@@ -25,21 +25,16 @@ from cytosyn_aug import (
     StainViews,
     records,
 )
-from cytosyn_aug.filling import (
-    derive_seed,
-    encode_cached,
-    features_cached,
-    fill_moments,
-    fill_variants,
-    moments_spec,
-    variants_spec,
-)
+from cytosyn_aug.encodings import encode_cached, encodings_spec, features_cached, fill_encodings
+from cytosyn_aug.filling import derive_seed, fill_variants, variants_spec
 from cytosyn_aug.images import tile_key
+
+BOTH = ["moments", "features"]
 
 
 @pytest.fixture
 def cache(generator, tmp_path):
-    return LatentCache.open(tmp_path, moments_spec(generator))
+    return LatentCache.open(tmp_path, encodings_spec(generator, BOTH))
 
 
 @pytest.fixture
@@ -75,7 +70,7 @@ def test_a_hit_equals_the_miss_before_it(generator, cache, tiles):
 
 
 def test_float32_moments_are_exact(generator, tmp_path, tiles):
-    exact = LatentCache.open(tmp_path / "exact", moments_spec(generator, dtype="float32"))
+    exact = LatentCache.open(tmp_path / "exact", encodings_spec(generator, BOTH, dtype="float32"))
     assert torch.equal(encode_cached(generator, tiles, exact).std, generator.encode(tiles).std)
 
 
@@ -92,7 +87,7 @@ def test_only_misses_are_encoded_each_once_in_one_batch(generator, cache, tiles,
     assert seen == [2, 2]
     assert torch.equal(moments.mean[:4], moments.mean[4:].flip(0))
     features_cached(generator, more, cache)
-    fill_moments(generator, more, cache)
+    fill_encodings(generator, more, cache)
     assert seen == [2, 2]
 
 
@@ -103,13 +98,13 @@ def test_a_cache_that_is_only_read_is_not_written(generator, cache, tiles):
 
 
 def test_filling_counts_what_was_missing_and_resumes(generator, cache, tiles):
-    assert fill_moments(generator, tiles[:3], cache) == 3
+    assert fill_encodings(generator, tiles[:3], cache) == 3
     cache.flush()
-    assert fill_moments(generator, tiles, LatentCache.open(cache.folder)) == 1
+    assert fill_encodings(generator, tiles, LatentCache.open(cache.folder)) == 1
 
 
 def test_a_full_disk_stops_filling_and_the_rest_is_filled_later(generator, cache, tiles):
-    fill_moments(generator, tiles[:2], cache)
+    fill_encodings(generator, tiles[:2], cache)
     cache.flush()
 
     def full(*_arguments):
@@ -117,11 +112,11 @@ def test_a_full_disk_stops_filling_and_the_rest_is_filled_later(generator, cache
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records, "write_tensors", full)
-        fill_moments(generator, tiles[2:], cache)
+        fill_encodings(generator, tiles[2:], cache)
         with pytest.raises(OSError, match="2 records were not cached"):
             cache.flush()
     again = LatentCache.open(cache.folder)
-    assert fill_moments(generator, tiles, again) == 2
+    assert fill_encodings(generator, tiles, again) == 2
 
 
 def test_transforms_take_cached_features(generator, cache, tiles):
@@ -153,16 +148,16 @@ def test_restaining_with_cached_features_runs_no_encoder(generator, cache, tiles
 
 def test_another_model_is_refused_naming_both(generator, cache, tiles, monkeypatch):
     monkeypatch.setattr(generator, "digest", "fedcba9876543210")
-    for function in (encode_cached, features_cached, fill_moments):
+    for function in (encode_cached, features_cached, fill_encodings):
         with pytest.raises(ValueError, match=rf"{cache.spec.model_digest}.*fedcba9876543210"):
             function(generator, tiles, cache)
 
 
 def test_the_dtype_of_the_networks_is_part_of_the_recipe(generator, cache, tiles, monkeypatch):
-    spec = moments_spec(generator)
+    spec = encodings_spec(generator, BOTH)
     assert json.loads(spec.recipe)["networks"] == "torch.float32"
     monkeypatch.setattr(generator, "dtype", torch.bfloat16)
-    assert moments_spec(generator).digest != spec.digest
+    assert encodings_spec(generator, BOTH).digest != spec.digest
     with pytest.raises(ValueError, match=r"networks in torch.float32.*computes in torch.bfloat16"):
         encode_cached(generator, tiles, cache)
 
@@ -172,11 +167,17 @@ def test_the_dtype_of_the_networks_is_part_of_the_recipe(generator, cache, tiles
 )
 def test_unknown_contents_are_refused(generator, contents, message):
     with pytest.raises(ValueError, match=message):
-        moments_spec(generator, contents)
+        encodings_spec(generator, contents)
+
+
+def test_a_cache_of_features_runs_no_autoencoder(generator, tmp_path, tiles, seen):
+    cache = LatentCache.open(tmp_path, encodings_spec(generator, ["features"]))
+    features_cached(generator, tiles, cache)
+    assert seen == []
 
 
 def test_moments_are_not_looked_for_where_only_features_are(generator, tmp_path, tiles):
-    cache = LatentCache.open(tmp_path / "features", moments_spec(generator, ["features"]))
+    cache = LatentCache.open(tmp_path / "features", encodings_spec(generator, ["features"]))
     with pytest.raises(ValueError, match="holds cls, thumbnail, asked for is moments"):
         encode_cached(generator, tiles, cache)
 
@@ -184,8 +185,8 @@ def test_moments_are_not_looked_for_where_only_features_are(generator, tmp_path,
 def test_features_need_an_encoder(generator, monkeypatch):
     monkeypatch.setattr(generator, "encoder", None)
     with pytest.raises(ValueError, match="no encoder"):
-        moments_spec(generator)
-    assert moments_spec(generator, ["moments"]).names == ("moments", "thumbnail")
+        encodings_spec(generator, BOTH)
+    assert encodings_spec(generator, ["moments"]).names == ("moments", "thumbnail")
 
 
 def test_a_variants_seed_depends_on_tile_number_and_base(generator, tmp_path, tiles):

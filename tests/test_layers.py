@@ -26,7 +26,7 @@ ROWS = [
     {"convert", "origin"},
     {"loaded"},
     {"generator"},
-    {"reference", "info", "doctor"},
+    {"reference", "info", "doctor", "encodings"},
     {"editing", "memory"},
     {"written"},
     {"edits"},

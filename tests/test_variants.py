@@ -16,7 +16,8 @@ from torchvision import tv_tensors
 
 from cytosyn_aug import CachedVariants, LatentCache, Ramp
 from cytosyn_aug.cache_spec import SHARD_FOLDER
-from cytosyn_aug.filling import fill_variants, moments_spec, variants_spec
+from cytosyn_aug.encodings import encodings_spec
+from cytosyn_aug.filling import fill_variants, variants_spec
 from cytosyn_aug.images import open_tiles
 from cytosyn_aug.misses import explain_miss
 
@@ -297,7 +298,7 @@ def test_masks_need_variants_that_keep_structure(generator, images_cache, tmp_pa
 
 
 def test_caches_of_something_else_and_bad_arguments_are_refused(generator, images_cache, tmp_path):
-    moments = LatentCache.open(tmp_path, moments_spec(generator))
+    moments = LatentCache.open(tmp_path, encodings_spec(generator, ["moments", "features"]))
     with pytest.raises(ValueError, match="holds moments, cls, thumbnail, expected variants"):
         CachedVariants(moments)
     with pytest.raises(ValueError, match="on_miss is 'ignore'"):
