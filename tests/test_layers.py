@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 ROWS = [
     {"config"},
     {"images", "flow", "weights", "differences", "compvis", "hub", "files"},
-    {"tensor_files", "cache_spec"},
+    {"tensor_files", "cache_spec", "tar_files", "image_files"},
     {"records"},
     {"index"},
     {"upkeep"},
@@ -18,6 +18,7 @@ ROWS = [
     {"misses"},
     {"transformer", "encoder", "small_decoder", "sampling", "stain", "released", "conditions"},
     {"slides", "tissue", "drawing", "batching"},
+    {"slide_tiles"},
     {"drafts"},
     {"checkpoint"},
     {"convert", "generator"},
