@@ -69,8 +69,9 @@ def test_examples_run(name):
 def test_help_loads_no_torch():
     code = (
         "import sys, cytosyn_aug.cli as c\n"
-        "try: c.main(['demo', '--help'])\n"
-        "except SystemExit: pass\n"
-        "sys.exit('torch' in sys.modules)"
+        "for name in ['demo', 'augment', 'normalize', 'cache', 'sample', 'slurm']:\n"
+        "    try: c.main([name, '--help'])\n"
+        "    except SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0

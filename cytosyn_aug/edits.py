@@ -1,0 +1,334 @@
+"""What offline commands do to a batch of tiles: recipes, and functions made from them.
+
+A made function takes tiles of one size and yields one `Edited` a variant. Every draw comes from
+SHA-256 of the tile's pixels, the variant and the recipe's seed, so that it does not matter which
+process meets a tile, and when.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cytosyn_aug.colour import colour_distance
+from cytosyn_aug.config import Preserve
+from cytosyn_aug.editing import EditRecipe, redraw, resample, stain_change
+from cytosyn_aug.filling import derive_seed
+from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.image_files import ItemError
+from cytosyn_aug.reading import Loaded
+from cytosyn_aug.reference import StainReference
+from cytosyn_aug.sampling import sample_noise
+from cytosyn_aug.stain import DensityMap, apply_density_map, blend_with_identity
+from cytosyn_aug.transforms import _check_scale, _model_tiles
+
+Mode = Literal["stain", "resample"]
+Method = Literal["cytosyn"]
+_SEED_RANGE = float(1 << 62)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AugmentRecipe:
+    """How tiles are augmented.
+
+    Attributes:
+        variants: Results of each tile.
+        mode: "stain" restains; "resample" generates new tiles with the same features.
+        strength: Of restaining, drawn evenly between these two for each result; 1 goes to the
+            reference, 0 stays.
+        preserve: "color" moves no structure; "none" draws the restained tile anew.
+        mpp: Scale of the tiles in microns per pixel.
+        steps: Forwards of resampling; None for 4 of a student, or 16 of the transformer.
+        guidance_scale: Classifier-free guidance of resampling; 1 for none.
+        edit: How the model restains.
+        seed: Base seed.
+        allow_geometry_change: Accept tiles with masks although structure changes; the masks are
+            left behind.
+    """
+
+    variants: int = 1
+    mode: Mode = "stain"
+    strength: tuple[float, float] = (1.0, 1.0)
+    preserve: Preserve = "color"
+    mpp: float = 0.5
+    steps: int | None = None
+    guidance_scale: float = 1.0
+    edit: EditRecipe = field(default_factory=EditRecipe)
+    seed: int = 0
+    allow_geometry_change: bool = False
+
+    def __post_init__(self) -> None:
+        if self.variants < 1:
+            raise ValueError(f"variants is {self.variants}, expected at least 1")
+        if self.mode not in ("stain", "resample"):
+            raise ValueError(f"mode is {self.mode!r}, expected 'stain' or 'resample'")
+        if self.preserve not in ("color", "none"):
+            raise ValueError(f"preserve is {self.preserve!r}, expected 'color' or 'none'")
+        _check_strength(self.strength)
+
+    @property
+    def keeps_structure(self) -> bool:
+        """Whether masks of a tile are true of its variants."""
+        return self.mode == "stain" and self.preserve == "color"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NormalizeRecipe:
+    """How tiles are normalised.
+
+    Attributes:
+        method: "cytosyn" reads the stain with the model's probe.
+        strength: 1 goes to the reference, 0 stays.
+        mpp: Scale of the tiles in microns per pixel.
+        edit: How the model restains.
+    """
+
+    method: Method = "cytosyn"
+    strength: float = 1.0
+    mpp: float = 0.5
+    edit: EditRecipe = field(default_factory=EditRecipe)
+
+    def __post_init__(self) -> None:
+        _check_strength((self.strength, self.strength))
+
+
+class Edited(NamedTuple):
+    """One variant of a batch of tiles.
+
+    Attributes:
+        images: uint8 [B, 3, H, W], on any device.
+        is_tissue: bool [B]; False where a blank tile was left as it is.
+        seeds: Seed of each tile.
+        references: Name of the reference of each tile, "" for none.
+        strengths: Strength of restaining of each tile; None where there is none.
+        similarity: float [B], cosine of CLS features to the source; NaN without an encoder.
+        distance: float [B], mean distance in CIE Lab over tissue; NaN where there is no source.
+        fields: Further fields of a cache's records, [B, ...] each.
+    """
+
+    images: Tensor
+    is_tissue: Tensor
+    seeds: list[int]
+    references: list[str]
+    strengths: list[float] | None
+    similarity: Tensor
+    distance: Tensor
+    fields: Mapping[str, Tensor] = MappingProxyType({})
+
+
+Edit = Callable[[Sequence[Loaded]], Iterator[Edited]]
+
+
+def augment_edit(
+    generator: TileGenerator, references: Mapping[str, StainReference], recipe: AugmentRecipe
+) -> Edit:
+    """Return the function that augments a batch.
+
+    Raises:
+        ValueError: The recipe asks for what the model or the references cannot give.
+    """
+    if recipe.mode == "resample":
+        return _resample_edit(generator, recipe)
+    if not references:
+        raise ValueError("mode stain needs references: folders of tiles or saved .json files")
+    _check_scale(generator, recipe.mpp)
+    if recipe.preserve == "none" and generator.encoder is None:
+        raise ValueError(
+            "preserve 'none' needs an encoder, and this model was loaded without; load it with "
+            "--encoder bioptimus/H0-mini, or use preserve 'color'"
+        )
+    is_fixed = recipe.preserve == "color" and recipe.strength[0] == recipe.strength[1]
+    if is_fixed and recipe.variants > len(references):
+        raise ValueError(
+            f"{recipe.variants} variants with {len(references)} references of one strength would "
+            "repeat themselves; give more references, a range of strengths, or fewer variants"
+        )
+    return _stain_edit(generator, references, recipe)
+
+
+def normalize_edit(
+    generator: TileGenerator, references: Mapping[str, StainReference], recipe: NormalizeRecipe
+) -> Edit:
+    """Return the function that normalises a batch to one reference, by `recipe.method`.
+
+    Raises:
+        ValueError: Not one reference, or no such method.
+    """
+    if len(references) != 1:
+        raise ValueError(f"got {len(references)} references, expected the one to normalise to")
+    if recipe.method not in _METHODS:
+        raise ValueError(f"method is {recipe.method!r}, expected one of {sorted(_METHODS)}")
+    _check_scale(generator, recipe.mpp)
+    return _METHODS[recipe.method](generator, references, recipe)
+
+
+def sample_edit(
+    generator: TileGenerator,
+    conditions: Tensor | None,
+    *,
+    seed: int,
+    steps: int | None,
+    guidance_scale: float,
+) -> Edit:
+    """Return the function that generates tiles by number, each with the next condition in turn."""
+    rows = generator.null_condition[None] if conditions is None else conditions
+
+    def edit(batch: Sequence[Loaded]) -> Iterator[Edited]:
+        numbers = [int(tile.key) for tile in batch]
+        seeds = [derive_seed(tile.key, 0, seed) for tile in batch]
+        cls = rows[[number % len(rows) for number in numbers]].to(generator.device)
+        noise = sample_noise(seeds, generator.latent_shape)
+        latents = generator.draw(
+            noise, cls, steps=steps, guidance_scale=guidance_scale, seeds=seeds
+        )
+        images = generator.decode(latents, is_few_step=generator.student is not None)
+        similarity = torch.full((len(images),), torch.nan)
+        if generator.encoder is not None and conditions is not None:
+            similarity = torch.cosine_similarity(cls, generator.features(images).cls)
+        is_tissue = torch.ones(len(images), dtype=torch.bool)
+        nothing = torch.full((len(images),), torch.nan)
+        yield Edited(images, is_tissue, seeds, [""] * len(seeds), None, similarity, nothing)
+
+    return edit
+
+
+def size_check(
+    generator: TileGenerator, mpp: float, *, is_exact: bool
+) -> Callable[[int, int], None]:
+    """Return a function of height and width that raises `ItemError` for tiles of a wrong size.
+
+    Args:
+        generator: The model.
+        mpp: Scale of the tiles in microns per pixel.
+        is_exact: Whether tiles must have the model's size, or may be larger.
+    """
+    size, scale = generator.tile.size_px, mpp / generator.tile.mpp
+
+    def check(height: int, width: int) -> None:
+        if is_exact and (height, width) != (size, size):
+            raise ItemError(
+                f"is {width}x{height} px, expected {generator.tile.describe()}; re-tile it"
+            )
+        if min(round(height * scale), round(width * scale)) < size:
+            raise ItemError(
+                f"is {width}x{height} px at {mpp:g} microns/pixel, expected at least "
+                f"{generator.tile.describe()}; re-tile it larger or correct --mpp"
+            )
+
+    return check
+
+
+def _stain_edit(
+    generator: TileGenerator, references: Mapping[str, StainReference], recipe: AugmentRecipe
+) -> Edit:
+    names = list(references)
+
+    def edit(batch: Sequence[Loaded]) -> Iterator[Edited]:
+        images = stack_tiles(batch).to(generator.device)
+        tiles = _model_tiles(images.float(), recipe.mpp, generator)
+        cls = None if generator.encoder is None else generator.features(tiles).cls
+        for variant in range(recipe.variants):
+            seeds = [derive_seed(tile.key, variant, recipe.seed) for tile in batch]
+            # Each tile begins at a reference of its own and takes them in turn.
+            first = [derive_seed(tile.key, -1, recipe.seed) for tile in batch]
+            drawn = [names[(number + variant) % len(names)] for number in first]
+            low, high = recipe.strength
+            strengths = [low + (high - low) * (seed / _SEED_RANGE) for seed in seeds]
+            change, is_tissue = _changes(generator, tiles, references, drawn, recipe.edit, cls)
+            change = blend_with_identity(change, torch.tensor(strengths, device=images.device))
+            made = apply_density_map(images, change).round().to(torch.uint8)
+            if recipe.preserve == "none":
+                made = redraw(generator, made, recipe.edit, seeds)
+            made = torch.where(is_tissue[:, None, None, None], made, images)
+            similarity = _similarity(generator, cls, made, recipe.mpp)
+            distance = colour_distance(images, made)
+            yield Edited(made, is_tissue, seeds, drawn, strengths, similarity, distance)
+
+    return edit
+
+
+def _resample_edit(generator: TileGenerator, recipe: AugmentRecipe) -> Edit:
+    if generator.encoder is None:
+        raise ValueError(
+            "mode resample needs an encoder, and this model was loaded without; load it with "
+            "--encoder bioptimus/H0-mini"
+        )
+
+    def edit(batch: Sequence[Loaded]) -> Iterator[Edited]:
+        images = stack_tiles(batch).to(generator.device)
+        cls = generator.features(images).cls
+        for variant in range(recipe.variants):
+            seeds = [derive_seed(tile.key, variant, recipe.seed) for tile in batch]
+            found = resample(
+                generator,
+                images,
+                seeds,
+                steps=recipe.steps,
+                guidance_scale=recipe.guidance_scale,
+                cls=cls,
+            )
+            made = torch.where(found.is_tissue[:, None, None, None], found.images, images)
+            similarity = torch.where(found.is_tissue, found.similarity, 1.0)
+            distance = colour_distance(images, made)
+            names = [""] * len(seeds)
+            yield Edited(made, found.is_tissue, seeds, names, None, similarity, distance)
+
+    return edit
+
+
+def _changes(
+    generator: TileGenerator,
+    tiles: Tensor,
+    references: Mapping[str, StainReference],
+    drawn: Sequence[str],
+    recipe: EditRecipe,
+    cls: Tensor | None,
+) -> tuple[DensityMap, Tensor]:
+    """Return the change of each tile to its own reference, and which tiles show tissue."""
+    matrix = torch.zeros(len(tiles), 3, 3, dtype=torch.float64, device=tiles.device)
+    offset = torch.zeros(len(tiles), 3, dtype=torch.float64, device=tiles.device)
+    is_tissue = torch.zeros(len(tiles), dtype=torch.bool, device=tiles.device)
+    for name in sorted(set(drawn)):
+        rows = [row for row, own in enumerate(drawn) if own == name]
+        own = None if cls is None or generator.stain_probe is None else cls[rows]
+        found = stain_change(generator, tiles[rows], references[name], None, recipe, own)
+        matrix[rows], offset[rows] = found.change.matrix, found.change.offset
+        is_tissue[rows] = found.is_tissue
+    return DensityMap(matrix, offset), is_tissue
+
+
+def _cytosyn_edit(
+    generator: TileGenerator, references: Mapping[str, StainReference], recipe: NormalizeRecipe
+) -> Edit:
+    strength = (recipe.strength, recipe.strength)
+    same = AugmentRecipe(strength=strength, mpp=recipe.mpp, edit=recipe.edit)
+    return _stain_edit(generator, references, same)
+
+
+_METHODS: dict[
+    Method, Callable[[TileGenerator, Mapping[str, StainReference], NormalizeRecipe], Edit]
+] = {"cytosyn": _cytosyn_edit}
+
+
+def _similarity(generator: TileGenerator, cls: Tensor | None, made: Tensor, mpp: float) -> Tensor:
+    if cls is None:
+        return torch.full((len(made),), torch.nan)
+    tiles = _model_tiles(made.float(), mpp, generator)
+    return torch.cosine_similarity(cls, generator.features(tiles).cls)
+
+
+def stack_tiles(batch: Sequence[Loaded]) -> Tensor:
+    """Return tiles of one size as uint8 [B, 3, H, W] on the CPU."""
+    pixels = [torch.from_numpy(tile.pixels) for tile in batch]
+    return torch.stack(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def _check_strength(strength: tuple[float, float]) -> None:
+    low, high = strength
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"strength is {low:g} to {high:g}, expected 0 <= low <= high <= 1")
