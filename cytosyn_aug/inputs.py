@@ -73,7 +73,8 @@ def list_inputs(
 def find_kind(source: Path) -> InputKind:
     """Return what an input is, from its suffix or from the files in it.
 
-    A folder of .tif files counts as tiles; say `kind="slides"` if they are slides.
+    .tif files in a folder count as slides beside other slides, and else as tiles; say
+    `kind="slides"` if they are slides.
 
     Raises:
         ValueError: Files of several kinds, or none that is known.
@@ -88,8 +89,15 @@ def find_kind(source: Path) -> InputKind:
                 f"slide ({', '.join(SLIDE_SUFFIXES)}, .tif); give a folder of tiles as a folder"
             )
         return found
-    counts = Counter(_kind_of(Path(name).suffix.lower()) for name, _ in walk(source))
-    kinds = {kind: n for kind, n in counts.items() if kind in ("tree", "shards", "slides")}
+    suffixes = Counter(Path(name).suffix.lower() for name, _ in walk(source))
+    kinds: Counter[InputKind] = Counter()
+    for suffix, number in suffixes.items():
+        kind = _kind_of(suffix)
+        if kind is not None and kind != "table":
+            kinds[kind] += number
+    if kinds["slides"] and kinds["tree"] == suffixes[".tif"] + suffixes[".tiff"]:
+        del kinds["tree"]
+    kinds = +kinds
     if len(kinds) > 1:
         shown = ", ".join(f"{n} of {kind}" for kind, n in sorted(kinds.items()))
         raise ValueError(f"{source} holds files of several kinds ({shown}); say which with --input")

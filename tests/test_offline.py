@@ -1,40 +1,23 @@
 """Whole data sets: what comes out, how a run resumes and is shared, and how it ends."""
 
 import hashlib
-import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
-from contextlib import suppress
-from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import save_tile as save
 from conftest import SIZE, synthetic_tiles
 from PIL import Image
 
 from cytosyn_aug import offline
 from cytosyn_aug.cache import LatentCache
-from cytosyn_aug.checkpoint import load_model
-from cytosyn_aug.cli import main
 from cytosyn_aug.filling import features_cached
-from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import tile_key
 from cytosyn_aug.running import Work
 from cytosyn_aug.variants import CachedVariants
 
 QUIET = Work(progress=False)
-
-
-def save(file, tile):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(tile.permute(1, 2, 0).contiguous().numpy()).save(file)
-    return file
 
 
 def read(file):
@@ -52,32 +35,6 @@ def digest(folder):
 
 def rows(out):
     return pq.read_table(out / "manifest.parquet").to_pylist()
-
-
-@pytest.fixture(scope="module")
-def small(model_folder):
-    """The random model with batches of four."""
-    return TileGenerator(load_model(model_folder), batch_size=4)
-
-
-@pytest.fixture(scope="module")
-def laboratories(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("laboratories")
-    for name, seed in (("a", 7), ("b", 8)):
-        for k, tile in enumerate(synthetic_tiles(3, seed=seed)):
-            save(folder / name / f"{k}.png", 255 - tile // 2)
-    return [folder / "a", folder / "b"]
-
-
-@pytest.fixture
-def tree(tmp_path):
-    """Ten tiles of two classes, one of them with a mask and one of them blank."""
-    folder = tmp_path / "in"
-    for k, tile in enumerate(synthetic_tiles(9)):
-        save(folder / ("tumour" if k % 2 else "stroma") / f"slide{k % 3}_{k * 10}_{k}.png", tile)
-    save(folder / "stroma" / "blank.png", torch.full((3, SIZE, SIZE), 250, dtype=torch.uint8))
-    Image.new("L", (SIZE, SIZE), 1).save(folder / "tumour" / "slide1_10_1_mask.png")
-    return folder
 
 
 def augment(tree, out, small, laboratories, **changes):
@@ -189,61 +146,6 @@ def test_sample_takes_conditions_in_turn(tmp_path, small):
         assert torch.equal(read(tmp_path / "two" / row["output"]), image)
 
 
-def test_shards_together_are_the_whole(tree, tmp_path, small, laboratories):
-    augment(tree, tmp_path / "whole", small, laboratories)
-    out = tmp_path / "out"
-    first = augment(tree, out, small, laboratories, work=replace(QUIET, shard=(0, 2)))
-    assert not first.is_complete
-    assert not (out / "manifest.parquet").exists()
-    second = augment(tree, out, small, laboratories, work=replace(QUIET, shard=(1, 2)))
-    assert second.is_complete
-    assert digest(out) == digest(tmp_path / "whole")
-
-
-def test_a_rerun_does_nothing_and_changes_nothing(tree, tmp_path, small, laboratories):
-    out = tmp_path / "out"
-    augment(tree, out, small, laboratories)
-    before = {f: f.stat().st_mtime_ns for f in out.rglob("*") if f.is_file()}
-    assert augment(tree, out, small, laboratories).counts == {"blank": 2, "edited": 18}
-    assert {f: f.stat().st_mtime_ns for f in out.rglob("*") if f.is_file()} == before
-
-
-def test_dry_run_writes_nothing_and_counts(tree, tmp_path, small, laboratories):
-    out = tmp_path / "out"
-    work = replace(QUIET, dry_run=True)
-    estimate = augment(tree, out, small, laboratories, work=work).estimate
-    assert not out.exists()
-    assert (estimate["tiles_to_do"], estimate["results"], estimate["units"]) == (10, 20, 4)
-    assert estimate["tiles_with_masks"] == 1
-    assert estimate["tiles_per_s"] > 0
-    augment(tree, out, small, laboratories, work=replace(QUIET, shard=(0, 2)))
-    before = digest(out)
-    assert augment(tree, out, small, laboratories, work=work).estimate["units_to_do"] == 2
-    assert digest(out) == before
-
-
-def test_another_recipe_is_refused_with_the_difference(tree, tmp_path, small, laboratories):
-    out = tmp_path / "out"
-    augment(tree, out, small, laboratories)
-    with pytest.raises(ValueError, match=r"recipe\.seed: 0 -> 1"):
-        augment(tree, out, small, laboratories, seed=1)
-    save(tree / "new.png", synthetic_tiles(1, seed=9)[0])
-    with pytest.raises(ValueError, match=r"input\.num_tiles: 10 -> 11"):
-        augment(tree, out, small, laboratories)
-    summary = augment(tree, out, small, laboratories, work=replace(QUIET, overwrite=True))
-    assert summary.counts["edited"] == 20
-    augment(tree, tmp_path / "fresh", small, laboratories)
-    assert digest(out) == digest(tmp_path / "fresh")
-
-
-def test_a_folder_of_something_else_is_refused(tree, tmp_path, small, laboratories):
-    out = tmp_path / "out"
-    (out / "thesis").mkdir(parents=True)
-    for work in (QUIET, replace(QUIET, overwrite=True)):
-        with pytest.raises(ValueError, match="not empty"):
-            augment(tree, out, small, laboratories, work=work)
-
-
 def test_masks_are_refused_where_structure_moves(tree, tmp_path, small, laboratories):
     with pytest.raises(ValueError, match="1 tiles have masks"):
         augment(tree, tmp_path / "out", small, laboratories, preserve="none")
@@ -289,97 +191,3 @@ def test_torchvision_finds_the_same_classes_in_out(tree, tmp_path, small, labora
     augment(tree, tmp_path / "out", small, laboratories)
     before, after = ImageFolder(tree), ImageFolder(tmp_path / "out")
     assert before.classes == after.classes
-
-
-def command(tree, out, model_folder, laboratories, *more):
-    return [
-        "augment",
-        *(str(tree), str(out), "--model", str(model_folder), "--batch-size", "2"),
-        *("--variants", "2", "--unit-tiles", "3", "--references", *map(str, laboratories)),
-        *more,
-    ]
-
-
-def test_killed_anywhere_and_run_again_it_is_the_same(tree, tmp_path, model_folder, laboratories):
-    assert main(command(tree, tmp_path / "whole", model_folder, laboratories)) == 0
-    out = tmp_path / "out"
-    words = command(tree, out, model_folder, laboratories)
-    draw = random.Random(os.getpid())
-    for _ in range(2):
-        before = len(list(out.rglob("*")))
-        process = subprocess.Popen([sys.executable, "-m", "cytosyn_aug.cli", *words])
-        while len(list(out.rglob("*"))) == before and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert main(words) == 0
-    assert digest(out) == digest(tmp_path / "whole")
-    assert not (out / ".work").exists()
-
-
-class Killed(BaseException):
-    """What stands for a kill: nothing may catch it."""
-
-
-@pytest.mark.parametrize("format", ["png", "tar"])
-def test_ended_at_any_write_and_run_again_it_is_the_same(
-    tree, tmp_path, small, laboratories, monkeypatch, format
-):
-    augment(tree, tmp_path / "whole", small, laboratories, format=format)
-    out = tmp_path / "out"
-    real, left = os.fsync, [0]
-
-    def fsync(descriptor):
-        left[0] -= 1
-        if left[0] < 0:
-            raise Killed
-        real(descriptor)
-
-    for number in (0, 1, 2, 3, 5, 8, 13, 21):
-        left[0] = number
-        with monkeypatch.context() as patch, suppress(Killed):
-            patch.setattr(os, "fsync", fsync)
-            augment(tree, out, small, laboratories, format=format)
-    assert augment(tree, out, small, laboratories, format=format).is_complete
-    assert digest(out) == digest(tmp_path / "whole")
-
-
-def test_two_processes_share_one_run(tree, tmp_path, model_folder, laboratories):
-    assert main(command(tree, tmp_path / "whole", model_folder, laboratories)) == 0
-    out = tmp_path / "out"
-    words = command(tree, out, model_folder, laboratories)
-    processes = [
-        subprocess.Popen([sys.executable, "-m", "cytosyn_aug.cli", *words]) for _ in range(2)
-    ]
-    assert [process.wait() for process in processes] == [0, 0]
-    assert digest(out) == digest(tmp_path / "whole")
-
-
-def test_exit_codes_and_messages(tree, tmp_path, model_folder, laboratories, capsys):
-    out = tmp_path / "out"
-    words = command(tree, out, model_folder, laboratories)
-    (tree / "stroma" / "bro\nken.png").write_bytes(b"nothing")
-    assert main(words) == 1
-    printed = capsys.readouterr()
-    assert printed.out.startswith(f"{out}: 2 blank, 18 edited, 1 failed")
-    assert "failed: stroma/bro\\nken.png is damaged or no image" in printed.err
-    assert main([*words, "--seed", "5"]) == 2
-    assert "recipe.seed: 0 -> 5" in capsys.readouterr().err
-    assert main(["augment", str(tmp_path / "absent"), str(out)]) == 2
-    assert main([*words, "--dry-run"]) == 0
-    assert json.loads(capsys.readouterr().out)["units_to_do"] == 1  # the failed one
-    save(tree / "stroma" / "bro\nken.png", synthetic_tiles(1, seed=5)[0])
-    assert main(words) == 0
-
-
-def test_slurm_prints_an_array_of_shards(capsys):
-    words = ["augment", "my tiles", "out", "--references", "lab"]
-    assert main(["slurm", "--shards", "3", "--gpus", "0", "--", *words]) == 0
-    script = capsys.readouterr().out
-    assert "#SBATCH --array=0-2\n" in script
-    line = "cytosyn-aug augment 'my tiles' out --references lab"
-    assert f'{line} --shard "$SLURM_ARRAY_TASK_ID/3" --quiet\n' in script
-    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
-    assert main(["slurm", "--shards", "3", "--", *words, "--shard", "0/2"]) == 2
-    assert main(["slurm", "--shards", "3", "--", "info"]) == 2
