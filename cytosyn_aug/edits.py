@@ -1,4 +1,4 @@
-"""What offline commands do to a batch of tiles: recipes, and functions made from them.
+"""What offline commands do to a batch of tiles: functions made from recipes.
 
 A made function takes tiles of one size and yields one `Edited` a variant. Every draw comes from
 SHA-256 of the tile's pixels, the variant and the recipe's seed, so that it does not matter which
@@ -8,93 +8,26 @@ process meets a tile, and when.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cytosyn_aug.colour import colour_distance
-from cytosyn_aug.config import Preserve
 from cytosyn_aug.editing import EditRecipe, redraw, resample, stain_change
 from cytosyn_aug.filling import derive_seed
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.image_files import ItemError
+from cytosyn_aug.offline_recipes import AugmentRecipe, Method, NormalizeRecipe, SampleRecipe
 from cytosyn_aug.reading import Loaded
 from cytosyn_aug.reference import StainReference
 from cytosyn_aug.sampling import sample_noise
 from cytosyn_aug.stain import DensityMap, apply_density_map, blend_with_identity
 from cytosyn_aug.transforms import _check_scale, _model_tiles
 
-Mode = Literal["stain", "resample"]
-Method = Literal["cytosyn"]
+Sources = Callable[[str], StainReference | None]  # from the name of a slide
 _SEED_RANGE = float(1 << 62)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AugmentRecipe:
-    """How tiles are augmented.
-
-    Attributes:
-        variants: Results of each tile.
-        mode: "stain" restains; "resample" generates new tiles with the same features.
-        strength: Of restaining, drawn evenly between these two for each result; 1 goes to the
-            reference, 0 stays.
-        preserve: "color" moves no structure; "none" draws the restained tile anew.
-        mpp: Scale of the tiles in microns per pixel.
-        steps: Forwards of resampling; None for 4 of a student, or 16 of the transformer.
-        guidance_scale: Classifier-free guidance of resampling; 1 for none.
-        edit: How the model restains.
-        seed: Base seed.
-        allow_geometry_change: Accept tiles with masks although structure changes; the masks are
-            left behind.
-    """
-
-    variants: int = 1
-    mode: Mode = "stain"
-    strength: tuple[float, float] = (1.0, 1.0)
-    preserve: Preserve = "color"
-    mpp: float = 0.5
-    steps: int | None = None
-    guidance_scale: float = 1.0
-    edit: EditRecipe = field(default_factory=EditRecipe)
-    seed: int = 0
-    allow_geometry_change: bool = False
-
-    def __post_init__(self) -> None:
-        if self.variants < 1:
-            raise ValueError(f"variants is {self.variants}, expected at least 1")
-        if self.mode not in ("stain", "resample"):
-            raise ValueError(f"mode is {self.mode!r}, expected 'stain' or 'resample'")
-        if self.preserve not in ("color", "none"):
-            raise ValueError(f"preserve is {self.preserve!r}, expected 'color' or 'none'")
-        _check_strength(self.strength)
-
-    @property
-    def keeps_structure(self) -> bool:
-        """Whether masks of a tile are true of its variants."""
-        return self.mode == "stain" and self.preserve == "color"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NormalizeRecipe:
-    """How tiles are normalised.
-
-    Attributes:
-        method: "cytosyn" reads the stain with the model's probe.
-        strength: 1 goes to the reference, 0 stays.
-        mpp: Scale of the tiles in microns per pixel.
-        edit: How the model restains.
-    """
-
-    method: Method = "cytosyn"
-    strength: float = 1.0
-    mpp: float = 0.5
-    edit: EditRecipe = field(default_factory=EditRecipe)
-
-    def __post_init__(self) -> None:
-        _check_strength((self.strength, self.strength))
 
 
 class Edited(NamedTuple):
@@ -152,9 +85,18 @@ def augment_edit(
 
 
 def normalize_edit(
-    generator: TileGenerator, references: Mapping[str, StainReference], recipe: NormalizeRecipe
+    generator: TileGenerator,
+    references: Mapping[str, StainReference],
+    recipe: NormalizeRecipe,
+    sources: Sources,
 ) -> Edit:
     """Return the function that normalises a batch to one reference, by `recipe.method`.
+
+    Args:
+        generator: The model.
+        references: The one reference, by name.
+        recipe: How.
+        sources: Stain of slides; asked if `recipe.source` is "slide".
 
     Raises:
         ValueError: Not one reference, or no such method.
@@ -164,27 +106,20 @@ def normalize_edit(
     if recipe.method not in _METHODS:
         raise ValueError(f"method is {recipe.method!r}, expected one of {sorted(_METHODS)}")
     _check_scale(generator, recipe.mpp)
-    return _METHODS[recipe.method](generator, references, recipe)
+    return _METHODS[recipe.method](generator, references, recipe, sources)
 
 
-def sample_edit(
-    generator: TileGenerator,
-    conditions: Tensor | None,
-    *,
-    seed: int,
-    steps: int | None,
-    guidance_scale: float,
-) -> Edit:
+def sample_edit(generator: TileGenerator, conditions: Tensor | None, recipe: SampleRecipe) -> Edit:
     """Return the function that generates tiles by number, each with the next condition in turn."""
     rows = generator.null_condition[None] if conditions is None else conditions
 
     def edit(batch: Sequence[Loaded]) -> Iterator[Edited]:
         numbers = [int(tile.key) for tile in batch]
-        seeds = [derive_seed(tile.key, 0, seed) for tile in batch]
+        seeds = [derive_seed(tile.key, 0, recipe.seed) for tile in batch]
         cls = rows[[number % len(rows) for number in numbers]].to(generator.device)
         noise = sample_noise(seeds, generator.latent_shape)
         latents = generator.draw(
-            noise, cls, steps=steps, guidance_scale=guidance_scale, seeds=seeds
+            noise, cls, steps=recipe.steps, guidance_scale=recipe.guidance_scale, seeds=seeds
         )
         images = generator.decode(latents, is_few_step=generator.student is not None)
         similarity = torch.full((len(images),), torch.nan)
@@ -224,7 +159,10 @@ def size_check(
 
 
 def _stain_edit(
-    generator: TileGenerator, references: Mapping[str, StainReference], recipe: AugmentRecipe
+    generator: TileGenerator,
+    references: Mapping[str, StainReference],
+    recipe: AugmentRecipe,
+    sources: Sources = lambda slide: None,
 ) -> Edit:
     names = list(references)
 
@@ -232,6 +170,7 @@ def _stain_edit(
         images = stack_tiles(batch).to(generator.device)
         tiles = _model_tiles(images.float(), recipe.mpp, generator)
         cls = None if generator.encoder is None else generator.features(tiles).cls
+        slides = [tile.item.slide for tile in batch]
         for variant in range(recipe.variants):
             seeds = [derive_seed(tile.key, variant, recipe.seed) for tile in batch]
             # Each tile begins at a reference of its own and takes them in turn.
@@ -239,7 +178,11 @@ def _stain_edit(
             drawn = [names[(number + variant) % len(names)] for number in first]
             low, high = recipe.strength
             strengths = [low + (high - low) * (seed / _SEED_RANGE) for seed in seeds]
-            change, is_tissue = _changes(generator, tiles, references, drawn, recipe.edit, cls)
+            ways = [
+                (references[name], sources(slide))
+                for name, slide in zip(drawn, slides, strict=True)
+            ]
+            change, is_tissue = _changes(generator, tiles, ways, recipe.edit, cls)
             change = blend_with_identity(change, torch.tensor(strengths, device=images.device))
             made = apply_density_map(images, change).round().to(torch.uint8)
             if recipe.preserve == "none":
@@ -284,35 +227,49 @@ def _resample_edit(generator: TileGenerator, recipe: AugmentRecipe) -> Edit:
 def _changes(
     generator: TileGenerator,
     tiles: Tensor,
-    references: Mapping[str, StainReference],
-    drawn: Sequence[str],
+    ways: Sequence[tuple[StainReference, StainReference | None]],
     recipe: EditRecipe,
     cls: Tensor | None,
 ) -> tuple[DensityMap, Tensor]:
-    """Return the change of each tile to its own reference, and which tiles show tissue."""
+    """Return the change of each tile to its own reference, and which tiles show tissue.
+
+    Args:
+        generator: The model.
+        tiles: uint8 [B, 3, size, size].
+        ways: Reference of each tile, and the stain of its slide or None for its own.
+        recipe: How the model restains.
+        cls: Features of the tiles, if there is an encoder.
+    """
     matrix = torch.zeros(len(tiles), 3, 3, dtype=torch.float64, device=tiles.device)
     offset = torch.zeros(len(tiles), 3, dtype=torch.float64, device=tiles.device)
     is_tissue = torch.zeros(len(tiles), dtype=torch.bool, device=tiles.device)
-    for name in sorted(set(drawn)):
-        rows = [row for row, own in enumerate(drawn) if own == name]
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row, way in enumerate(ways):
+        groups.setdefault((id(way[0]), id(way[1])), []).append(row)
+    for rows in groups.values():
+        reference, source = ways[rows[0]]
         own = None if cls is None or generator.stain_probe is None else cls[rows]
-        found = stain_change(generator, tiles[rows], references[name], None, recipe, own)
+        found = stain_change(generator, tiles[rows], reference, source, recipe, own)
         matrix[rows], offset[rows] = found.change.matrix, found.change.offset
         is_tissue[rows] = found.is_tissue
     return DensityMap(matrix, offset), is_tissue
 
 
 def _cytosyn_edit(
-    generator: TileGenerator, references: Mapping[str, StainReference], recipe: NormalizeRecipe
+    generator: TileGenerator,
+    references: Mapping[str, StainReference],
+    recipe: NormalizeRecipe,
+    sources: Sources,
 ) -> Edit:
     strength = (recipe.strength, recipe.strength)
     same = AugmentRecipe(strength=strength, mpp=recipe.mpp, edit=recipe.edit)
-    return _stain_edit(generator, references, same)
+    if recipe.source == "tile":
+        return _stain_edit(generator, references, same)
+    return _stain_edit(generator, references, same, sources)
 
 
-_METHODS: dict[
-    Method, Callable[[TileGenerator, Mapping[str, StainReference], NormalizeRecipe], Edit]
-] = {"cytosyn": _cytosyn_edit}
+MakeEdit = Callable[[TileGenerator, Mapping[str, StainReference], NormalizeRecipe, Sources], Edit]
+_METHODS: dict[Method, MakeEdit] = {"cytosyn": _cytosyn_edit}
 
 
 def _similarity(generator: TileGenerator, cls: Tensor | None, made: Tensor, mpp: float) -> Tensor:
@@ -326,9 +283,3 @@ def stack_tiles(batch: Sequence[Loaded]) -> Tensor:
     """Return tiles of one size as uint8 [B, 3, H, W] on the CPU."""
     pixels = [torch.from_numpy(tile.pixels) for tile in batch]
     return torch.stack(pixels).permute(0, 3, 1, 2).contiguous()
-
-
-def _check_strength(strength: tuple[float, float]) -> None:
-    low, high = strength
-    if not 0 <= low <= high <= 1:
-        raise ValueError(f"strength is {low:g} to {high:g}, expected 0 <= low <= high <= 1")

@@ -26,7 +26,7 @@ from PIL import Image, ImageFile, ImageOps
 
 FORMATS = ("PNG", "WEBP", "JPEG", "TIFF", "BMP")
 TILE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-MAX_PIXELS = 8192 * 8192
+MAX_PIXELS = 4096 * 4096  # of a tile; decoded it takes 50 MB
 _ORIENTATION = 0x0112
 # What Pillow's readers raise on damaged files, beside OSError and ValueError.
 _DAMAGE = (

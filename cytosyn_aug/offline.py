@@ -11,46 +11,34 @@ Every call resumes: killed at any moment and made again, it leaves what an undis
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
 
-from cytosyn_aug.conditions import Conditions, read_conditions
+from cytosyn_aug.conditions import Conditions
 from cytosyn_aug.config import Preserve
-from cytosyn_aug.edits import (
+from cytosyn_aug.filling import Contents
+from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.laboratories import References
+from cytosyn_aug.listing import InputKind
+from cytosyn_aug.offline_recipes import (
     AugmentRecipe,
     Method,
     Mode,
     NormalizeRecipe,
-    augment_edit,
-    normalize_edit,
-    sample_edit,
-    size_check,
+    SampleRecipe,
+    Source,
 )
-from cytosyn_aug.filling import Contents, moments_spec, variants_spec
-from cytosyn_aug.generator import TileGenerator
-from cytosyn_aug.inputs import list_inputs
-from cytosyn_aug.laboratories import References, open_references, tensors_digest
-from cytosyn_aug.listing import InputKind, Item, Listing, make_listing
-from cytosyn_aug.outputs import (
-    BYTES_PER_PIXEL,
-    Format,
-    make_cache,
-    make_output,
-    same_name,
-    variant_name,
+from cytosyn_aug.outputs import Format
+from cytosyn_aug.plans import (
+    UNIT_TILES,
+    Tiles,
+    plan_augment,
+    plan_cache,
+    plan_normalize,
+    plan_sample,
 )
-from cytosyn_aug.reading import Loaded, Reader
-from cytosyn_aug.record_edits import moments_edit, variants_to_records
 from cytosyn_aug.reference import StainReference
-from cytosyn_aug.running import Run, Summary, Work, do_run
-
-UNIT_TILES = 256
-_IMAGE_FORMATS = ("png", "webp", "tar")
+from cytosyn_aug.running import Summary, Work, do_run
 
 
 def augment(
@@ -99,61 +87,19 @@ def augment(
         ValueError: What was asked for contradicts itself, the model, the input or OUT.
         OSError: OUT cannot be written; what is finished stays.
     """
-    _check_format(format, get_args(Format))
     low, high = strength if isinstance(strength, tuple) else (strength, strength)
     recipe = AugmentRecipe(
         variants=variants,
         mode=mode,
         strength=(low, high),
         preserve=preserve,
-        mpp=generator.tile.mpp if mpp is None else mpp,
         steps=steps,
         guidance_scale=guidance_scale,
         seed=seed,
         allow_geometry_change=allow_geometry_change,
     )
-    source, out = _checked_paths(source, out)
-    listing = list_inputs(source, generator.tile, kind=input, mpp=mpp)
-    num_masks = listing.num_masks()
-    if num_masks and not (recipe.keeps_structure or allow_geometry_change):
-        raise ValueError(
-            f"{num_masks} tiles have masks, which would not be true of results whose structure "
-            "moves; use mode stain with preserve color, or allow geometry change and lose the masks"
-        )
-    laboratories, identities = open_references(references, generator)
-    edit = augment_edit(generator, laboratories, recipe)
-    identity = _identity("augment", asdict(recipe), listing, generator, unit_tiles) | {
-        "references": identities,
-        "format": format,
-    }
-    is_cache = format in ("latents", "images")
-    is_exact = is_cache or not recipe.keeps_structure
-    takes_masks = recipe.keeps_structure and not is_cache
-    place = partial(make_output, out, format, variant_name)
-    if format == "latents" or format == "images":
-        spec = variants_spec(
-            generator,
-            format,
-            num_variants=variants,
-            recipe={k: identity[k] for k in ("recipe", "references")},
-            keeps_structure=recipe.keeps_structure,
-        )
-        edit = variants_to_records(generator, edit, is_latent=format == "latents")
-        place = partial(make_cache, out, spec)
-    run = Run(
-        folder=out,
-        identity=identity,
-        generator=generator,
-        listing=listing,
-        unit_tiles=unit_tiles,
-        read=_read(listing, generator, recipe.mpp, mpp, is_exact=is_exact, takes_masks=takes_masks),
-        edit=edit,
-        make_output=place,
-        num_variants=variants,
-        constants=_constants(identity),
-        done="edited",
-        result_bytes=BYTES_PER_PIXEL[format] * generator.tile.size_px**2,
-    )
+    tiles = Tiles(source=source, kind=input, mpp=mpp, unit_tiles=unit_tiles)
+    run = plan_augment(tiles, out, generator, references, recipe, format)
     return do_run(run, work or Work())
 
 
@@ -164,6 +110,7 @@ def normalize(
     *,
     reference: StainReference | Path | str,
     method: Method = "cytosyn",
+    stain_source: Source = "tile",
     strength: float = 1.0,
     mpp: float | None = None,
     format: Format = "png",
@@ -179,6 +126,8 @@ def normalize(
         generator: The model.
         reference: A reference, a saved one, or a folder of tiles.
         method: How the change of stain is found.
+        stain_source: Whose stain is changed, that of each "tile" or of its "slide"; see
+            `NormalizeRecipe`.
         strength: 1 goes to the reference, 0 stays.
         mpp: See `augment`, as for all that follow.
         format: "png", "webp" or "tar".
@@ -189,31 +138,9 @@ def normalize(
     Raises:
         ValueError, OSError: See `augment`.
     """
-    _check_format(format, _IMAGE_FORMATS)
-    recipe = NormalizeRecipe(
-        method=method, strength=strength, mpp=generator.tile.mpp if mpp is None else mpp
-    )
-    source, out = _checked_paths(source, out)
-    listing = list_inputs(source, generator.tile, kind=input, mpp=mpp)
-    laboratories, identities = open_references([reference], generator)
-    identity = _identity("normalize", asdict(recipe), listing, generator, unit_tiles) | {
-        "references": identities,
-        "format": format,
-    }
-    run = Run(
-        folder=out,
-        identity=identity,
-        generator=generator,
-        listing=listing,
-        unit_tiles=unit_tiles,
-        read=_read(listing, generator, recipe.mpp, mpp, is_exact=False, takes_masks=True),
-        edit=normalize_edit(generator, laboratories, recipe),
-        make_output=partial(make_output, out, format, same_name),
-        num_variants=1,
-        constants=_constants(identity),
-        done="edited",
-        result_bytes=BYTES_PER_PIXEL[format] * generator.tile.size_px**2,
-    )
+    recipe = NormalizeRecipe(method=method, source=stain_source, strength=strength)
+    tiles = Tiles(source=source, kind=input, mpp=mpp, unit_tiles=unit_tiles)
+    run = plan_normalize(tiles, out, generator, [reference], recipe, format)
     return do_run(run, work or Work())
 
 
@@ -245,27 +172,8 @@ def cache(
     Raises:
         ValueError, OSError: See `augment`.
     """
-    source, folder = _checked_paths(source, folder)
-    listing = list_inputs(source, generator.tile, kind=input, mpp=mpp)
-    recipe = {"contents": list(contents)}
-    identity = _identity("cache", recipe, listing, generator, unit_tiles)
-    spec = moments_spec(generator, contents)
-    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    run = Run(
-        folder=folder / "runs" / name,
-        identity=identity,
-        generator=generator,
-        listing=listing,
-        unit_tiles=unit_tiles,
-        read=_read(listing, generator, generator.tile.mpp, mpp, is_exact=True, takes_masks=False),
-        edit=moments_edit(generator, contents),
-        make_output=partial(make_cache, folder, spec),
-        num_variants=1,
-        constants=_constants(identity),
-        done="cached",
-        result_bytes=float(spec.record_bytes),
-    )
-    return do_run(run, work or Work())
+    tiles = Tiles(source=source, kind=input, mpp=mpp, unit_tiles=unit_tiles)
+    return do_run(plan_cache(tiles, folder, generator, contents), work or Work())
 
 
 def sample(
@@ -299,95 +207,6 @@ def sample(
     Raises:
         ValueError, OSError: See `augment`.
     """
-    if n < 1:
-        raise ValueError(f"n is {n}, expected at least 1")
-    _check_format(format, _IMAGE_FORMATS)
-    out = Path(out)
-    rows = None
-    if conditions is not None:
-        rows = read_conditions(conditions, len(generator.null_condition))
-    items = (Item(f"{k:09d}", stem=f"{k // 1000:06d}/{k:09d}") for k in range(n))
-    listing = make_listing("numbers", out, items)
-    recipe = {
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "seed": seed,
-        "conditions_sha256": None if rows is None else tensors_digest([rows]),
-    }
-    identity = _identity("sample", recipe, listing, generator, unit_tiles) | {"format": format}
-    run = Run(
-        folder=out,
-        identity=identity,
-        generator=generator,
-        listing=listing,
-        unit_tiles=unit_tiles,
-        read=Reader(listing, generator.tile, lambda height, width: None).read,
-        edit=sample_edit(generator, rows, seed=seed, steps=steps, guidance_scale=guidance_scale),
-        make_output=partial(make_output, out, format, same_name),
-        num_variants=1,
-        constants=_constants(identity),
-        done="generated",
-        result_bytes=BYTES_PER_PIXEL[format] * generator.tile.size_px**2,
-    )
+    recipe = SampleRecipe(steps=steps, guidance_scale=guidance_scale, seed=seed)
+    run = plan_sample(out, generator, n, conditions, recipe, format, unit_tiles)
     return do_run(run, work or Work())
-
-
-def _checked_paths(source: Path | str, out: Path | str) -> tuple[Path, Path]:
-    """Refuse results among the tiles they are made from: the next run would find them."""
-    source, out = Path(source), Path(out)
-    inside, folder = out.resolve(), source.resolve()
-    if source.is_file():
-        folder = folder.parent
-        if inside == folder:
-            raise ValueError(f"OUT {out} is the folder of IN {source}; choose another one")
-    elif inside.is_relative_to(folder) or folder.is_relative_to(inside):
-        raise ValueError(f"OUT {out} and IN {source} lie in each other; choose folders apart")
-    return source, out
-
-
-def _check_format(format: str, allowed: Sequence[str]) -> None:
-    if format not in allowed:
-        raise ValueError(f"format is {format!r}, expected one of {', '.join(allowed)}")
-
-
-def _identity(
-    command: str,
-    recipe: dict[str, Any],  # Any: JSON
-    listing: Listing,
-    generator: TileGenerator,
-    unit_tiles: int,
-) -> dict[str, Any]:
-    return {
-        "command": command,
-        "recipe": recipe,
-        "input": listing.identity(),
-        "model": {
-            "digest": generator.digest,
-            "dtype": str(generator.dtype),
-            "batch_size": generator.batch_size,
-        },
-        "unit_tiles": unit_tiles,
-    }
-
-
-def _constants(identity: dict[str, Any]) -> dict[str, Any]:  # Any: JSON, cells
-    """Return what all rows of a manifest say of the recipe and the model."""
-    recipe = {k: v for k, v in identity.items() if k not in ("input", "unit_tiles", "format")}
-    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    return {"recipe": digest, "model": identity["model"]["digest"]}
-
-
-def _read(
-    listing: Listing,
-    generator: TileGenerator,
-    mpp: float,
-    slide_mpp: float | None,
-    *,
-    is_exact: bool,
-    takes_masks: bool,
-) -> Callable[[Item], Loaded]:
-    check = size_check(generator, mpp, is_exact=is_exact)
-    reader = Reader(listing, generator.tile, check, slide_mpp)
-    if takes_masks:
-        return reader.read
-    return lambda item: reader.read(item._replace(mask=""))

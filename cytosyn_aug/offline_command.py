@@ -111,6 +111,12 @@ def _add_normalize(add: AddCommand) -> None:
         "--reference", required=True, metavar="DIR|FILE", help="folder of tiles, or saved .json"
     )
     normalize.add_argument("--method", default="cytosyn", choices=["cytosyn"])
+    normalize.add_argument(
+        "--stain-source",
+        default="tile",
+        choices=["tile", "slide"],
+        help="whose stain is changed; slide is better, and even, where names say the slide",
+    )
     normalize.add_argument("--strength", type=float, default=1.0, metavar="S", help="0 to 1")
     _add_input(normalize)
     _add_format(normalize, ["png", "webp", "tar"])
@@ -240,6 +246,7 @@ def _normalize(args: argparse.Namespace) -> int:
         _load(args),
         reference=args.reference,
         method=args.method,
+        stain_source=args.stain_source,
         strength=args.strength,
         format=args.format,
         **_input(args),

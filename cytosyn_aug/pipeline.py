@@ -28,6 +28,7 @@ from cytosyn_aug.run_folder import RunFolder, Unit
 
 # Larger tiles go through in smaller batches, so that memory stays the same.
 _MAX_BATCH_PIXELS = 16 * 1024 * 1024
+_MAX_WAITING_BYTES = 256 * 1024 * 1024
 Row = dict[str, Any]  # one of `cytosyn_aug.run_folder.ROW_SCHEMA`; Any: cells
 
 
@@ -164,10 +165,16 @@ def _read_ahead(
     waiting: deque[Entry] = deque()
     for item in items:
         waiting.append(Entry(*item, readers.submit(job.read, item[3])))
-        if len(waiting) > threads.read_ahead:
+        while len(waiting) > threads.read_ahead or _num_bytes(waiting) > _MAX_WAITING_BYTES:
             yield waiting.popleft()
     while waiting:
         yield waiting.popleft()
+
+
+def _num_bytes(waiting: Iterable[Entry]) -> int:
+    """Return how much memory decoded tiles take."""
+    done = [entry.loaded for entry in waiting if entry.loaded.done()]
+    return sum(f.result().pixels.nbytes for f in done if f.exception() is None)
 
 
 def _run_unit(

@@ -206,7 +206,7 @@ def _do_units(
     total = sum(unit.stop - unit.start for unit in units)
     initial = total - sum(unit.stop - unit.start for unit in to_do)
     with (
-        _fixed_shapes(run.generator),
+        fixed_shapes(run.generator),
         tqdm(
             total=total,
             initial=initial,
@@ -220,7 +220,7 @@ def _do_units(
 
 
 @contextmanager
-def _fixed_shapes(generator: TileGenerator) -> Iterator[None]:
+def fixed_shapes(generator: TileGenerator) -> Iterator[None]:
     """Pad every batch to one size, so that a tile's bytes do not depend on how many are left."""
     before = generator.batches.is_static
     generator.batches.is_static = True
@@ -247,7 +247,7 @@ def _trial(run: Run, units: Sequence[Unit]) -> float | None:
             break
     if not batch:
         return None
-    with _fixed_shapes(run.generator):
+    with fixed_shapes(run.generator):
         for _ in range(2):  # the first one warms up
             began = time.perf_counter()
             for edited in run.edit(batch):

@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import save_tile as save
 from conftest import SIZE, synthetic_tiles
+from conftest import save_tile as save
 from PIL import Image
 
 from cytosyn_aug import offline
@@ -77,6 +77,19 @@ def test_a_tile_is_what_the_transform_makes_of_it(tree, tmp_path, small, laborat
         expected = transform(read(tree / row["source"])).int()
         assert row["output"] == row["source"]
         # Batches of another shape round differently.
+        assert (read(out / row["output"]).int() - expected).abs().max() <= 1
+
+
+def test_a_slide_is_changed_by_its_own_statistics(tree, tmp_path, small, laboratories):
+    from cytosyn_aug import StainNormalize, StainReference
+
+    out = tmp_path / "out"
+    offline.normalize(tree, out, small, reference=laboratories[0], stain_source="slide", work=QUIET)
+    reference = StainReference.fit(small, laboratories[0])
+    of_slide = [r for r in rows(out) if r["slide"] == "slide1"]
+    tiles = torch.stack([read(tree / r["source"]) for r in of_slide])
+    transform = StainNormalize(small, reference, source=StainReference.fit(small, tiles))
+    for row, expected in zip(of_slide, transform(tiles).int(), strict=True):
         assert (read(out / row["output"]).int() - expected).abs().max() <= 1
 
 
