@@ -15,6 +15,7 @@ import csv
 import os
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,8 @@ def walk(folder: Path) -> Iterator[tuple[str, int]]:
 def list_tree(folder: Path) -> Listing:
     """List the images of a folder and of the folders in it."""
     others: Counter[str] = Counter()
-    items = list(_tree_items(folder, others))
-    return make_listing("tree", folder, items, _left_out(others))
+    listing = make_listing("tree", folder, _tree_items(folder, others))
+    return replace(listing, notes=_left_out(others))
 
 
 def list_table(file: Path) -> Listing:
@@ -160,8 +161,9 @@ def list_shards(source: Path) -> Listing:
     if source.is_dir():
         names = [name for name, _ in walk(source) if name.lower().endswith(".tar")]
     others: Counter[str] = Counter()
-    items = [item for name in names for item in _shard_items(folder, name, others)]
-    return make_listing("shards", folder, items, _left_out(others))
+    items = (item for name in names for item in _shard_items(folder, name, others))
+    listing = make_listing("shards", folder, items)
+    return replace(listing, notes=_left_out(others))
 
 
 def list_slides(source: Path, tile: TileSpec, mpp: float | None = None) -> Listing:
@@ -345,7 +347,8 @@ def _slide_items(
             positions = candidate_positions(slide, reading, mask, config)[0].tolist()
             notes += [f"{whole.name}: {note}" for note in slide.scale.notes]
     except (ValueError, MemoryError) as error:
-        yield whole._replace(slide=slide_name, error=str(error) or type(error).__name__)
+        reason = str(error).removeprefix(f"{Path(whole.file).name} ") or type(error).__name__
+        yield whole._replace(slide=slide_name, error=reason)
         return
     if not positions:
         notes.append(f"{whole.name}: no tissue was found")

@@ -55,7 +55,7 @@ def open_references(
             digest = tensors_digest(_tensors(references[name]))
         else:
             references[name] = StainReference.fit(generator, source)
-            digest = _folder_digest(Path(source))
+            digest = _source_digest(Path(source))
         references[name].check_model(generator)
         identities.append({"name": name, "sha256": digest})
     return references, identities
@@ -80,6 +80,8 @@ def _tensors(reference: StainReference) -> list[Tensor]:
     return [reference.cls, *reference.moments]
 
 
-def _folder_digest(folder: Path) -> str:
-    files = [f for f in walk(folder) if f[0].lower().endswith(TILE_SUFFIXES)]
+def _source_digest(source: Path) -> str:
+    files = [(source.name, source.stat().st_size)]
+    if source.is_dir():
+        files = [f for f in walk(source) if f[0].lower().endswith(TILE_SUFFIXES)]
     return hashlib.sha256(repr(files).encode()).hexdigest()

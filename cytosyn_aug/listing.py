@@ -1,8 +1,8 @@
 """What there is to do: one row a tile, with the name its results go under. No pixels, no torch.
 
-A listing is a table in memory, about 150 bytes a tile (and
-as much again while it is made), so that work units are slices of it. Rows
-that cannot be used are known by their `error` and stay in it: they are named in the manifest.
+A listing is a table in memory, about 150 bytes a tile (600 while it is made), so that work units
+are slices of it. Rows that cannot be used are known by their `error` and stay in it: they are named
+in the manifest.
 """
 
 from __future__ import annotations

@@ -347,7 +347,7 @@ def _report(summary: Summary) -> int:
     _name_failures(summary.failed, summary.counts.get("failed", 0))
     counts = ", ".join(f"{number} {status}" for status, number in summary.counts.items())
     state = "" if summary.is_complete else "; the manifest follows when the other parts are done"
-    print(f"{summary.out}: {counts}{state}")
+    print(f"{summary.out}: {counts or 'nothing in this part'}{state}")
     return 1 if summary.counts.get("failed") else 0
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cytosyn_aug.cache import LatentCache
 from cytosyn_aug.cache_spec import CacheSpec
-from cytosyn_aug.files import atomic_file
+from cytosyn_aug.files import atomic_file, flush_folder
 from cytosyn_aug.image_files import encode_png, encode_webp
 from cytosyn_aug.listing import Item
 from cytosyn_aug.run_folder import RunFolder
@@ -91,6 +91,7 @@ class TreeOutput:
         self._encode = encode_png if codec == "png" else encode_webp
         self._lock = threading.Lock()
         self._known: set[Path] = {self._root}
+        self._touched: dict[int, set[Path]] = {}
 
     def write(self, place: Place, item: Item, result: Result) -> Written:
         """Write an image, and its mask beside it."""
@@ -111,11 +112,15 @@ class TreeOutput:
                 (self._root / old).unlink(missing_ok=True)
 
     def commit(self, unit: int) -> None:
-        """Do nothing: every file is in place already."""
+        """Make sure that the names of files are on disk, as their bytes are."""
+        with self._lock:
+            touched = self._touched.pop(unit, set())
+        for folder in sorted(touched):
+            flush_folder(folder)
 
     def _put(self, place: Place, name: str, content: bytes) -> None:
         file = self._root / name
-        self._make_folder(file.parent)
+        self._make_folder(file.parent, place.unit)
         # Named after its place, so that what a killed process left is written over.
         temporary = self._work / f"{place.row:09d}_{place.variant:05d}"
         try:
@@ -125,10 +130,13 @@ class TreeOutput:
                 os.fsync(stream.fileno())
             temporary.replace(file)
         except OSError as error:
-            raise OSError(error.errno, f"{error.strerror}, writing", str(file)) from error
+            reason = f"{error.strerror}; make room or mend it, and run the same again for the rest"
+            raise OSError(error.errno, reason, str(file)) from error
 
-    def _make_folder(self, folder: Path) -> None:
+    def _make_folder(self, folder: Path, unit: int) -> None:
         with self._lock:
+            above = [f for f in folder.parents if f.is_relative_to(self._root)]
+            self._touched.setdefault(unit, set()).update([folder, *above])
             if folder in self._known:
                 return
             if not folder.resolve().is_relative_to(self._root):
@@ -141,6 +149,8 @@ class TreeOutput:
 
 class TarOutput:
     """One tar file a unit, as WebDataset reads them, of WebP without loss.
+
+    Two units wait in memory, encoded: 50 MB for 256 tiles of 224 px and one variant.
 
     Args:
         folder: OUT.

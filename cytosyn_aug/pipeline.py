@@ -2,7 +2,8 @@
 
 Reader threads decode ahead; this thread only gives work to the device; writer threads wait for the
 device, encode and write; one more thread finishes units. Every queue is bounded: in memory are at
-most `read_ahead` decoded tiles, `pending_writes` batches of results and two unfinished units.
+most `read_ahead` decoded tiles (or 256 MB of them), `pending_writes` batches of results and the
+rows of two unfinished units.
 
 A tile that cannot be used costs itself and is named. An error of anything else ends the run: what
 is finished stays, and the next run goes on from there.
@@ -163,18 +164,17 @@ def _read_ahead(
     threads: Threads,
 ) -> Generator[Entry, None, None]:
     waiting: deque[Entry] = deque()
+    limit, largest = 2 * threads.readers, 1  # few, until their size is known
     for item in items:
         waiting.append(Entry(*item, readers.submit(job.read, item[3])))
-        while len(waiting) > threads.read_ahead or _num_bytes(waiting) > _MAX_WAITING_BYTES:
-            yield waiting.popleft()
+        while len(waiting) > limit:
+            entry = waiting.popleft()
+            yield entry
+            if entry.loaded.exception() is None:
+                largest = max(largest, entry.loaded.result().pixels.nbytes)
+                limit = max(1, min(threads.read_ahead, _MAX_WAITING_BYTES // largest))
     while waiting:
         yield waiting.popleft()
-
-
-def _num_bytes(waiting: Iterable[Entry]) -> int:
-    """Return how much memory decoded tiles take."""
-    done = [entry.loaded for entry in waiting if entry.loaded.done()]
-    return sum(f.result().pixels.nbytes for f in done if f.exception() is None)
 
 
 def _run_unit(

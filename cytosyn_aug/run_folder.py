@@ -199,7 +199,11 @@ def open_run(
         _clear(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder to write")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"{error.strerror}; give a folder that can be made and written"
+        raise OSError(error.errno, reason, str(folder)) from error
     if not file.is_file():
         foreign = [f.name for f in folder.iterdir() if not f.name.endswith(".tmp")]
         if foreign and not file.is_file():
