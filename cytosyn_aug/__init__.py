@@ -11,6 +11,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cytosyn_aug.cache import LatentCache
     from cytosyn_aug.cache_spec import CacheSpec
+    from cytosyn_aug.classical import (
+        DensityReference,
+        DensityTransport,
+        MacenkoNormalize,
+        ReinhardNormalize,
+    )
     from cytosyn_aug.conditions import FeatureTable
     from cytosyn_aug.editing import EditRecipe
     from cytosyn_aug.encoder import Features
@@ -23,22 +29,37 @@ if TYPE_CHECKING:
         variants_spec,
     )
     from cytosyn_aug.generator import TileGenerator
+    from cytosyn_aug.macenko import MacenkoReference
     from cytosyn_aug.reference import StainReference
-    from cytosyn_aug.transforms import ConditionedResample, StainNormalize, StainTransfer
+    from cytosyn_aug.reinhard import ReinhardReference
+    from cytosyn_aug.replay import ReplayBank
+    from cytosyn_aug.resampling import ConditionedResample
+    from cytosyn_aug.schedules import Ramp
+    from cytosyn_aug.transforms import StainNormalize, StainTransfer
     from cytosyn_aug.variants import CachedVariants, LatentVariant
+    from cytosyn_aug.views import StainViews
 
 _HOMES = {
     "CacheSpec": "cache_spec",
     "CachedVariants": "variants",
-    "ConditionedResample": "transforms",
+    "ConditionedResample": "resampling",
+    "DensityReference": "classical",
+    "DensityTransport": "classical",
     "EditRecipe": "editing",
     "FeatureTable": "conditions",
     "Features": "encoder",
     "LatentCache": "cache",
     "LatentVariant": "variants",
+    "MacenkoNormalize": "classical",
+    "MacenkoReference": "macenko",
+    "Ramp": "schedules",
+    "ReinhardNormalize": "classical",
+    "ReinhardReference": "reinhard",
+    "ReplayBank": "replay",
     "StainNormalize": "transforms",
     "StainReference": "reference",
     "StainTransfer": "transforms",
+    "StainViews": "views",
     "TileGenerator": "generator",
     "encode_cached": "filling",
     "features_cached": "filling",
@@ -52,14 +73,23 @@ __all__ = [
     "CacheSpec",
     "CachedVariants",
     "ConditionedResample",
+    "DensityReference",
+    "DensityTransport",
     "EditRecipe",
     "FeatureTable",
     "Features",
     "LatentCache",
     "LatentVariant",
+    "MacenkoNormalize",
+    "MacenkoReference",
+    "Ramp",
+    "ReinhardNormalize",
+    "ReinhardReference",
+    "ReplayBank",
     "StainNormalize",
     "StainReference",
     "StainTransfer",
+    "StainViews",
     "TileGenerator",
     "encode_cached",
     "features_cached",

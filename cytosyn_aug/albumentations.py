@@ -1,83 +1,51 @@
-"""The transforms as albumentations' ImageOnlyTransform (2.0.8, the last MIT release).
+"""The transforms for albumentations (2.0.8); same names, arguments and results.
 
-Thin: each draws its parameters and calls the torchvision transform of the same name. Draws come
-from torch's generator, which DataLoader seeds differently in every worker and epoch;
-albumentations 2.0.8 would repeat its own in all of them.
+Thin: each draws its parameters and calls the torchvision transform of the same name; see
+`cytosyn_aug.image_transform`. `StainViews` has no twin: an albumentations pipeline returns one
+image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from cytosyn_aug import transforms, variants
+from cytosyn_aug import classical, resampling, transforms, variants
 from cytosyn_aug.cache import LatentCache
+from cytosyn_aug.classical import DensityReference
 from cytosyn_aug.config import Preserve
+from cytosyn_aug.draws import Mode, Sampling
 from cytosyn_aug.editing import EditRecipe
 from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.image_transform import TileImageTransform
+from cytosyn_aug.macenko import MacenkoReference
 from cytosyn_aug.reference import StainReference
-
-try:
-    from albumentations.core.transforms_interface import ImageOnlyTransform
-except ImportError as error:
-    raise ImportError(
-        "cytosyn_aug.albumentations needs albumentations 2.0.8; "
-        'pip install "cytosyn-aug[albumentations]"'
-    ) from error
+from cytosyn_aug.reinhard import ReinhardReference
+from cytosyn_aug.schedules import Probability, Scheduled
+from cytosyn_aug.written import read_argument
 
 
-class _TileImageTransform(ImageOnlyTransform):
-    """Carry a torchvision transform into albumentations; HWC uint8 or float32 in, the same out."""
-
-    inner: transforms.StainTransfer | transforms.ConditionedResample | variants.CachedVariants
-
-    def __init__(self, p: float) -> None:
-        super().__init__(p=p)
-
-    def should_apply(self, force_apply: bool = False) -> bool:
-        """Decide with torch's generator; see the module."""
-        return force_apply or bool(torch.rand(()) < self.p)
-
-    def get_params_dependent_on_data(
-        self, params: dict[str, Any], data: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Draw seed and reference; JSON-safe, so that ReplayCompose can store them."""
-        if not self.inner.keeps_structure:
-            moved = sorted({"mask", "masks", "bboxes", "keypoints"} & data.keys())
-            if moved:
-                raise ValueError(
-                    f"{type(self).__name__} moves structure, and the sample carries {moved}; "
-                    "drop them, keep structure, or pass allow_geometry_change=True"
-                )
-        drawn = self.inner.make_params([_to_tensor(data["image"])])
-        return {k: v for k, v in drawn.items() if k != "chosen"}
-
-    def apply(self, img: np.ndarray, **params: Any) -> np.ndarray:
-        """Edit one image."""
-        names = ("seeds", "references", "variants")
-        chosen = {"chosen": torch.ones(1, dtype=torch.bool)}
-        drawn = chosen | {k: params[k] for k in names if k in params}
-        edited = self.inner.transform(_to_tensor(img), drawn)
-        return np.ascontiguousarray(edited.permute(1, 2, 0).numpy())
-
-
-class StainTransfer(_TileImageTransform):
+class StainTransfer(TileImageTransform):
     """Restain an image; see `cytosyn_aug.StainTransfer`. Masks pass through with "color".
+
+    What the draws go by stands beside the image: `pipeline(image=..., label=..., slide=...)`.
 
     Args:
         generator: The model.
         references: Laboratories to choose from.
         source: Statistics of the slide the tiles come from; None for each tile's own.
-        strength: 1 goes to the reference, 0 stays.
+        strength: 1 goes to the reference, 0 stays; or a `Ramp` over epochs.
         preserve: "color" or "none".
         mpp: Scale of the images in microns per pixel.
-        p: Probability that an image is restained.
+        p: Probability that an image is restained; a `Ramp`, or one of them by class.
+        sampling: "uniform", "farthest" or "own_excluded".
+        mode: "tile" or "slide".
+        seed: Of the draws of mode "slide".
         recipe: How the model edits.
-        features: Gives CLS vectors of tiles, such as a `FeatureTable`; None asks the encoder.
+        features: Gives CLS vectors of tiles, such as a `FeatureTable`; None asks the encoder. A
+            transform with features cannot be written by `to_dict`.
         allow_geometry_change: Accept masks and boxes although structure may move.
     """
 
@@ -87,30 +55,38 @@ class StainTransfer(_TileImageTransform):
         references: Sequence[StainReference],
         *,
         source: StainReference | None = None,
-        strength: float = 1.0,
+        strength: Scheduled = 1.0,
         preserve: Preserve = "color",
         mpp: float = 0.5,
-        p: float = 0.5,
+        p: Probability = 0.5,
+        sampling: Sampling = "uniform",
+        mode: Mode = "tile",
+        seed: int = 0,
         recipe: EditRecipe | None = None,
         features: Callable[[Tensor], Tensor] | None = None,
         allow_geometry_change: bool = False,
     ) -> None:
-        super().__init__(p=p)
-        self.inner = transforms.StainTransfer(
-            generator,
-            references,
-            source=source,
-            strength=strength,
-            preserve=preserve,
-            mpp=mpp,
-            p=1.0,
-            recipe=recipe,
-            features=features,
-            allow_geometry_change=allow_geometry_change,
-        )
+        p = read_argument(p)
+        arguments = {
+            "generator": read_argument(generator),
+            "references": read_argument(references),
+            "source": read_argument(source),
+            "strength": read_argument(strength),
+            "preserve": preserve,
+            "mpp": mpp,
+            "sampling": sampling,
+            "mode": mode,
+            "seed": seed,
+            "recipe": read_argument(recipe),
+            "features": features,
+            "allow_geometry_change": allow_geometry_change,
+        }
+        # One draw a slide, and a label, only the inner transform knows.
+        inner_p = p if isinstance(p, Mapping) or mode == "slide" else 1.0
+        super().__init__(transforms.StainTransfer(**arguments, p=inner_p), p, arguments)
 
 
-class StainNormalize(_TileImageTransform):
+class StainNormalize(TileImageTransform):
     """Restain every image to one reference; see `cytosyn_aug.StainNormalize`.
 
     Args:
@@ -121,9 +97,10 @@ class StainNormalize(_TileImageTransform):
         preserve: "color" or "none".
         mpp: Scale of the images in microns per pixel.
         recipe: How the model edits.
-        features: Gives CLS vectors of tiles, such as a `FeatureTable`; None asks the encoder.
+        features: See `StainTransfer`.
         seed: Seed of the model's noise, for every tile.
-        p: Probability that an image is normalised.
+        allow_geometry_change: Accept masks and boxes although structure may move.
+        p: Probability that an image is normalised; or a `Ramp` over epochs.
     """
 
     def __init__(
@@ -132,29 +109,31 @@ class StainNormalize(_TileImageTransform):
         reference: StainReference,
         *,
         source: StainReference | None = None,
-        strength: float = 1.0,
+        strength: Scheduled = 1.0,
         preserve: Preserve = "color",
         mpp: float = 0.5,
         recipe: EditRecipe | None = None,
         features: Callable[[Tensor], Tensor] | None = None,
         seed: int = 0,
-        p: float = 1.0,
+        allow_geometry_change: bool = False,
+        p: Scheduled = 1.0,
     ) -> None:
-        super().__init__(p=p)
-        self.inner = transforms.StainNormalize(
-            generator,
-            reference,
-            source=source,
-            strength=strength,
-            preserve=preserve,
-            mpp=mpp,
-            recipe=recipe,
-            features=features,
-            seed=seed,
-        )
+        arguments = {
+            "generator": read_argument(generator),
+            "reference": read_argument(reference),
+            "source": read_argument(source),
+            "strength": read_argument(strength),
+            "preserve": preserve,
+            "mpp": mpp,
+            "recipe": read_argument(recipe),
+            "features": features,
+            "seed": seed,
+            "allow_geometry_change": allow_geometry_change,
+        }
+        super().__init__(transforms.StainNormalize(**arguments), read_argument(p), arguments)
 
 
-class ConditionedResample(_TileImageTransform):
+class ConditionedResample(TileImageTransform):
     """Replace an image by a new one with its features; see `cytosyn_aug.ConditionedResample`.
 
     Args:
@@ -163,8 +142,8 @@ class ConditionedResample(_TileImageTransform):
         max_similarity: Largest one.
         steps: Forwards; None for 4 of a student, or 16 of the transformer of a model without.
         guidance_scale: Classifier-free guidance; 1 for none.
-        p: Probability that an image is replaced.
-        features: Gives CLS vectors of tiles, such as a `FeatureTable`; None asks the encoder.
+        p: Probability that an image is replaced; a `Ramp`, or one of them by class.
+        features: See `StainTransfer`.
         allow_geometry_change: Accept masks and boxes although structure changes.
     """
 
@@ -176,29 +155,37 @@ class ConditionedResample(_TileImageTransform):
         max_similarity: float = 1.0,
         steps: int | None = None,
         guidance_scale: float = 1.0,
-        p: float = 0.3,
+        p: Probability = 0.3,
         features: Callable[[Tensor], Tensor] | None = None,
         allow_geometry_change: bool = False,
     ) -> None:
-        super().__init__(p=p)
-        self.inner = transforms.ConditionedResample(
-            generator,
-            min_similarity=min_similarity,
-            max_similarity=max_similarity,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            p=1.0,
-            features=features,
-            allow_geometry_change=allow_geometry_change,
-        )
+        p = read_argument(p)
+        arguments = {
+            "generator": read_argument(generator),
+            "min_similarity": min_similarity,
+            "max_similarity": max_similarity,
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+            "features": features,
+            "allow_geometry_change": allow_geometry_change,
+        }
+        inner_p = p if isinstance(p, Mapping) else 1.0
+        super().__init__(resampling.ConditionedResample(**arguments, p=inner_p), p, arguments)
+
+    @property
+    def num_rejected(self) -> int:
+        """Images, in all workers, whose new version was too unlike or too like the old one."""
+        return self.inner.num_rejected
 
 
-class CachedVariants(_TileImageTransform):
+class CachedVariants(TileImageTransform):
     """Replace an image by a cached variant; see `cytosyn_aug.CachedVariants`. Images only.
+
+    Written by `to_dict` as the folder of the cache and the digest of what it must hold.
 
     Args:
         cache: Filled by `fill_variants`, with images.
-        p: Probability that an image is replaced.
+        p: Probability that an image is replaced; a `Ramp`, or one of them by class.
         on_miss: "raise" or "keep".
         allow_geometry_change: Accept masks and boxes although the variants moved structure.
     """
@@ -206,26 +193,111 @@ class CachedVariants(_TileImageTransform):
     def __init__(
         self,
         cache: LatentCache,
-        p: float = 0.5,
+        p: Probability = 0.5,
         *,
         on_miss: Literal["raise", "keep"] = "raise",
         allow_geometry_change: bool = False,
     ) -> None:
-        super().__init__(p=p)
-        self.inner = variants.CachedVariants(
-            cache, p=1.0, on_miss=on_miss, allow_geometry_change=allow_geometry_change
-        )
-        if self.inner.is_latent:
+        p = read_argument(p)
+        arguments = {
+            "cache": read_argument(cache),
+            "on_miss": on_miss,
+            "allow_geometry_change": allow_geometry_change,
+        }
+        inner_p = p if isinstance(p, Mapping) else 1.0
+        inner = variants.CachedVariants(**arguments, p=inner_p)
+        if inner.is_latent:
             raise ValueError(
-                f"{cache.folder} holds latents, which albumentations cannot carry to the decoder; "
-                "fill one with payload 'images', or use cytosyn_aug.CachedVariants"
+                f"{inner.cache.folder} holds latents, which albumentations cannot carry to the "
+                "decoder; fill one with payload 'images', or use cytosyn_aug.CachedVariants"
             )
+        super().__init__(inner, p, arguments)
+
+    @property
+    def num_missed(self) -> int:
+        """Images, in all workers, that were not in the cache and came back as they were."""
+        return self.inner.num_missed
 
 
-def _to_tensor(image: np.ndarray) -> Tensor:
-    if image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(
-            f"got an image of shape {list(image.shape)}, expected [H, W, 3] RGB; "
-            "repeat grey-scale channels, drop alpha"
-        )
-    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+class MacenkoNormalize(TileImageTransform):
+    """Replace the two stains of an image by a reference's; see `cytosyn_aug.MacenkoNormalize`.
+
+    Args:
+        reference: Where to go.
+        source: Stains of the slide the tiles come from; None for each tile's own.
+        strength: 1 goes to the reference, 0 stays; or a `Ramp` over epochs.
+        p: Probability that an image is changed; a `Ramp`, or one of them by class.
+    """
+
+    def __init__(
+        self,
+        reference: MacenkoReference,
+        *,
+        source: MacenkoReference | None = None,
+        strength: Scheduled = 1.0,
+        p: Probability = 1.0,
+    ) -> None:
+        p = read_argument(p)
+        arguments = {
+            "reference": read_argument(reference),
+            "source": read_argument(source),
+            "strength": read_argument(strength),
+        }
+        inner = classical.MacenkoNormalize(**arguments, p=p if isinstance(p, Mapping) else 1.0)
+        super().__init__(inner, p, arguments)
+
+
+class ReinhardNormalize(TileImageTransform):
+    """Give an image the colour of a reference in Lab; see `cytosyn_aug.ReinhardNormalize`.
+
+    Args:
+        reference: Where to go.
+        source: Colour of the slide the tiles come from; None for each tile's own.
+        strength: 1 goes to the reference, 0 stays; or a `Ramp` over epochs.
+        p: Probability that an image is changed; a `Ramp`, or one of them by class.
+    """
+
+    def __init__(
+        self,
+        reference: ReinhardReference,
+        *,
+        source: ReinhardReference | None = None,
+        strength: Scheduled = 1.0,
+        p: Probability = 1.0,
+    ) -> None:
+        p = read_argument(p)
+        arguments = {
+            "reference": read_argument(reference),
+            "source": read_argument(source),
+            "strength": read_argument(strength),
+        }
+        inner = classical.ReinhardNormalize(**arguments, p=p if isinstance(p, Mapping) else 1.0)
+        super().__init__(inner, p, arguments)
+
+
+class DensityTransport(TileImageTransform):
+    """Give an image the optical density of a reference; see `cytosyn_aug.DensityTransport`.
+
+    Args:
+        reference: Where to go.
+        source: Moments of the slide the tiles come from; None for each tile's own.
+        strength: 1 goes to the reference, 0 stays; or a `Ramp` over epochs.
+        p: Probability that an image is changed; a `Ramp`, or one of them by class.
+    """
+
+    def __init__(
+        self,
+        reference: DensityReference,
+        *,
+        source: DensityReference | None = None,
+        strength: Scheduled = 1.0,
+        p: Probability = 1.0,
+    ) -> None:
+        p = read_argument(p)
+        arguments = {
+            "reference": read_argument(reference),
+            "source": read_argument(source),
+            "strength": read_argument(strength),
+        }
+        inner = classical.DensityTransport(**arguments, p=p if isinstance(p, Mapping) else 1.0)
+        super().__init__(inner, p, arguments)

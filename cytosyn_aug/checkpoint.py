@@ -63,6 +63,28 @@ class ModelParts(NamedTuple):
     decoder: SmallDecoder | None = None
 
 
+def place_parts(parts: ModelParts, device: torch.device, dtype: torch.dtype) -> ModelParts:
+    """Return parts on a device and in a floating type, to be computed with.
+
+    The same networks, moved. The null condition is float32, zeros where none was learned.
+    """
+    null = parts.null_condition
+    if null is None:
+        null = torch.zeros(parts.transformer.config["conditioning_dim"])
+    # The latent statistics are 8 numbers, and stain is in their last digits: they keep float32.
+    statistics = {k: v.clone() for k, v in parts.transformer.bn.named_buffers()}
+    for part in parts:
+        if isinstance(part, nn.Module):
+            # Not diffusers' own to(): it warns about a float32 list that is empty here.
+            nn.Module.to(part, device, dtype)
+    for name, value in statistics.items():
+        setattr(parts.transformer.bn, name, value.to(device))
+    for convolutions in (parts.vae, parts.decoder):
+        if convolutions is not None:
+            nn.Module.to(convolutions, memory_format=torch.channels_last)
+    return parts._replace(null_condition=null.float().to(device))
+
+
 def load_model(
     folder: Path | str,
     *,

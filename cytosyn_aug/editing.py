@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cytosyn_aug.conditions import Conditions, read_conditions
+from cytosyn_aug.config import TileSpec
 from cytosyn_aug.flow import interpolate
 from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.images import pixels_to_images
 from cytosyn_aug.reference import StainReference
 from cytosyn_aug.sampling import sample_noise
 from cytosyn_aug.stain import (
@@ -62,16 +65,70 @@ class EditRecipe:
             raise ValueError(f"steps is {self.steps}, expected at least 1")
 
 
+class StainEstimate(NamedTuple):
+    """The stain of tiles, as nine statistics each.
+
+    Attributes:
+        statistics: float64 [B, 9]; see `cytosyn_aug.stain.moment_statistics`.
+        is_tissue: bool [B]; False where the tile is blank and must be returned as it is.
+        is_finite: bool [B]; False where the networks failed, so that the statistics say nothing.
+    """
+
+    statistics: Tensor
+    is_tissue: Tensor
+    is_finite: Tensor
+
+
 class StainChange(NamedTuple):
     """Result of `stain_change`.
 
     Attributes:
         change: The change of optical density, one affine map a tile.
         is_tissue: bool [B]; False where the tile is blank and must be returned as it is.
+        is_finite: bool [B]; False where the networks failed and the tile must be returned too.
     """
 
     change: DensityMap
     is_tissue: Tensor
+    is_finite: Tensor
+
+
+def check_scale(mpp: float, tile: TileSpec) -> None:
+    """Raise ValueError for images of a scale that the model's tiles cannot be cut from."""
+    ratio = mpp / tile.mpp
+    if not 0.2 <= ratio <= 2.0:
+        raise ValueError(
+            f"mpp is {mpp}, the model expects {tile.describe()}; give the scale of the "
+            "images in microns per pixel, between a fifth of and twice the model's"
+        )
+
+
+def central_tiles(grey: Tensor, mpp: float, tile: TileSpec) -> Tensor:
+    """Return the centre of each image as uint8 tiles at the model's size and scale.
+
+    Args:
+        grey: float32 [B, 3, H, W] in 0 to 255.
+        mpp: Scale of the images in microns per pixel.
+        tile: The model's tiles.
+
+    Returns:
+        uint8 [B, 3, size, size].
+
+    Raises:
+        ValueError: The image covers less than the model's tile.
+    """
+    size, ratio = tile.size_px, mpp / tile.mpp
+    height, width = (round(n * ratio) for n in grey.shape[2:])
+    if min(height, width) < size:
+        raise ValueError(
+            f"image is {grey.shape[3]}x{grey.shape[2]} px at {mpp:g} microns/pixel, the model "
+            f"expects at least {tile.describe()}; re-tile larger or correct mpp"
+        )
+    if (height, width) != tuple(grey.shape[2:]):
+        grey = F.interpolate(grey, (height, width), mode="bilinear", antialias=True)
+    top, left = (height - size) // 2, (width - size) // 2
+    crop = grey[:, :, top : top + size, left : left + size]
+    return crop.round().clamp(0, 255).to(torch.uint8)
 
 
 @torch.no_grad()
@@ -101,29 +158,76 @@ def stain_change(
     Returns:
         Maps and tissue gate, on the device of `images`.
     """
-    reference.check_model(generator)
+    estimate = estimate_stain(generator, images, source, recipe, cls)
+    targets = reference_statistics(generator, reference, recipe).to(images.device)
+    change = match_statistics(estimate, targets)
+    return StainChange(change, estimate.is_tissue, estimate.is_finite)
+
+
+@torch.no_grad()
+def estimate_stain(
+    generator: TileGenerator,
+    images: Tensor,
+    source: StainReference | None,
+    recipe: EditRecipe,
+    cls: Conditions | None = None,
+) -> StainEstimate:
+    """Return the stain of tiles: steps 1 and 2 of `stain_change`, on the device of `images`."""
     generator.check_images(images)
     own = tissue_moments(images)
-    target = _slide_statistics(generator, reference, recipe)
-    if source is None:
+    if source is not None:
+        statistics = reference_statistics(generator, source, recipe).expand(len(images), -1)
+    else:
         # Only the probe needs features; a model without one restains without an encoder too.
         found: Tensor | None = None
         if cls is not None:
             found = read_conditions(cls, len(generator.null_condition), len(images))
         elif generator.stain_probe is not None:
             found = generator.features(images).cls
-        start = _blend(generator, moment_statistics(own.mean, own.covariance), found, recipe)
-    else:
-        start = _slide_statistics(generator, source, recipe).expand(len(images), -1)
-    start, target = start.to(images.device), target.to(images.device)
-    change = match_moments(moments_from_statistics(start), moments_from_statistics(target))
-    return StainChange(change, own.tissue >= MIN_TISSUE)
+        statistics = _blend(generator, moment_statistics(own.mean, own.covariance), found, recipe)
+    statistics = statistics.to(images.device)
+    return StainEstimate(statistics, own.tissue >= MIN_TISSUE, statistics.isfinite().all(1))
+
+
+@torch.no_grad()
+def reference_statistics(
+    generator: TileGenerator, reference: StainReference, recipe: EditRecipe
+) -> Tensor:
+    """Return the nine statistics [1, 9] of all tiles of a reference together, float64."""
+    reference.check_model(generator)
+    measured = measured_statistics(reference)
+    return _blend(generator, measured, reference.cls, recipe).mean(0, keepdim=True)
+
+
+def measured_statistics(reference: StainReference) -> Tensor:
+    """Return the nine statistics [1, 9] of a reference's pixels, without any network, float64."""
+    pooled = pool_moments(DensityMoments(*reference.moments))
+    return moment_statistics(pooled.mean, pooled.covariance)
+
+
+def match_statistics(estimate: StainEstimate, targets: Tensor) -> DensityMap:
+    """Return the map from each tile's stain to its target's: step 3 of `stain_change`.
+
+    Args:
+        estimate: The stain of tiles.
+        targets: [B, 9] or [1, 9].
+    """
+    # Where the networks failed: an identity, since the eigenvalues of NaN raise for all tiles.
+    start = torch.where(estimate.is_finite[:, None], estimate.statistics, targets)
+    return match_moments(moments_from_statistics(start), moments_from_statistics(targets))
+
+
+class Redrawn(NamedTuple):
+    """Result of `redraw`: uint8 tiles, and bool [B], False where the networks failed."""
+
+    images: Tensor
+    is_finite: Tensor
 
 
 @torch.no_grad()
 def redraw(
     generator: TileGenerator, images: Tensor, recipe: EditRecipe, seeds: Sequence[int]
-) -> Tensor:
+) -> Redrawn:
     """Noise the latents of tiles to `recipe.noise_level` and draw them anew from their features.
 
     Args:
@@ -133,14 +237,25 @@ def redraw(
         seeds: One seed a tile, for its noise.
 
     Returns:
-        uint8 [B, 3, size, size] on the generator's device.
+        uint8 [B, 3, size, size] on the generator's device, and which are to be used.
 
     Source: Meng et al. (2022), SDEdit.
+    """
+    return _decode(generator, redraw_latents(generator, images, recipe, seeds))
+
+
+@torch.no_grad()
+def redraw_latents(
+    generator: TileGenerator, images: Tensor, recipe: EditRecipe, seeds: Sequence[int]
+) -> Tensor:
+    """Return the whitened latents [B, C, h, w] of `redraw`, on the generator's device.
+
+    For stores of latents: a `ReplayBank`, or a cache of variants.
     """
     cls = generator.features(images).cls
     latents = generator.whiten(generator.encode(images).mean)
     noise = sample_noise(seeds, generator.latent_shape).to(latents)
-    drawn = generator.draw(
+    return generator.draw(
         interpolate(latents, noise, recipe.noise_level),
         cls,
         steps=recipe.steps,
@@ -148,18 +263,23 @@ def redraw(
         guidance_scale=recipe.guidance_scale,
         seeds=seeds,
     )
-    return generator.decode(drawn, is_few_step=True)
 
 
 class Resampled(NamedTuple):
-    """Result of `resample`: new tiles, their similarity to the old, and which were not blank.
+    """Result of `resample`: new tiles, and what there is to say of them.
 
-    The similarity is NaN without an encoder, which alone could tell it.
+    Attributes:
+        images: uint8 [B, 3, size, size].
+        similarity: float32 [B], cosine of the features of new and old tile; NaN without an
+            encoder, which alone could tell it.
+        is_tissue: bool [B]; False where the old tile is blank and must be returned as it is.
+        is_finite: bool [B]; False where the networks failed and the old tile must be returned.
     """
 
     images: Tensor
     similarity: Tensor
     is_tissue: Tensor
+    is_finite: Tensor
 
 
 @torch.no_grad()
@@ -183,7 +303,7 @@ def resample(
         cls: Precomputed features of the tiles; None asks the encoder.
 
     Returns:
-        uint8 tiles, cosine similarity of CLS features [B] and the tissue gate [B].
+        On the generator's device; see `Resampled`.
     """
     generator.check_images(images)
     if cls is None:
@@ -193,21 +313,20 @@ def resample(
         cls = read_conditions(cls, width, len(images)).to(generator.device)
     noise = sample_noise(seeds, generator.latent_shape)
     latents = generator.draw(noise, cls, steps=steps, guidance_scale=guidance_scale, seeds=seeds)
-    made = generator.decode(latents, is_few_step=True)
+    made, is_finite = _decode(generator, latents)
     similarity = torch.full((len(made),), torch.nan, device=made.device)
     if generator.encoder is not None:
         similarity = torch.cosine_similarity(cls, generator.features(made).cls)
+        is_finite = is_finite & similarity.isfinite()
     is_tissue = tissue_moments(images).tissue >= MIN_TISSUE
-    return Resampled(made, similarity, is_tissue.to(made.device))
+    return Resampled(made, similarity, is_tissue.to(made.device), is_finite)
 
 
-def _slide_statistics(
-    generator: TileGenerator, reference: StainReference, recipe: EditRecipe
-) -> Tensor:
-    """Return the nine statistics [1, 9] of all tiles of a reference together."""
-    pooled = pool_moments(DensityMoments(*reference.moments))
-    measured = moment_statistics(pooled.mean, pooled.covariance)
-    return _blend(generator, measured, reference.cls, recipe).mean(0, keepdim=True)
+def _decode(generator: TileGenerator, latents: Tensor) -> Redrawn:
+    """Decode without raising: one tile that fails must not cost the others of its batch."""
+    pixels = generator.decode_pixels(latents, is_few_step=True)
+    is_finite = pixels.isfinite().all(3).all(2).all(1)
+    return Redrawn(pixels_to_images(pixels.nan_to_num()), is_finite)
 
 
 def _blend(

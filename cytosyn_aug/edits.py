@@ -8,25 +8,45 @@ process meets a tile, and when.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from cytosyn_aug.classical import (
+    DensityReference,
+    DensityTransport,
+    MacenkoNormalize,
+    ReinhardNormalize,
+)
 from cytosyn_aug.colour import colour_distance
-from cytosyn_aug.editing import EditRecipe, redraw, resample, stain_change
+from cytosyn_aug.config import Method
+from cytosyn_aug.editing import (
+    EditRecipe,
+    StainChange,
+    central_tiles,
+    check_scale,
+    redraw,
+    resample,
+    stain_change,
+)
 from cytosyn_aug.filling import derive_seed
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.image_files import ItemError
-from cytosyn_aug.offline_recipes import AugmentRecipe, Method, NormalizeRecipe, SampleRecipe
+from cytosyn_aug.images import pixels_to_images
+from cytosyn_aug.macenko import MacenkoReference
+from cytosyn_aug.offline_recipes import AugmentRecipe, NormalizeRecipe, SampleRecipe
 from cytosyn_aug.reading import Loaded
 from cytosyn_aug.reference import StainReference
+from cytosyn_aug.reinhard import ReinhardReference
 from cytosyn_aug.sampling import sample_noise
 from cytosyn_aug.stain import DensityMap, apply_density_map, blend_with_identity
-from cytosyn_aug.transforms import _check_scale, _model_tiles
+from cytosyn_aug.tile_transform import TileTransform
 
-Sources = Callable[[str], StainReference | None]  # from the name of a slide
+Reference = StainReference | MacenkoReference | ReinhardReference | DensityReference
+Sources = Callable[[str], Any]  # from a slide's name to its Reference, or None; Any: of one kind
 _SEED_RANGE = float(1 << 62)
 
 
@@ -36,6 +56,7 @@ class Edited(NamedTuple):
     Attributes:
         images: uint8 [B, 3, H, W], on any device.
         is_tissue: bool [B]; False where a blank tile was left as it is.
+        is_finite: bool [B]; False where the networks failed, and the image is not to be used.
         seeds: Seed of each tile.
         references: Name of the reference of each tile, "" for none.
         strengths: Strength of restaining of each tile; None where there is none.
@@ -46,6 +67,7 @@ class Edited(NamedTuple):
 
     images: Tensor
     is_tissue: Tensor
+    is_finite: Tensor
     seeds: list[int]
     references: list[str]
     strengths: list[float] | None
@@ -69,7 +91,7 @@ def augment_edit(
         return _resample_edit(generator, recipe)
     if not references:
         raise ValueError("mode stain needs references: folders of tiles or saved .json files")
-    _check_scale(generator, recipe.mpp)
+    check_scale(recipe.mpp, generator.tile)
     if recipe.preserve == "none" and generator.encoder is None:
         raise ValueError(
             "preserve 'none' needs an encoder, and this model was loaded without; load it with "
@@ -86,7 +108,7 @@ def augment_edit(
 
 def normalize_edit(
     generator: TileGenerator,
-    references: Mapping[str, StainReference],
+    references: Mapping[str, Any],
     recipe: NormalizeRecipe,
     sources: Sources,
 ) -> Edit:
@@ -94,7 +116,7 @@ def normalize_edit(
 
     Args:
         generator: The model.
-        references: The one reference, by name.
+        references: The one reference, by name, of the kind of the method.
         recipe: How.
         sources: Stain of slides; asked if `recipe.source` is "slide".
 
@@ -105,7 +127,7 @@ def normalize_edit(
         raise ValueError(f"got {len(references)} references, expected the one to normalise to")
     if recipe.method not in _METHODS:
         raise ValueError(f"method is {recipe.method!r}, expected one of {sorted(_METHODS)}")
-    _check_scale(generator, recipe.mpp)
+    check_scale(recipe.mpp, generator.tile)
     return _METHODS[recipe.method](generator, references, recipe, sources)
 
 
@@ -121,13 +143,16 @@ def sample_edit(generator: TileGenerator, conditions: Tensor | None, recipe: Sam
         latents = generator.draw(
             noise, cls, steps=recipe.steps, guidance_scale=recipe.guidance_scale, seeds=seeds
         )
-        images = generator.decode(latents, is_few_step=generator.student is not None)
+        pixels = generator.decode_pixels(latents, is_few_step=generator.student is not None)
+        is_finite = pixels.isfinite().flatten(1).all(1)
+        images = pixels_to_images(pixels.nan_to_num())
         similarity = torch.full((len(images),), torch.nan)
         if generator.encoder is not None and conditions is not None:
             similarity = torch.cosine_similarity(cls, generator.features(images).cls)
         is_tissue = torch.ones(len(images), dtype=torch.bool)
         nothing = torch.full((len(images),), torch.nan)
-        yield Edited(images, is_tissue, seeds, [""] * len(seeds), None, similarity, nothing)
+        facts = (seeds, [""] * len(seeds), None, similarity, nothing)
+        yield Edited(images, is_tissue, is_finite, *facts)
 
     return edit
 
@@ -168,7 +193,7 @@ def _stain_edit(
 
     def edit(batch: Sequence[Loaded]) -> Iterator[Edited]:
         images = stack_tiles(batch).to(generator.device)
-        tiles = _model_tiles(images.float(), recipe.mpp, generator)
+        tiles = central_tiles(images.float(), recipe.mpp, generator.tile)
         cls = None if generator.encoder is None else generator.features(tiles).cls
         slides = [tile.item.slide for tile in batch]
         for variant in range(recipe.variants):
@@ -182,15 +207,17 @@ def _stain_edit(
                 (references[name], sources(slide))
                 for name, slide in zip(drawn, slides, strict=True)
             ]
-            change, is_tissue = _changes(generator, tiles, ways, recipe.edit, cls)
+            change, is_tissue, is_finite = _changes(generator, tiles, ways, recipe.edit, cls)
             change = blend_with_identity(change, torch.tensor(strengths, device=images.device))
             made = apply_density_map(images, change).round().to(torch.uint8)
             if recipe.preserve == "none":
-                made = redraw(generator, made, recipe.edit, seeds)
+                made, is_drawn = redraw(generator, made, recipe.edit, seeds)
+                is_finite = is_finite & (is_drawn | ~is_tissue)
             made = torch.where(is_tissue[:, None, None, None], made, images)
             similarity = _similarity(generator, cls, made, recipe.mpp)
             distance = colour_distance(images, made)
-            yield Edited(made, is_tissue, seeds, drawn, strengths, similarity, distance)
+            facts = (seeds, drawn, strengths, similarity, distance)
+            yield Edited(made, is_tissue, is_finite, *facts)
 
     return edit
 
@@ -218,8 +245,9 @@ def _resample_edit(generator: TileGenerator, recipe: AugmentRecipe) -> Edit:
             made = torch.where(found.is_tissue[:, None, None, None], found.images, images)
             similarity = torch.where(found.is_tissue, found.similarity, 1.0)
             distance = colour_distance(images, made)
-            names = [""] * len(seeds)
-            yield Edited(made, found.is_tissue, seeds, names, None, similarity, distance)
+            is_finite = found.is_finite | ~found.is_tissue
+            facts = (seeds, [""] * len(seeds), None, similarity, distance)
+            yield Edited(made, found.is_tissue, is_finite, *facts)
 
     return edit
 
@@ -230,8 +258,8 @@ def _changes(
     ways: Sequence[tuple[StainReference, StainReference | None]],
     recipe: EditRecipe,
     cls: Tensor | None,
-) -> tuple[DensityMap, Tensor]:
-    """Return the change of each tile to its own reference, and which tiles show tissue.
+) -> StainChange:
+    """Return the change of each tile to its own reference.
 
     Args:
         generator: The model.
@@ -243,6 +271,7 @@ def _changes(
     matrix = torch.zeros(len(tiles), 3, 3, dtype=torch.float64, device=tiles.device)
     offset = torch.zeros(len(tiles), 3, dtype=torch.float64, device=tiles.device)
     is_tissue = torch.zeros(len(tiles), dtype=torch.bool, device=tiles.device)
+    is_finite = torch.zeros_like(is_tissue)
     groups: dict[tuple[int, int], list[int]] = {}
     for row, way in enumerate(ways):
         groups.setdefault((id(way[0]), id(way[1])), []).append(row)
@@ -251,13 +280,13 @@ def _changes(
         own = None if cls is None or generator.stain_probe is None else cls[rows]
         found = stain_change(generator, tiles[rows], reference, source, recipe, own)
         matrix[rows], offset[rows] = found.change.matrix, found.change.offset
-        is_tissue[rows] = found.is_tissue
-    return DensityMap(matrix, offset), is_tissue
+        is_tissue[rows], is_finite[rows] = found.is_tissue, found.is_finite
+    return StainChange(DensityMap(matrix, offset), is_tissue, is_finite)
 
 
 def _cytosyn_edit(
     generator: TileGenerator,
-    references: Mapping[str, StainReference],
+    references: Mapping[str, Any],
     recipe: NormalizeRecipe,
     sources: Sources,
 ) -> Edit:
@@ -268,14 +297,50 @@ def _cytosyn_edit(
     return _stain_edit(generator, references, same, sources)
 
 
-MakeEdit = Callable[[TileGenerator, Mapping[str, StainReference], NormalizeRecipe, Sources], Edit]
-_METHODS: dict[Method, MakeEdit] = {"cytosyn": _cytosyn_edit}
+def _classical_edit(
+    kind: Callable[..., TileTransform],
+    generator: TileGenerator,
+    references: Mapping[str, Any],
+    recipe: NormalizeRecipe,
+    sources: Sources,
+) -> Edit:
+    ((name, reference),) = references.items()
+
+    def edit(batch: Sequence[Loaded]) -> Iterator[Edited]:
+        images = stack_tiles(batch).to(generator.device)
+        made = images.clone()
+        rows_of: dict[str, list[int]] = {}
+        for row, tile in enumerate(batch):
+            rows_of.setdefault(tile.item.slide if recipe.source == "slide" else "", []).append(row)
+        for slide, rows in rows_of.items():
+            transform = kind(reference, source=sources(slide) if slide else None)
+            count = len(rows)
+            params = {"chosen": [True] * count, "seeds": [0] * count}
+            params["strengths"] = [recipe.strength] * count
+            made[rows] = transform.transform(images[rows], params)
+        is_tissue = (made != images).flatten(1).any(1)
+        is_finite = torch.ones_like(is_tissue)
+        nothing = torch.full((len(batch),), torch.nan)  # no encoder was asked
+        strengths = [recipe.strength] * len(batch)
+        facts = ([0] * len(batch), [name] * len(batch), strengths, nothing)
+        yield Edited(made, is_tissue, is_finite, *facts, colour_distance(images, made))
+
+    return edit
+
+
+MakeEdit = Callable[[TileGenerator, Mapping[str, Any], NormalizeRecipe, Sources], Edit]
+_METHODS: dict[Method, MakeEdit] = {
+    "cytosyn": _cytosyn_edit,
+    "macenko": partial(_classical_edit, MacenkoNormalize),
+    "reinhard": partial(_classical_edit, ReinhardNormalize),
+    "transport": partial(_classical_edit, DensityTransport),
+}
 
 
 def _similarity(generator: TileGenerator, cls: Tensor | None, made: Tensor, mpp: float) -> Tensor:
     if cls is None:
         return torch.full((len(made),), torch.nan)
-    tiles = _model_tiles(made.float(), mpp, generator)
+    tiles = central_tiles(made.float(), mpp, generator.tile)
     return torch.cosine_similarity(cls, generator.features(tiles).cls)
 
 

@@ -8,14 +8,13 @@ backward pass of a user's own model.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import Tensor
 
-from cytosyn_aug.batching import MicroBatches, check_device, seed_rows
-from cytosyn_aug.checkpoint import EMBEDDED_MODEL, ModelParts, load_model
+from cytosyn_aug.batching import seed_rows
 from cytosyn_aug.conditions import Conditions, read_conditions
 from cytosyn_aug.drawing import (
     DEFAULT_STEPS,
@@ -26,8 +25,8 @@ from cytosyn_aug.drawing import (
     time_grid,
 )
 from cytosyn_aug.encoder import Features
-from cytosyn_aug.hub import ENCODER_PATTERNS, announce_licence, find_folder
 from cytosyn_aug.images import check_images, images_to_pixels, pixels_to_images
+from cytosyn_aug.loaded import LoadedModel
 from cytosyn_aug.sampling import sample_noise
 
 
@@ -38,7 +37,7 @@ class Moments(NamedTuple):
     std: Tensor
 
 
-class TileGenerator:
+class TileGenerator(LoadedModel):
     """A CytoSyn-class model, ready to use.
 
     Attributes:
@@ -46,121 +45,22 @@ class TileGenerator:
         digest: 16 hexadecimal digits that identify all its weights.
         notes: What its folder states differently from what was expected.
         folder: Where it was read from.
+        has_encoder: Whether it can compute features.
+        null_condition: float32 [D] that stands for no condition: zeros, unless one was learned.
         device: Where it runs.
         dtype: Floating type of the networks; the state of the samplers is float32 or wider.
+        batches: Cuts batches for the networks.
+        vae, transformer: Its networks; encoder, stain_probe, student and decoder may be None.
+
+    Pickling one, as happens to transforms on their way to spawned DataLoader workers, keeps where
+    it came from and its digest, neither weights nor what was compiled: the other process loads it
+    when it is first needed. Copies in one process are the same object.
 
     Example:
         >>> generator = TileGenerator.from_pretrained()
         >>> generator.sample(per_condition=2, steps=4, seed=0).shape
         torch.Size([2, 3, 224, 224])
     """
-
-    def __init__(
-        self,
-        parts: ModelParts,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        batch_size: int = 16,
-    ) -> None:
-        self.tile, self.digest = parts.tile, parts.digest
-        self.notes, self.folder = parts.notes, parts.folder
-        self.device, self.dtype = torch.device(device), dtype
-        self.batches = MicroBatches(self.device, batch_size)
-        null = parts.null_condition
-        self._null_condition = None if null is None else null.float().to(self.device)
-        # The latent statistics are 8 numbers, and stain is in their last digits: they keep float32.
-        statistics = {k: v.clone() for k, v in parts.transformer.bn.named_buffers()}
-        for part in (
-            parts.vae,
-            parts.transformer,
-            parts.encoder,
-            parts.stain_probe,
-            parts.student,
-            parts.decoder,
-        ):
-            if part is not None:
-                # Not diffusers' own to(): it warns about a float32 list that is empty here.
-                nn.Module.to(part, self.device, dtype)
-        for name, value in statistics.items():
-            setattr(parts.transformer.bn, name, value.to(self.device))
-        self.vae = parts.vae.to(memory_format=torch.channels_last)
-        self.transformer = parts.transformer
-        self.encoder = parts.encoder
-        self.stain_probe = parts.stain_probe
-        self.student = parts.student
-        self.decoder = parts.decoder
-        self._compiled: dict[str, Callable[..., Tensor]] = {}
-        if self.decoder is not None:
-            nn.Module.to(self.decoder, memory_format=torch.channels_last)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: Path | str | None = None,
-        *,
-        encoder: Path | str | None = "auto",
-        revision: str | None = None,
-        key_map: Path | str | None = None,
-        token: str | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        batch_size: int = 16,
-    ) -> TileGenerator:
-        """Load a model: the embedded `tiny`, a model folder, or a repository on the Hub.
-
-        No code from a folder or repository is ever executed.
-
-        Args:
-            source: Model folder in diffusers' layout or a Hub id such as
-                "Owkin-Bioptimus/CytoSyn"; None for the embedded `tiny`.
-            encoder: "auto" takes the folder's own `encoder/`, if any; None takes none, and then
-                features must be given; else a folder, a safetensors file or a Hub id such as
-                "bioptimus/H0-mini".
-            revision: Branch, tag or commit on the Hub.
-            key_map: JSON file that renames tensors; see `cytosyn_aug.weights.KeyMap`.
-            token: Access token for the Hub; None for the one you are logged in with.
-            device: Device of the networks.
-            dtype: Floating type of the networks: float32, bfloat16 or float16.
-            batch_size: Largest number of tiles in the networks at once.
-
-        Raises:
-            FileNotFoundError: The folder, a file in it or the repository does not exist.
-            PermissionError: The repository is gated and access has not been granted.
-            ConnectionError: The Hub cannot be reached and nothing usable is in the cache.
-            ValueError: The folder does not hold a model of this kind, every difference named; or
-                there is no such device.
-        """
-        check_device(device)
-        folder = EMBEDDED_MODEL
-        if source is not None:
-            folder = find_folder(source, revision=revision, token=token)
-        found = encoder
-        if encoder is not None and encoder != "auto" and not Path(encoder).is_file():
-            found = find_folder(encoder, token=token, patterns=ENCODER_PATTERNS)
-        parts = load_model(folder, encoder=found, key_map=key_map, dtype=dtype)
-        for given, place in ((source, folder), (encoder, found)):
-            if given is not None and isinstance(place, Path) and place.is_dir():
-                announce_licence(given, place)
-        return cls(parts, device=device, dtype=dtype, batch_size=batch_size)
-
-    @property
-    def batch_size(self) -> int:
-        """Most tiles in the networks at once; falls when a device runs out of memory."""
-        return self.batches.size
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Shape [C, h, w] of one tile's latents."""
-        side = self.transformer.config["input_size"]
-        return self.transformer.config["in_channels"], side, side
-
-    @property
-    def null_condition(self) -> Tensor:
-        """The condition that stands for none, float32 [D]: zeros, unless one was learned."""
-        if self._null_condition is not None:
-            return self._null_condition
-        return torch.zeros(self.transformer.config["conditioning_dim"], device=self.device)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Moments:
@@ -203,8 +103,7 @@ class TileGenerator:
     @torch.no_grad()
     def decode_pixels(self, latents: Tensor, *, is_few_step: bool = False) -> Tensor:
         """Return float32 pixels [B, 3, size, size], not clipped; see `decode`."""
-        own: Callable[[Tensor], Tensor] = self._own_decoder
-        name = "vae_decoder"
+        own, name = _own_decoder(self.vae), "vae_decoder"
         if is_few_step and self.decoder is not None:
             own, name = self.decoder, "decoder"
         decoder = self._compiled.get(name, own)
@@ -214,9 +113,6 @@ class TileGenerator:
             return (decoder(raw.contiguous(memory_format=torch.channels_last)).float(),)
 
         return self.batches.map(decode, latents)[0]
-
-    def _own_decoder(self, raw: Tensor) -> Tensor:
-        return self.vae.decode(raw).sample  # type: ignore[union-attr]
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Features:
@@ -355,8 +251,9 @@ class TileGenerator:
         conditions = self._conditions(cls, per_condition)
         seeds = range(seed, seed + len(conditions))
         images = []
-        for start in range(0, len(conditions), self.batch_size):
-            part = slice(start, start + self.batch_size)
+        size = self.batch_size  # which falls underway if memory runs out
+        for start in range(0, len(conditions), size):
+            part = slice(start, start + size)
             latents = self.draw(
                 sample_noise(seeds[part], self.latent_shape),
                 conditions[part],
@@ -376,7 +273,7 @@ class TileGenerator:
         The first batch then takes minutes. Results move by rounding, less than a grey level.
         """
         self.batches.is_static = True
-        parts: dict[str, Callable[..., Tensor]] = {"vae_decoder": self._own_decoder}
+        parts: dict[str, Callable[..., Tensor]] = {"vae_decoder": _own_decoder(self.vae)}
         for name in ("ab2", "euler_maruyama"):
             parts[name] = self.transformer.forward_modulated
         if self.student is not None:
@@ -411,3 +308,8 @@ class TileGenerator:
         if cls is None:
             return self.null_condition.expand(per_condition, width)
         return read_conditions(cls, width).to(self.device).repeat_interleave(per_condition, 0)
+
+
+def _own_decoder(vae: AutoencoderKL) -> Callable[[Tensor], Tensor]:
+    # Not a method: compiled, it would keep its generator alive, and all weights on the device.
+    return lambda raw: vae.decode(raw).sample  # type: ignore[union-attr]

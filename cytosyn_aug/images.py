@@ -6,15 +6,24 @@ The only module that knows about value ranges and channel order. Three forms, on
 * ``pixels``: float [B, 3, H, W] in [-1, 1], what the VAE reads and writes.
 * optical density: float [B, 3, H, W], natural logarithm, 0 for glass; see `optical_density`.
 
+And the forms users hold tiles in, opened and closed again by `open_image`: PIL images, uint8 and
+float tensors, tv_tensors, with any leading dimensions.
+
 It refuses to know what a tile shows, where it comes from and which model will read it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor
+from torchvision import tv_tensors
 
 from cytosyn_aug.config import TileSpec
 
@@ -105,3 +114,147 @@ def check_images(images: Tensor, tile: TileSpec) -> None:
             f"tile is {images.shape[3]}x{images.shape[2]} px, the model expects "
             f"{tile.describe()}; re-tile the slide at that size and scale"
         )
+
+
+class OpenImage(NamedTuple):
+    """A user's image as grey levels, and the way back.
+
+    Attributes:
+        grey: float32 [B, 3, H, W] in 0 to 255, on the image's device; B = 1 without leading
+            dimensions.
+        close: Takes edited grey levels [B, 3, H, W] and bool [B], which tiles were edited, and
+            returns what the user gave, in type, shape, dtype and device. The other tiles keep
+            their very bits; without any edited one the user's object itself comes back.
+    """
+
+    grey: Tensor
+    close: Callable[[Tensor, Tensor], Any]
+
+
+def is_image_tensor(x: object) -> bool:
+    """Return whether a plain tensor can be an image; labels and features have fewer dimensions."""
+    return isinstance(x, Tensor) and not isinstance(x, tv_tensors.TVTensor) and x.ndim >= 3
+
+
+def is_image(x: object) -> bool:
+    """Return whether `open_image` is meant for this object."""
+    return isinstance(x, PIL.Image.Image | tv_tensors.Image) or is_image_tensor(x)
+
+
+def num_tiles(image: PIL.Image.Image | Tensor) -> int:
+    """Return the number of tiles in an image: the product of its leading dimensions."""
+    return math.prod(image.shape[:-3]) if isinstance(image, Tensor) else 1
+
+
+def open_image(image: PIL.Image.Image | Tensor) -> OpenImage:
+    """Return a user's image as grey levels, and the way back.
+
+    Args:
+        image: PIL image of mode RGB, or uint8 in 0 to 255 or float in [0, 1] [..., 3, H, W].
+
+    Raises:
+        TypeError: Not 8-bit and not float.
+        ValueError: Not RGB, a float image outside [0, 1] or not finite, or an empty batch.
+    """
+    if isinstance(image, PIL.Image.Image):
+        return _open_pil(image)
+    _check_shape(image)
+    # Tensors of a TVTensor class would dispatch every operation below.
+    plain = image.as_subclass(Tensor)
+    shape, dtype = plain.shape, plain.dtype
+    grey = plain.reshape(-1, *shape[-3:]).float()
+    if dtype.is_floating_point:
+        low, high = grey.aminmax()
+        if not (low >= 0 and high <= 1):
+            raise ValueError(
+                f"got a float image in [{float(low):g}, {float(high):g}], expected [0, 1]; "
+                "divide by the largest value, and normalise after this transform"
+            )
+        grey = grey * 255.0
+    elif dtype != torch.uint8:
+        raise TypeError(f"got an image of {dtype}, expected uint8 or float in [0, 1]")
+
+    def close(edited: Tensor, is_edited: Tensor) -> Any:
+        if not is_edited.any():
+            return image
+        edited = (edited / 255.0 if dtype.is_floating_point else edited.round()).to(dtype)
+        return _mixed(image, edited, is_edited)
+
+    return OpenImage(grey, close)
+
+
+class OpenTiles(NamedTuple):
+    """A user's image as bytes, and the way back.
+
+    Attributes:
+        tiles: uint8 [B, 3, H, W], on the image's device; must not be written to.
+        close: As that of `OpenImage`, but takes bytes, and at least one tile was edited.
+    """
+
+    tiles: Tensor
+    close: Callable[[Tensor, Tensor], Any]
+
+
+def open_tiles(image: PIL.Image.Image | Tensor) -> OpenTiles:
+    """Return a user's image as bytes, which for look-ups are faster than `open_image`'s floats.
+
+    Args:
+        image: See `open_image`. Float images are rounded; bfloat16 keeps too few digits to come
+            back to the bytes it was made from.
+
+    Raises:
+        TypeError, ValueError: See `open_image`.
+    """
+    if isinstance(image, PIL.Image.Image) and image.mode == "RGB":
+        # By bands, because Pillow turns channels about faster than torch and numpy do.
+        bands = np.stack([np.asarray(band) for band in image.split()])
+        return OpenTiles(torch.from_numpy(bands)[None], lambda x, _: _merged(x))
+    if isinstance(image, Tensor) and image.dtype == torch.uint8:
+        _check_shape(image)
+        flat = image.as_subclass(Tensor).reshape(-1, *image.shape[-3:])
+        return OpenTiles(flat, lambda x, is_edited: _mixed(image, x, is_edited))
+    grey, close = open_image(image)
+    return OpenTiles(grey.round().to(torch.uint8), lambda x, is_edited: close(x.float(), is_edited))
+
+
+def _merged(tiles: Tensor) -> PIL.Image.Image:
+    return PIL.Image.merge("RGB", [PIL.Image.fromarray(band) for band in tiles[0].cpu().numpy()])
+
+
+def _check_shape(image: Tensor) -> None:
+    if image.ndim < 3 or image.shape[-3] != 3:
+        raise ValueError(
+            f"got an image of shape {list(image.shape)}, expected [..., 3, H, W] RGB; "
+            "repeat grey-scale channels, drop alpha"
+        )
+    if 0 in image.shape:
+        raise ValueError(
+            f"got an empty batch or image, {list(image.shape)}; expected at least one tile"
+        )
+
+
+def _mixed(image: Tensor, edited: Tensor, is_edited: Tensor) -> Tensor:
+    """Return tiles [B, 3, H, W] where they were edited, else the image's own; as it is shaped."""
+    plain = image.as_subclass(Tensor)
+    flat = plain.reshape(-1, *plain.shape[-3:])
+    edited = torch.where(is_edited.to(flat.device)[:, None, None, None], edited, flat)
+    edited = edited.reshape(plain.shape)
+    if isinstance(image, tv_tensors.TVTensor):
+        return tv_tensors.wrap(edited, like=image)
+    return edited
+
+
+def _open_pil(image: PIL.Image.Image) -> OpenImage:
+    if image.mode != "RGB":
+        raise ValueError(
+            f"got a PIL image of mode {image.mode}, expected RGB; use image.convert('RGB')"
+        )
+    grey = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
+
+    def close(edited: Tensor, is_edited: Tensor) -> Any:
+        if not is_edited.any():
+            return image
+        array = edited[0].round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
+        return PIL.Image.fromarray(array)
+
+    return OpenImage(grey, close)

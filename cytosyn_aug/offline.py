@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cytosyn_aug.conditions import Conditions
-from cytosyn_aug.config import Preserve
+from cytosyn_aug.config import Method, Preserve
+from cytosyn_aug.edits import Reference
 from cytosyn_aug.filling import Contents
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.laboratories import References
 from cytosyn_aug.listing import InputKind
 from cytosyn_aug.offline_recipes import (
     AugmentRecipe,
-    Method,
     Mode,
     NormalizeRecipe,
     SampleRecipe,
@@ -37,7 +37,6 @@ from cytosyn_aug.plans import (
     plan_normalize,
     plan_sample,
 )
-from cytosyn_aug.reference import StainReference
 from cytosyn_aug.running import Summary, Work, do_run
 
 
@@ -108,7 +107,7 @@ def normalize(
     out: Path | str,
     generator: TileGenerator,
     *,
-    reference: StainReference | Path | str,
+    reference: Reference | Path | str,
     method: Method = "cytosyn",
     stain_source: Source = "tile",
     strength: float = 1.0,
@@ -124,7 +123,7 @@ def normalize(
         source: IN; see `cytosyn_aug.inputs`.
         out: OUT; see `cytosyn_aug.run_folder`.
         generator: The model.
-        reference: A reference, a saved one, or a folder of tiles.
+        reference: A reference of the method's kind, a saved one, a folder of tiles or a slide.
         method: How the change of stain is found.
         stain_source: Whose stain is changed, that of each "tile" or of its "slide"; see
             `NormalizeRecipe`.

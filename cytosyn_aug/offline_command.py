@@ -13,8 +13,9 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from cytosyn_aug.config import Method
 from cytosyn_aug.slurm import SlurmJob, array_script
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def _add_augment(add: AddCommand) -> None:
         nargs="+",
         default=[],
         metavar="DIR|FILE",
-        help="laboratories to restain to: folders of tiles, or saved .json; drawn in turn",
+        help="laboratories to restain to: folders of tiles, slides, or saved .json; taken in turn",
     )
     augment.add_argument(
         "--strength",
@@ -108,9 +109,12 @@ def _add_normalize(add: AddCommand) -> None:
     normalize.add_argument("source", metavar="IN", type=Path, help=_IN)
     normalize.add_argument("out", metavar="OUT", type=Path, help="folder to write or continue")
     normalize.add_argument(
-        "--reference", required=True, metavar="DIR|FILE", help="folder of tiles, or saved .json"
+        "--reference",
+        required=True,
+        metavar="DIR|FILE",
+        help="folder of tiles, slide, or saved .json",
     )
-    normalize.add_argument("--method", default="cytosyn", choices=["cytosyn"])
+    normalize.add_argument("--method", default="cytosyn", choices=get_args(Method))
     normalize.add_argument(
         "--stain-source",
         default="tile",

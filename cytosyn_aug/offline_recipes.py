@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cytosyn_aug.config import Preserve
+from cytosyn_aug.config import Method, Preserve
 from cytosyn_aug.editing import EditRecipe
 
 Mode = Literal["stain", "resample"]
-Method = Literal["cytosyn"]
 Source = Literal["tile", "slide"]
 
 
@@ -63,7 +62,8 @@ class NormalizeRecipe:
     """How tiles are normalised.
 
     Attributes:
-        method: "cytosyn" reads the stain with the model's probe.
+        method: "cytosyn" reads the stain with the model's probe; "macenko", "reinhard" and
+            "transport" are those of `cytosyn_aug.classical`, without a network.
         source: Whose stain is changed: that of each "tile", or of its "slide", where its name or a
             table says which that is.
         strength: 1 goes to the reference, 0 stays.

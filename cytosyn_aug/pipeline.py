@@ -214,13 +214,20 @@ def _write(
     """Fetch results from the device, write them, and return their rows of the manifest."""
     pixels = edited.images.cpu().permute(0, 2, 3, 1).contiguous().numpy()
     fields = {name: value.cpu() for name, value in edited.fields.items()}
-    is_tissue, similarity = edited.is_tissue.tolist(), edited.similarity.tolist()
-    distance = edited.distance.tolist()
+    is_tissue, is_finite = edited.is_tissue.tolist(), edited.is_finite.tolist()
+    similarity, distance = edited.similarity.tolist(), edited.distance.tolist()
     rows = []
     for k, (row, tile) in enumerate(batch):
+        place = Place(unit.number, row, variant)
+        if not is_finite[k]:
+            job.output.discard(place, tile.item)
+            reason = "the networks gave values that are not finite; use float32 or bfloat16"
+            cells = {"variant": variant, "status": "failed", "reason": reason}
+            rows.append((row, variant, _cells(job, unit, tile.item) | cells))
+            continue
         own = {name: value[k] for name, value in fields.items()}
         result = Result(pixels[k], tile.mask, tile.key, own)
-        written = job.output.write(Place(unit.number, row, variant), tile.item, result)
+        written = job.output.write(place, tile.item, result)
         cells = _cells(job, unit, tile.item) | {
             "variant": variant,
             "status": job.done if is_tissue[k] else "blank",

@@ -23,7 +23,7 @@ from cytosyn_aug.edits import (
 from cytosyn_aug.filling import Contents, moments_spec, variants_spec
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.inputs import list_inputs
-from cytosyn_aug.laboratories import References, open_references, tensors_digest
+from cytosyn_aug.laboratories import References, fit_reference, open_references, tensors_digest
 from cytosyn_aug.listing import InputKind, Item, Listing, make_listing
 from cytosyn_aug.offline_recipes import AugmentRecipe, NormalizeRecipe, SampleRecipe
 from cytosyn_aug.outputs import (
@@ -129,11 +129,12 @@ def plan_normalize(
     _check_format(format, _IMAGE_FORMATS)
     listing = _list(tiles, out, generator)
     recipe = replace(recipe, mpp=_scale(tiles, listing, generator))
-    laboratories, identities = open_references(references, generator)
+    laboratories, identities = open_references(references, generator, recipe.method)
     more = {"references": identities, "format": format}
     identity = _identity("normalize", recipe, listing, generator, tiles) | more
     read = _read(tiles, listing, generator, is_exact=False, takes_masks=True)
-    sources = SlideSources(generator, listing, read, recipe.mpp)
+    fit = partial(fit_reference, generator, recipe.method)
+    sources = SlideSources(fit, generator.tile, listing, read, recipe.mpp)
     return Run(
         folder=Path(out),
         identity=identity,

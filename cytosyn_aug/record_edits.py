@@ -54,6 +54,8 @@ def moments_edit(generator: TileGenerator, contents: Sequence[Contents]) -> Edit
         is_tissue = torch.ones(len(images), dtype=torch.bool)
         seeds = [0] * len(images)
         names = [""] * len(images)
-        yield Edited(images, is_tissue, seeds, names, None, nothing, nothing, fields)
+        is_finite = is_tissue
+        facts = (seeds, names, None, nothing, nothing, fields)
+        yield Edited(images, is_tissue, is_finite, *facts)
 
     return edit

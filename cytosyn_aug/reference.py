@@ -6,16 +6,15 @@ they were fitted with, because features and latents of another model mean someth
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 from cytosyn_aug.conditions import Conditions, read_conditions
@@ -23,10 +22,9 @@ from cytosyn_aug.config import TileSpec
 from cytosyn_aug.files import write_atomically
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.stain import MIN_TISSUE, DensityMoments, tissue_moments
+from cytosyn_aug.tile_sets import MAX_TILES, read_tiles
 
 FORMAT_VERSION = 1
-TILE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".tif", ".tiff")
-MAX_TILES = 64
 _KIND = "cytosyn_aug.StainReference"
 
 
@@ -39,6 +37,7 @@ class StainReference:
         tile: Size and scale of the tiles.
         cls: float32 [N, D], features of the tissue tiles; D = 0 without an encoder.
         moments: Tissue optical density of each tile.
+        laboratory: Name of the laboratory; references of equal name are drawn as one.
 
     Example:
         >>> generator = TileGenerator.from_pretrained()
@@ -51,6 +50,7 @@ class StainReference:
     tile: TileSpec
     cls: Tensor
     moments: DensityMoments
+    laboratory: str = ""
 
     @classmethod
     def fit(
@@ -60,22 +60,25 @@ class StainReference:
         *,
         max_tiles: int = MAX_TILES,
         features: Conditions | None = None,
+        laboratory: str = "",
     ) -> StainReference:
         """Fit a reference to tiles.
 
         Args:
             generator: The model whose features describe the stain.
-            tiles: uint8 [N, 3, size, size], or a folder of tile images of that size (searched
-                recursively). Blank tiles are left out.
-            max_tiles: Of a larger folder, so many evenly spaced tiles are read.
+            tiles: uint8 [N, 3, size, size], a folder of tile images of that size (searched
+                recursively), or a slide. Blank tiles are left out.
+            max_tiles: Of a larger folder or slide, so many evenly spaced tiles are read.
             features: Precomputed CLS vectors of the tiles, one a row; without them and without an
                 encoder the reference holds colour only, which restaining can do with.
+            laboratory: Name of the laboratory the tiles come from.
 
         Raises:
-            ValueError: No tissue in any tile, tiles of another size, or an empty folder.
-            FileNotFoundError: The folder does not exist.
+            ValueError: No tissue in any tile, tiles of another size, an empty folder, a slide that
+                cannot be read, or features that are not finite.
+            FileNotFoundError: The folder or slide does not exist.
         """
-        images = tiles if isinstance(tiles, Tensor) else _read_folder(Path(tiles), max_tiles)
+        images = read_tiles(tiles, generator.tile, max_tiles)
         generator.check_images(images)
         moments = tissue_moments(images)
         has_tissue = moments.tissue >= MIN_TISSUE
@@ -89,6 +92,7 @@ class StainReference:
             tile=generator.tile,
             cls=_features(generator, images, features)[has_tissue.cpu()],
             moments=DensityMoments(*(m[has_tissue].cpu() for m in moments)),
+            laboratory=laboratory,
         )
 
     def save(self, file: Path | str) -> None:
@@ -98,21 +102,16 @@ class StainReference:
             ValueError: The name does not end in .json.
         """
         file = _json_path(file)
-        tensors = {
-            "cls": self.cls,
-            "density_mean": self.moments.mean,
-            "density_covariance": self.moments.covariance,
-            "tissue": self.moments.tissue,
-        }
         weights = file.with_suffix(".safetensors")
         temporary = weights.with_name(f".{weights.name}.tmp")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
+        save_file(self._tensors(), temporary)
         temporary.replace(weights)
         header = {
             "kind": _KIND,
             "format_version": FORMAT_VERSION,
             "model_digest": self.model_digest,
             "tile": {"size_px": self.tile.size_px, "mpp": self.tile.mpp},
+            "laboratory": self.laboratory,
             "num_tiles": len(self.cls),
             "tensors": weights.name,
         }
@@ -133,30 +132,54 @@ class StainReference:
             raise ValueError(
                 f"{file} is not valid JSON ({error}); fit and save it again"
             ) from error
-        if not isinstance(header, dict) or header.get("kind") != _KIND:
-            raise ValueError(f"{file} is not a StainReference; give the .json that save() wrote")
-        if header.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"{file} has format_version {header.get('format_version')}, this release reads "
-                f"{FORMAT_VERSION}; fit and save it again"
-            )
+        _check_header(header, str(file))
         weights = file.parent / header["tensors"]
         if not weights.is_file():
             raise FileNotFoundError(f"{weights} is missing; copy it together with {file.name}")
         try:
-            tensors = load_file(weights)
-            moments = DensityMoments(
-                tensors["density_mean"], tensors["density_covariance"], tensors["tissue"]
-            )
-            found = tensors["cls"]
+            return cls._from_tensors(header, load_file(weights))
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"{weights} is corrupt ({error}); fit and save it again") from error
+
+    @classmethod
+    def _from_tensors(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> StainReference:
         return cls(
             model_digest=header["model_digest"],
             tile=TileSpec(**header["tile"]),
-            cls=found,
-            moments=moments,
+            cls=tensors["cls"],
+            moments=DensityMoments(
+                tensors["density_mean"], tensors["density_covariance"], tensors["tissue"]
+            ),
+            laboratory=header.get("laboratory", ""),
         )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {
+            "cls": self.cls,
+            "density_mean": self.moments.mean,
+            "density_covariance": self.moments.covariance,
+            "tissue": self.moments.tissue,
+        }
+        return {k: v.contiguous() for k, v in tensors.items()}
+
+    def to_dict(self) -> dict[str, Any]:  # Any: JSON
+        """Return all of the reference as JSON holds it, tensors as base64: about 100 KB."""
+        content = base64.b64encode(save(self._tensors())).decode()
+        return {
+            "kind": _KIND,
+            "format_version": FORMAT_VERSION,
+            "model_digest": self.model_digest,
+            "tile": asdict(self.tile),
+            "laboratory": self.laboratory,
+            "tensors": content,
+        }
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> StainReference:
+        """Invert `to_dict`."""
+        _check_header(content, "the dictionary")
+        tensors = load(base64.b64decode(content["tensors"]))
+        return cls._from_tensors(content, tensors)
 
     def check_model(self, generator: TileGenerator) -> None:
         """Raise unless the reference was fitted with this very model."""
@@ -171,8 +194,24 @@ def _features(generator: TileGenerator, images: Tensor, given: Conditions | None
     if given is None:
         if generator.encoder is None:
             return torch.zeros(len(images), 0)
-        return generator.features(images).cls.cpu()
+        cls = generator.features(images).cls.cpu()
+        if not cls.isfinite().all():
+            raise ValueError(
+                f"the encoder's features of the tiles are not finite in {generator.dtype}; load "
+                "the model with dtype=torch.bfloat16 or torch.float32"
+            )
+        return cls
     return read_conditions(given, len(generator.null_condition), len(images))
+
+
+def _check_header(header: object, name: str) -> None:
+    if not isinstance(header, dict) or header.get("kind") != _KIND:
+        raise ValueError(f"{name} is not a StainReference; give the .json that save() wrote")
+    if header.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{name} has format_version {header.get('format_version')}, this release reads "
+            f"{FORMAT_VERSION}; fit and save it again"
+        )
 
 
 def _json_path(file: Path | str) -> Path:
@@ -180,28 +219,3 @@ def _json_path(file: Path | str) -> Path:
     if file.suffix != ".json":
         raise ValueError(f"a StainReference is saved as .json, got {file.name!r}")
     return file
-
-
-def _read_folder(folder: Path, max_tiles: int) -> Tensor:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder; give a folder of tiles or a tensor")
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in TILE_SUFFIXES)
-    if not files:
-        raise ValueError(f"{folder} holds no tiles; expected {', '.join(TILE_SUFFIXES)} files")
-    step = max(1, len(files) / max_tiles)
-    chosen = [files[int(i * step)] for i in range(min(len(files), max_tiles))]
-    return torch.stack(list(_read_tiles(chosen)))
-
-
-def _read_tiles(files: list[Path]) -> Iterator[Tensor]:
-    first: tuple[int, int] | None = None
-    for file in files:
-        with Image.open(file) as image:
-            first = first or image.size
-            if image.size != first:
-                raise ValueError(
-                    f"{file} is {image.size[0]}x{image.size[1]} px, the tiles before it are "
-                    f"{first[0]}x{first[1]}; give tiles of one size"
-                )
-            array = np.array(image.convert("RGB"))
-        yield torch.from_numpy(array).permute(2, 0, 1)

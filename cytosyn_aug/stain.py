@@ -160,12 +160,15 @@ def apply_density_map(images: Tensor, change: DensityMap) -> Tensor:
     Returns:
         float32 grey levels, clipped once, not rounded.
     """
-    density = optical_density(images)
+    return recolour_density(optical_density(images), change)
+
+
+def recolour_density(density: Tensor, change: DensityMap) -> Tensor:
+    """Do what `apply_density_map` does, from optical density [B, 3, H, W] that is at hand."""
     matrix = change.matrix.to(density)
-    mapped = torch.einsum("bij,bjhw->bihw", matrix, density)
-    mapped = mapped + change.offset.to(density)[:, :, None, None]
-    weight = tissue_weight(density)
-    return density_to_grey(torch.lerp(density, mapped, weight).clamp_min(0))
+    mapped = matrix @ density.flatten(2)
+    mapped = mapped.add_(change.offset.to(density)[:, :, None]).view_as(density)
+    return density_to_grey(torch.lerp(density, mapped, tissue_weight(density)).clamp_min_(0))
 
 
 def _power(matrix: Tensor, exponent: float) -> Tensor:

@@ -1,108 +1,88 @@
-"""torchvision v2 transforms over a tile generator: stain transfer, normalisation, resampling.
+"""torchvision v2 transforms that change the stain of tiles with a tile generator.
 
-Everything random is drawn per sample in `make_params`, from torch's generator; `transform` is
-pure. PIL images, uint8 and float tensors and tv_tensors come out as they went in, single or
-batched. Masks, boxes and key points pass by identity when the edit keeps structure, and are
-refused when it does not.
+The change is estimated by the model, and with `preserve="color"` applied to the original pixels;
+see `cytosyn_aug.editing`. The grammar is that of `cytosyn_aug.tile_transform`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 
 from cytosyn_aug.config import Preserve
-from cytosyn_aug.editing import EditRecipe, redraw, resample, stain_change
+from cytosyn_aug.draws import (
+    MAX_SEED,
+    Mode,
+    Sampling,
+    draw_references,
+    farthest_references,
+    group_by_laboratory,
+    slide_generator,
+    without_laboratory,
+)
+from cytosyn_aug.editing import (
+    EditRecipe,
+    StainEstimate,
+    central_tiles,
+    check_scale,
+    estimate_stain,
+    match_statistics,
+    measured_statistics,
+    redraw,
+    reference_statistics,
+)
+from cytosyn_aug.facts import LABORATORY, NO_FACTS, SLIDE, Facts, read_fact
 from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.images import num_tiles, open_image
 from cytosyn_aug.reference import StainReference
-from cytosyn_aug.stain import apply_density_map, blend_with_identity
-
-_STRUCTURE = (tv_tensors.Mask, tv_tensors.BoundingBoxes, tv_tensors.KeyPoints)
-_MAX_SEED = 2**62
-
-
-class _TileTransform(v2.Transform):
-    """What the transforms share: finding images, drawing per sample, types out = types in."""
-
-    def __init__(self, *, p: float, keeps_structure: bool) -> None:
-        super().__init__()
-        if not 0 <= p <= 1:
-            raise ValueError(f"p is {p}, expected a probability between 0 and 1")
-        self.p = p
-        self.keeps_structure = keeps_structure
-
-    def check_inputs(self, flat_inputs: list[Any]) -> None:
-        """Refuse samples that this transform would make wrong."""
-        images = [x for x in flat_inputs if _is_image(x)]
-        if not images:
-            names = sorted({type(x).__name__ for x in flat_inputs})
-            raise TypeError(f"got no image among {names}; pass a PIL image or an image tensor")
-        moved = [type(x).__name__ for x in flat_inputs if isinstance(x, _STRUCTURE)]
-        if moved and not self.keeps_structure:
-            raise ValueError(
-                f"{type(self).__name__} moves structure, and the sample carries {moved}; drop "
-                "them, keep structure, or pass allow_geometry_change=True"
-            )
-        sizes = {_num_tiles(x) for x in images}
-        if 0 in sizes:
-            raise ValueError("got an empty batch, expected at least one tile")
-        if len(sizes) > 1:
-            raise ValueError(f"images of one sample differ in batch size: {sorted(sizes)}")
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw, for every tile of the sample, whether it is edited and with which seed."""
-        num = _num_tiles(next(x for x in flat_inputs if _is_image(x)))
-        chosen = torch.rand(num) < self.p
-        seeds = torch.randint(0, _MAX_SEED, (num,)).tolist()
-        return {"chosen": chosen, "seeds": seeds}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Edit an image; pass everything else by identity."""
-        if not _is_image(inpt) or not params["chosen"].any():
-            return inpt
-        grey, restore = _open_image(inpt)
-        index = params["chosen"].nonzero()[:, 0]
-        edited = self._edit(grey[index.to(grey.device)], index, params)
-        out = grey.clone()
-        out[index.to(grey.device)] = edited.to(grey)
-        return restore(out)
-
-    def _edit(self, grey: Tensor, index: Tensor, params: dict[str, Any]) -> Tensor:
-        """Edit float32 grey levels [n, 3, H, W] in 0 to 255; rows are `index` of the sample."""
-        raise NotImplementedError
+from cytosyn_aug.schedules import Probability, Scheduled, check_scheduled, probabilities, value_at
+from cytosyn_aug.stain import (
+    apply_density_map,
+    blend_with_identity,
+    moment_statistics,
+    tissue_moments,
+)
+from cytosyn_aug.tile_transform import Edit, TileTransform
 
 
-class StainTransfer(_TileTransform):
+class StainTransfer(TileTransform):
     """Restain tiles to another laboratory, keeping every nucleus where it is.
 
     A reference is drawn per tile. With `preserve="color"` the colour change, estimated on the
     centre of the image at the model's size and scale, is applied to the original pixels, for any
     image size; with "none" the recoloured tile is drawn anew by the diffusion model (texture and
     sharpness change too, tiles must have the model's size, and samples with masks are refused
-    unless `allow_geometry_change`). Blank tiles come back unchanged.
+    unless `allow_geometry_change`). Blank tiles come back unchanged, and those that the networks
+    fail on (`num_failed`).
 
     Does not support: grey-scale, RGBA and 16-bit images; float images outside [0, 1].
 
     Args:
         generator: The model.
-        references: Laboratories to choose from.
+        references: Laboratories to choose from; those with equal `laboratory` count as one.
         source: Statistics of the slide the tiles come from; None for each tile's own.
-        strength: 1 goes to the reference, 0 stays.
+        strength: 1 goes to the reference, 0 stays; or a `Ramp` over epochs.
         preserve: "color" or "none".
         mpp: Scale of the images in microns per pixel.
-        p: Probability that a tile is restained.
+        p: Probability that a tile is restained; a `Ramp` over epochs, or one of them by class:
+            {class: p}, and then samples carry labels, under "label" or last in a tuple.
+        sampling: "uniform" over laboratories; "farthest", the reference that differs most from the
+            source, or without one from each tile; "own_excluded", uniform over all laboratories
+            but the tile's own, which samples then carry under "laboratory".
+        mode: "tile" draws for every tile; "slide" for every slide and epoch, in all workers alike,
+            and then samples carry the name of the slide under "slide". A slide is restained as a
+            whole or not at all.
+        seed: Of the draws of mode "slide", which do not depend on torch's generator.
         recipe: How the model edits.
         features: Gives CLS vectors [B, D] of uint8 tiles at the model's size and scale, such as
             `features_cached`; None asks the encoder. Not asked where `source` is given.
         allow_geometry_change: Accept masks and boxes although structure may move.
+
+    Raises:
+        ValueError: No references, references of another model, or settings that do not fit.
 
     Example:
         >>> generator = TileGenerator.from_pretrained()
@@ -118,71 +98,159 @@ class StainTransfer(_TileTransform):
         references: Sequence[StainReference],
         *,
         source: StainReference | None = None,
-        strength: float = 1.0,
+        strength: Scheduled = 1.0,
         preserve: Preserve = "color",
         mpp: float = 0.5,
-        p: float = 0.5,
+        p: Probability = 0.5,
+        sampling: Sampling = "uniform",
+        mode: Mode = "tile",
+        seed: int = 0,
         recipe: EditRecipe | None = None,
         features: Callable[[Tensor], Tensor] | None = None,
         allow_geometry_change: bool = False,
     ) -> None:
+        super().__init__(p=p, keeps_structure=preserve == "color" or allow_geometry_change)
         if preserve not in ("color", "none"):
             raise ValueError(f"preserve is {preserve!r}, expected 'color' or 'none'")
         if not references:
             raise ValueError("references is empty; fit at least one StainReference")
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength is {strength}, expected 0 to 1")
+        check_scheduled("strength", strength)
         for reference in (*references, *([source] if source is not None else [])):
             reference.check_model(generator)
-        if preserve == "none" and generator.encoder is None:
+        if preserve == "none" and not generator.has_encoder:
             raise ValueError(
                 "preserve='none' draws tiles from the features of their new colours, and this "
                 'model was loaded without an encoder; load it with encoder="bioptimus/H0-mini" or '
                 "use preserve='color'"
             )
-        keeps_structure = preserve == "color" or allow_geometry_change
-        super().__init__(p=p, keeps_structure=keeps_structure)
+        check_scale(mpp, generator.tile)
+        _check_draws(references, source, sampling, mode)
         self.generator = generator
         self.references = list(references)
         self.source = source
-        self.features = features
         self.strength = strength
         self.preserve = preserve
         self.mpp = mpp
+        self.sampling = sampling
+        self.mode = mode
+        self.seed = seed
         self.recipe = recipe if recipe is not None else EditRecipe()
-        _check_scale(generator, mpp)
+        self.features = features
+        self._laboratories = [r.laboratory for r in self.references]
+        self._groups = group_by_laboratory(self._laboratories)
+        self._targets: Tensor | None = None
 
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw also the reference of every tile."""
-        params = super().make_params(flat_inputs)
-        num = len(params["seeds"])
-        params["references"] = torch.randint(0, len(self.references), (num,)).tolist()
+    def make_params(self, flat_inputs: list[Any], facts: Facts = NO_FACTS) -> dict[str, Any]:
+        """Draw also the reference of every tile, and its strength in this epoch.
+
+        Returns:
+            Lists with one entry a tile: `chosen`, `seeds`, `references`, `strengths`.
+        """
+        params = self._draw(flat_inputs, facts, count=1)
+        return params | {"references": [drawn[0] for drawn in params["references"]]}
+
+    def _draw(self, flat_inputs: list[Any], facts: Facts, count: int) -> dict[str, Any]:
+        """Draw `count` references a tile, and everything else."""
+        num = num_tiles(flat_inputs[0])
+        own = facts.laboratories or [None] * num
+        for fact, values, is_needed in (
+            (SLIDE, facts.slides, self.mode == "slide"),
+            (LABORATORY, facts.laboratories, self.sampling == "own_excluded"),
+        ):
+            if is_needed and values is None:
+                raise ValueError(
+                    f"draws go by {fact}, and make_params was not told which; call the transform "
+                    f'on a sample that carries it: {{"image": ..., "{fact}": ...}}'
+                )
+        if facts.slides is not None and self.mode == "slide":
+            params = self._draw_by_slide(facts.slides, facts, own, count)
+        else:
+            params = super().make_params(flat_inputs, facts)
+            params["references"] = [self._draw_references(own[k], count, None) for k in range(num)]
+        if self.sampling == "farthest":
+            params["references"] = self._farthest(flat_inputs[0], num, count)
+        params["strengths"] = [value_at(self.strength, self.epoch)] * num
         return params
 
-    def _edit(self, grey: Tensor, index: Tensor, params: dict[str, Any]) -> Tensor:
-        edited = torch.empty_like(grey)
-        drawn = [params["references"][i] for i in index.tolist()]
-        for number in sorted(set(drawn)):
-            rows = torch.tensor([k for k, d in enumerate(drawn) if d == number])
-            seeds = [params["seeds"][int(index[k])] for k in rows]
-            edited[rows.to(grey.device)] = self._restain(
-                grey[rows.to(grey.device)], self.references[number], seeds
-            )
-        return edited
+    def _draw_by_slide(
+        self, slides: Sequence[Hashable], facts: Facts, own: Sequence[Hashable], count: int
+    ) -> dict[str, Any]:
+        p = probabilities(self.p, self.epoch, facts.labels, len(slides))
+        params: dict[str, Any] = {"chosen": [], "seeds": [], "references": []}
+        for k, slide in enumerate(slides):
+            # One source of randomness a slide, read in the same order for all its tiles.
+            source = slide_generator(slide, self.epoch, self.seed)
+            uniform = float(torch.rand((), dtype=torch.float64, generator=source))
+            params["chosen"].append(uniform < p[k])
+            params["seeds"].append(int(torch.randint(0, MAX_SEED, (), generator=source)))
+            params["references"].append(self._draw_references(own[k], count, source))
+        return params
 
-    def _restain(self, grey: Tensor, reference: StainReference, seeds: list[int]) -> Tensor:
+    def _draw_references(
+        self, own: Hashable, count: int, generator: torch.Generator | None
+    ) -> list[int]:
+        groups: Sequence[Sequence[int]] = self._groups
+        if self.sampling == "own_excluded":
+            groups = without_laboratory(groups, self._laboratories, own)
+        return draw_references(groups, count, generator)
+
+    def _farthest(self, image: Any, num: int, count: int) -> list[list[int]]:
+        """Return the farthest references, by what the pixels alone say: it has to be cheap."""
+        targets = torch.cat([measured_statistics(r) for r in self.references])
+        if self.source is not None:
+            own = measured_statistics(self.source).expand(num, -1)
+        else:
+            tiles = central_tiles(open_image(image).grey, self.mpp, self.generator.tile)
+            moments = tissue_moments(tiles)
+            own = moment_statistics(moments.mean, moments.covariance)
+        return farthest_references(own.cpu(), targets, count)
+
+    def _edit(self, grey: Tensor, params: dict[str, Any]) -> Edit:
+        return self._restain(grey, self._estimate(grey), params["references"], params)
+
+    def _estimate(self, grey: Tensor) -> StainEstimate:
+        self.generator.check_process()
         if self.preserve == "none":
             self.generator.check_images(grey.round().to(torch.uint8))
-        tiles = _model_tiles(grey, self.mpp, self.generator)
+        tiles = central_tiles(grey, self.mpp, self.generator.tile)
         ask = self.features if self.source is None else None
         cls = None if ask is None else ask(tiles)
-        estimate = stain_change(self.generator, tiles, reference, self.source, self.recipe, cls)
-        strength = torch.full((len(grey),), self.strength, device=grey.device)
-        recoloured = apply_density_map(grey, blend_with_identity(estimate.change, strength))
+        estimate = estimate_stain(self.generator, tiles, self.source, self.recipe, cls)
+        self._count_failed(grey, estimate.is_tissue & ~estimate.is_finite)
+        return estimate
+
+    def _restain(
+        self, grey: Tensor, estimate: StainEstimate, drawn: list[int], params: dict[str, Any]
+    ) -> Edit:
+        """Restain tiles to one drawn reference each."""
+        targets = self._reference_statistics().to(grey.device)[drawn]
+        strength = torch.tensor(params["strengths"], device=grey.device)
+        change = blend_with_identity(match_statistics(estimate, targets), strength)
+        recoloured = apply_density_map(grey, change)
+        is_edited = estimate.is_tissue & estimate.is_finite & (strength > 0)
         if self.preserve == "none":
             tiles = recoloured.round().to(torch.uint8)
-            recoloured = redraw(self.generator, tiles, self.recipe, seeds).to(grey)
-        return torch.where(estimate.is_tissue[:, None, None, None], recoloured, grey)
+            made = redraw(self.generator, tiles, self.recipe, params["seeds"])
+            is_drawn = made.is_finite.to(grey.device)
+            self._count_failed(grey, is_edited & ~is_drawn)
+            recoloured, is_edited = made.images, is_edited & is_drawn
+        return Edit(recoloured, is_edited)
+
+    def _reference_statistics(self) -> Tensor:
+        """Return the stain of all references [R, 9], on the CPU, computed at first use."""
+        if self._targets is None:
+            found = [reference_statistics(self.generator, r, self.recipe) for r in self.references]
+            self._targets = torch.cat(found).cpu()
+        return self._targets
+
+    def read_facts(self, sample: object, images: list[Any]) -> Facts:
+        """Return what draws go by, one value a tile; only what is asked for."""
+        facts, num = super().read_facts(sample, images), num_tiles(images[0])
+        if self.mode == "slide":
+            facts = facts._replace(slides=read_fact(sample, SLIDE, num))
+        if self.sampling == "own_excluded":
+            facts = facts._replace(laboratories=read_fact(sample, LABORATORY, num))
+        return facts
 
 
 class StainNormalize(StainTransfer):
@@ -201,6 +269,7 @@ class StainNormalize(StainTransfer):
         recipe: How the model edits.
         features: See `StainTransfer`.
         seed: Seed of the model's noise, for every tile.
+        allow_geometry_change: Accept masks and boxes although structure may move.
     """
 
     def __init__(
@@ -215,6 +284,7 @@ class StainNormalize(StainTransfer):
         recipe: EditRecipe | None = None,
         features: Callable[[Tensor], Tensor] | None = None,
         seed: int = 0,
+        allow_geometry_change: bool = False,
     ) -> None:
         super().__init__(
             generator,
@@ -224,168 +294,43 @@ class StainNormalize(StainTransfer):
             preserve=preserve,
             mpp=mpp,
             p=1.0,
+            seed=seed,
             recipe=recipe,
             features=features,
+            allow_geometry_change=allow_geometry_change,
         )
-        self.seed = seed
 
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+    def make_params(self, flat_inputs: list[Any], facts: Facts = NO_FACTS) -> dict[str, Any]:
         """Choose every tile, with the same seed; nothing is random."""
-        num = _num_tiles(next(x for x in flat_inputs if _is_image(x)))
-        chosen = torch.ones(num, dtype=torch.bool)
-        return {"chosen": chosen, "seeds": [self.seed] * num, "references": [0] * num}
+        num = num_tiles(flat_inputs[0])
+        return {
+            "chosen": [True] * num,
+            "seeds": [self.seed] * num,
+            "references": [0] * num,
+            "strengths": [value_at(self.strength, self.epoch)] * num,
+        }
 
 
-class ConditionedResample(_TileTransform):
-    """Replace a tile by a new one with the same features.
-
-    Structure is new: samples with masks or boxes are refused unless `allow_geometry_change`.
-    A tile whose new version is less similar than `min_similarity` or more than `max_similarity`
-    (a copy) comes back as it was, and is counted in `num_rejected`. Blank tiles come back too.
-
-    Args:
-        generator: The model.
-        min_similarity: Least cosine similarity of the CLS features of old and new tile.
-        max_similarity: Largest one.
-        steps: Forwards; None for 4 of a student, or 16 of the transformer of a model without.
-        guidance_scale: Classifier-free guidance, in t <= 0.75 (1 = noise); 1 for none.
-        p: Probability that a tile is replaced.
-        features: Gives CLS vectors [B, D] of uint8 tiles [B, 3, size, size], such as a
-            `FeatureTable`; None asks the model's encoder. A model without one cannot tell
-            similarity, so it needs features and no bounds.
-        allow_geometry_change: Accept masks and boxes although structure changes.
-    """
-
-    def __init__(
-        self,
-        generator: TileGenerator,
-        *,
-        min_similarity: float = -1.0,
-        max_similarity: float = 1.0,
-        steps: int | None = None,
-        guidance_scale: float = 1.0,
-        p: float = 0.3,
-        features: Callable[[Tensor], Tensor] | None = None,
-        allow_geometry_change: bool = False,
-    ) -> None:
-        super().__init__(p=p, keeps_structure=allow_geometry_change)
-        self.generator = generator
-        if not -1 <= min_similarity <= max_similarity <= 1:
-            raise ValueError(
-                f"similarities are {min_similarity} and {max_similarity}, expected "
-                "-1 <= min_similarity <= max_similarity <= 1"
-            )
-        is_bounded = (min_similarity, max_similarity) != (-1.0, 1.0)
-        if generator.encoder is None and (features is None or is_bounded):
-            raise ValueError(
-                "this model was loaded without an encoder: pass features (a FeatureTable of "
-                "precomputed ones) and leave min_similarity and max_similarity alone, or load it "
-                'with encoder="bioptimus/H0-mini"'
-            )
-        self.features = features
-        self.min_similarity = min_similarity
-        self.max_similarity = max_similarity
-        self.steps = steps
-        self.guidance_scale = guidance_scale
-        self.num_rejected = 0
-
-    def _edit(self, grey: Tensor, index: Tensor, params: dict[str, Any]) -> Tensor:
-        tiles = grey.round().to(torch.uint8)
-        seeds = [params["seeds"][i] for i in index.tolist()]
-        result = resample(
-            self.generator,
-            tiles,
-            seeds,
-            steps=self.steps,
-            guidance_scale=self.guidance_scale,
-            cls=None if self.features is None else self.features(tiles),
-        )
-        # Negated, since a similarity that nobody could tell is no reason to refuse.
-        low, high = self.min_similarity, self.max_similarity
-        accepted = ~((result.similarity < low) | (result.similarity > high))
-        self.num_rejected += int((result.is_tissue & ~accepted).sum())
-        keep = (accepted & result.is_tissue).to(grey.device)[:, None, None, None]
-        return torch.where(keep, result.images.to(grey), grey)
-
-
-def _is_image(x: Any) -> bool:
-    if isinstance(x, _STRUCTURE):
-        return False
-    return isinstance(x, PIL.Image.Image | tv_tensors.Image) or type(x) is Tensor
-
-
-def _num_tiles(x: Any) -> int:
-    if isinstance(x, Tensor) and x.ndim > 3:
-        return int(np.prod(x.shape[:-3]))
-    return 1
-
-
-def _open_image(image: Any) -> tuple[Tensor, Any]:
-    """Return float32 grey levels [B, 3, H, W] and the function that goes back to the input's type.
-
-    Raises:
-        TypeError, ValueError: Not RGB, not 8-bit or float in [0, 1], or an empty batch.
-    """
-    if isinstance(image, PIL.Image.Image):
-        if image.mode != "RGB":
-            raise ValueError(
-                f"got a PIL image of mode {image.mode}, expected RGB; use image.convert('RGB')"
-            )
-        array = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
-        return array, lambda x: PIL.Image.fromarray(
-            x[0].round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
-        )
-    if image.ndim < 3 or image.shape[-3] != 3:
+def _check_draws(
+    references: Sequence[StainReference],
+    source: StainReference | None,
+    sampling: Sampling,
+    mode: Mode,
+) -> None:
+    if sampling not in ("uniform", "farthest", "own_excluded"):
         raise ValueError(
-            f"got an image of shape {list(image.shape)}, expected [..., 3, H, W] RGB; "
-            "repeat grey-scale channels, drop alpha"
+            f"sampling is {sampling!r}, expected 'uniform', 'farthest' or 'own_excluded'"
         )
-    shape, dtype = image.shape, image.dtype
-    plain = image.as_subclass(Tensor) if isinstance(image, tv_tensors.TVTensor) else image
-    grey = plain.reshape(-1, *shape[-3:]).float()
-    if dtype.is_floating_point:
-        low, high = grey.aminmax()
-        if not (low >= 0 and high <= 1):
-            raise ValueError(
-                f"got a float image in [{float(low):g}, {float(high):g}], expected [0, 1]; "
-                "divide by the largest value, and normalise after this transform"
-            )
-        grey = grey * 255.0
-    elif dtype != torch.uint8:
-        raise TypeError(f"got an image of {dtype}, expected uint8 or float in [0, 1]")
-
-    def restore(x: Tensor) -> Tensor:
-        x = x.reshape(shape)
-        x = (x / 255.0).to(dtype) if dtype.is_floating_point else x.round().to(dtype)
-        return tv_tensors.wrap(x, like=image) if isinstance(image, tv_tensors.TVTensor) else x
-
-    return grey, restore
-
-
-def _check_scale(generator: TileGenerator, mpp: float) -> None:
-    ratio = mpp / generator.tile.mpp
-    if not 0.2 <= ratio <= 2.0:
+    if mode not in ("tile", "slide"):
+        raise ValueError(f"mode is {mode!r}, expected 'tile' or 'slide'")
+    if mode == "slide" and sampling == "farthest" and source is None:
         raise ValueError(
-            f"mpp is {mpp}, the model expects {generator.tile.describe()}; give the scale of the "
-            "images in microns per pixel, between a fifth of and twice the model's"
+            "mode='slide' with sampling='farthest' needs source, the statistics of the slide: "
+            "tiles of one slide would each have another farthest reference"
         )
-
-
-def _model_tiles(grey: Tensor, mpp: float, generator: TileGenerator) -> Tensor:
-    """Return the centre of each image as uint8 tiles at the model's size and scale.
-
-    Raises:
-        ValueError: The image covers less than the model's tile.
-    """
-    size, ratio = generator.tile.size_px, mpp / generator.tile.mpp
-    height, width = (round(n * ratio) for n in grey.shape[2:])
-    if min(height, width) < size:
+    unnamed = [k for k, r in enumerate(references) if not r.laboratory]
+    if sampling == "own_excluded" and unnamed:
         raise ValueError(
-            f"image is {grey.shape[3]}x{grey.shape[2]} px at {mpp:g} microns/pixel, the model "
-            f"expects at least {generator.tile.describe()}; re-tile larger or correct mpp"
+            f"references {unnamed} name no laboratory, which sampling='own_excluded' goes by; fit "
+            "them with StainReference.fit(..., laboratory=...)"
         )
-    if (height, width) != tuple(grey.shape[2:]):
-        grey = F.interpolate(grey, (height, width), mode="bilinear", antialias=True)
-    top, left = (height - size) // 2, (width - size) // 2
-    crop = grey[:, :, top : top + size, left : left + size]
-    return crop.round().clamp(0, 255).to(torch.uint8)

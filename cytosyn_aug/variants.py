@@ -8,21 +8,20 @@ collated batch into images on the device, in the training process.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-import PIL.Image
 import torch
 from torch import Tensor
-from torchvision import tv_tensors
 
 from cytosyn_aug.cache import LatentCache
+from cytosyn_aug.facts import NO_FACTS, Facts
 from cytosyn_aug.filling import check_model
 from cytosyn_aug.generator import TileGenerator
-from cytosyn_aug.images import tile_key
+from cytosyn_aug.images import num_tiles, open_tiles, tile_key
 from cytosyn_aug.misses import explain_miss
-from cytosyn_aug.transforms import _is_image, _open_image, _TileTransform
+from cytosyn_aug.schedules import Probability
+from cytosyn_aug.shared import SharedCount
+from cytosyn_aug.tile_transform import TileTransform
 
 
 class LatentVariant(NamedTuple):
@@ -39,20 +38,21 @@ class LatentVariant(NamedTuple):
     is_variant: Tensor
 
 
-class CachedVariants(_TileTransform):
+class CachedVariants(TileTransform):
     """Replace a tile by one of its cached variants, drawn per tile; look-up only.
 
     Safe in DataLoader workers, forked or spawned. It goes before any transform that changes
     pixels, because tiles are found by theirs. With a cache of latents it goes last, gives a
     `LatentVariant` for every tile, and `decode` follows after collation.
 
-    Does not support: filling the cache (`cytosyn_aug.filling`), and caches of moments.
+    Does not support: filling the cache (`cytosyn_aug.filling`), caches of moments, and bfloat16
+    images, whose pixels are no longer those that were cached.
 
     Args:
         cache: Filled by `fill_variants`.
-        p: Probability that a tile is replaced.
+        p: Probability that a tile is replaced; a `Ramp` over epochs, or one of them by class.
         on_miss: "raise" names the tile and why it is not there; "keep" leaves the tile as it is,
-            warns once, and counts in `num_missed` of the worker.
+            warns once, and counts in `num_missed`.
         allow_geometry_change: Accept masks and boxes although the cache's variants moved
             structure.
 
@@ -72,7 +72,7 @@ class CachedVariants(_TileTransform):
     def __init__(
         self,
         cache: LatentCache,
-        p: float = 0.5,
+        p: Probability = 0.5,
         *,
         on_miss: Literal["raise", "keep"] = "raise",
         allow_geometry_change: bool = False,
@@ -88,67 +88,82 @@ class CachedVariants(_TileTransform):
             raise ValueError(f"on_miss is {on_miss!r}, expected 'raise' or 'keep'")
         self.cache = cache
         self.on_miss = on_miss
-        self.num_missed = 0
         self.is_latent = "latents" in names
+        self._missed = SharedCount()
 
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+    @property
+    def num_missed(self) -> int:
+        """Tiles, in all workers, that were not in the cache and came back as they were."""
+        return self._missed.total()
+
+    def make_params(self, flat_inputs: list[Any], facts: Facts = NO_FACTS) -> dict[str, Any]:
         """Draw also the variant of every tile."""
-        params = super().make_params(flat_inputs)
-        num = len(params["seeds"])
-        params["variants"] = torch.randint(0, self.cache.spec.num_variants, (num,)).tolist()
-        return params
+        params = super().make_params(flat_inputs, facts)
+        num = num_tiles(flat_inputs[0])
+        drawn = torch.randint(0, self.cache.spec.num_variants, (num,))
+        return params | {"variants": drawn.tolist()}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Look an image up; pass everything else by identity."""
-        if not _is_image(inpt) or not (self.is_latent or params["chosen"].any()):
+        """Look an image up; of a cache of latents, return a `LatentVariant`.
+
+        Not by way of the float32 grey levels of other transforms, which take longer than the
+        look-up itself.
+        """
+        index = [k for k, is_chosen in enumerate(params["chosen"]) if is_chosen]
+        if not index and not self.is_latent:
             return inpt
-        tiles, restore = _open_tiles(inpt)
-        index = params["chosen"].nonzero()[:, 0]
+        tiles, close = open_tiles(inpt)
+        is_edited = torch.zeros(len(tiles), dtype=torch.bool)
+        found: Tensor | None = None
+        if index:
+            chosen = tiles if len(index) == len(tiles) else tiles[index]
+            is_edited[index], found = self._look_up(chosen, index, params)
         if self.is_latent:
-            return self._latent_variant(inpt, tiles, index, params)
-        is_edited, images = self._look_up(tiles[index.to(tiles.device)], index, params)
-        out = tiles.clone()
-        out[index[is_edited].to(tiles.device)] = images[is_edited].to(tiles)
-        return restore(out)
+            image = inpt.as_subclass(Tensor) if isinstance(inpt, Tensor) else tiles[0]
+            return self._latent_variant(image, index, found, is_edited)
+        if found is None or not is_edited.any():
+            return inpt  # nothing found may be of another size
+        edited = found.to(tiles.device)
+        if len(index) < len(tiles):
+            edited = tiles.clone()
+            edited[index] = found.to(tiles.device)
+        return close(edited, is_edited)
 
     def _latent_variant(
-        self, inpt: Any, tiles: Tensor, index: Tensor, params: dict[str, Any]
+        self, image: Tensor, index: list[int], found: Tensor | None, is_variant: Tensor
     ) -> LatentVariant:
-        image = inpt.as_subclass(Tensor) if isinstance(inpt, Tensor) else tiles[0]
         field = next(f for f in self.cache.spec.fields if f.name == "latents")
-        latents = torch.zeros(len(tiles), *field.shape, dtype=getattr(torch, field.dtype))
-        is_variant = torch.zeros(len(tiles), dtype=torch.bool)
-        if len(index):
-            is_edited, found = self._look_up(tiles[index.to(tiles.device)], index, params)
-            latents[index], is_variant[index] = found, is_edited
+        latents = torch.zeros(len(is_variant), *field.shape, dtype=getattr(torch, field.dtype))
+        if found is not None:
+            latents[index] = found
         lead = image.shape[:-3]
         return LatentVariant(image, latents.view(*lead, *field.shape), is_variant.view(lead))
 
     def _look_up(
-        self, tiles: Tensor, index: Tensor, params: dict[str, Any]
+        self, tiles: Tensor, index: list[int], params: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """Return which tiles a variant was found for, bool [n], and the payload [n, ...]."""
-        tiles = (tiles if tiles.dtype == torch.uint8 else tiles.round().to(torch.uint8)).cpu()
-        variants = [params["variants"][k] for k in index.tolist()]
+        tiles = tiles.cpu()
+        variants = [params["variants"][k] for k in index]
         records = self.cache.get([tile_key(tile) for tile in tiles], variants)
         if not records.is_found.all():
             self._miss(tiles, index, variants, records.is_found)
         payload = records.fields["latents" if self.is_latent else "images"]
         return records.is_found & records.fields["is_edited"].bool(), payload
 
-    def _miss(self, tiles: Tensor, index: Tensor, variants: list[int], is_found: Tensor) -> None:
-        rows = (~is_found).nonzero()[:, 0].tolist()
+    def _miss(self, tiles: Tensor, index: list[int], variants: list[int], found: Tensor) -> None:
+        rows = (~found).nonzero()[:, 0].tolist()
         if self.on_miss == "raise" or not self.num_missed:
             first = rows[0]
             reason = explain_miss(self.cache, tiles[first], variants[first])
             sentence = (
                 f"{len(rows)} of {len(tiles)} tiles are not in the cache {self.cache.folder}; tile "
-                f"{int(index[first])}, variant {variants[first]}: {reason}"
+                f"{index[first]}, variant {variants[first]}: {reason}"
             )
             if self.on_miss == "raise":
                 raise ValueError(f"{sentence}; or pass on_miss='keep'")
             warnings.warn(sentence, stacklevel=2)
-        self.num_missed += len(rows)
+        self._missed.add(len(rows))
 
     def decode(
         self, generator: TileGenerator, batch: LatentVariant, *, is_few_step: bool = True
@@ -179,29 +194,3 @@ class CachedVariants(_TileTransform):
             made = made.float() / 255.0
         out[rows.to(out.device)] = made.to(out)
         return out.view(image.shape)
-
-
-def _open_tiles(image: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """Return tiles [B, 3, H, W] in grey levels and the function that goes back to the input's type.
-
-    Images of bytes stay bytes, unlike in other transforms: their look-up would take half as long
-    again. The others come as float32.
-
-    Raises:
-        TypeError, ValueError: See `_open_image`.
-    """
-    if isinstance(image, PIL.Image.Image) and image.mode == "RGB":
-        # By bands, because Pillow turns channels about faster than torch and numpy do.
-        tile = torch.from_numpy(np.stack([np.asarray(band) for band in image.split()]))[None]
-        return tile, lambda x: PIL.Image.merge(
-            "RGB", [PIL.Image.fromarray(b) for b in x[0].numpy()]
-        )
-    if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.shape[-3:-2] == (3,):
-        plain = image.as_subclass(Tensor)
-
-        def restore(x: Tensor) -> Any:
-            x = x.reshape(plain.shape)
-            return tv_tensors.wrap(x, like=image) if isinstance(image, tv_tensors.Image) else x
-
-        return plain.reshape(-1, *plain.shape[-3:]), restore
-    return _open_image(image)

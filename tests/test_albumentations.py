@@ -1,12 +1,30 @@
 """The albumentations adapter, in a real DataLoader."""
 
+import importlib
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from conftest import SIZE, synthetic_tiles
 from torch.utils.data import DataLoader, Dataset
 
-from cytosyn_aug import EditRecipe, LatentCache, StainReference, fill_variants, variants_spec
+from cytosyn_aug import (
+    DensityReference,
+    EditRecipe,
+    FeatureTable,
+    LatentCache,
+    MacenkoReference,
+    Ramp,
+    ReinhardReference,
+    StainReference,
+    fill_variants,
+    variants_spec,
+)
 
 alb = pytest.importorskip("albumentations", reason="the albumentations adapter is not tested")
 caa = pytest.importorskip("cytosyn_aug.albumentations")
@@ -24,26 +42,275 @@ def image():
     return synthetic_tiles(1)[0].permute(1, 2, 0).numpy()
 
 
+@pytest.fixture(scope="module")
+def variants(generator, tmp_path_factory):
+    """Return a cache of the image's inverse, and of a blank one that no edit changed."""
+    spec = variants_spec(generator, "images", num_variants=1, recipe="inverse")
+    tiles = torch.cat([synthetic_tiles(1), torch.full((1, 3, SIZE, SIZE), 243, dtype=torch.uint8)])
+    with LatentCache.open(tmp_path_factory.mktemp("variants"), spec) as cache:
+        fill_variants(generator, tiles[:1], cache, [lambda images, _: 255 - images])
+        fill_variants(generator, tiles[1:], cache, [lambda images, _: images])
+    return cache
+
+
+def make_all(generator, reference, variants):
+    """Return every transform, editing every image."""
+    tiles = synthetic_tiles(3, seed=5)
+    return {
+        "transfer": caa.StainTransfer(generator, [reference], p=1.0, recipe=FAST),
+        "normalize": caa.StainNormalize(generator, reference, recipe=FAST),
+        "resample": caa.ConditionedResample(generator, p=1.0, steps=2),
+        "macenko": caa.MacenkoNormalize(MacenkoReference.fit(tiles)),
+        "reinhard": caa.ReinhardNormalize(ReinhardReference.fit(tiles)),
+        "transport": caa.DensityTransport(DensityReference.fit(tiles)),
+        "cached": caa.CachedVariants(variants, p=1.0),
+    }
+
+
+NAMES = ["transfer", "normalize", "resample", "macenko", "reinhard", "transport", "cached"]
+
+
+@pytest.fixture(params=NAMES)
+def transform(request, generator, reference, variants):
+    return make_all(generator, reference, variants)[request.param]
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_types_out_are_types_in(generator, reference, image, dtype):
+def test_types_out_are_types_in(transform, image, dtype):
     image = image if dtype is np.uint8 else (image / 255).astype(np.float32)
+    out = alb.Compose([transform])(image=image)["image"]
+    assert (out.shape, out.dtype) == (image.shape, image.dtype)
+    assert not np.array_equal(out, image)
+
+
+def test_it_gives_what_torchvision_gives(transform, image):
+    torch.manual_seed(0)
+    got = transform(image=image)
+    torch.manual_seed(0)
+    torch.rand((), dtype=torch.float64)  # for p
+    tensor = torch.from_numpy(image).permute(2, 0, 1)
+    want = transform.inner(tensor).permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(got["image"], want)
+
+
+def test_manual_seed_repeats(transform, image):
+    out = []
+    for _ in range(2):
+        torch.manual_seed(4)
+        out.append(transform(image=image)["image"])
+    np.testing.assert_array_equal(*out)
+
+
+def test_blank_images_come_back(transform):
+    blank = np.full((SIZE, SIZE, 3), 243, np.uint8)
+    np.testing.assert_array_equal(transform(image=blank)["image"], blank)
+
+
+def test_it_is_written_as_json_and_read_again(transform, image):
+    content = json.loads(json.dumps(alb.to_dict(alb.Compose([transform]))))
+    again = alb.from_dict(content)
+    results = []
+    for pipeline in (alb.Compose([transform]), again):
+        torch.manual_seed(2)
+        results.append(pipeline(image=image)["image"])
+    np.testing.assert_array_equal(*results)
+    assert alb.to_dict(again) == content
+
+
+def test_all_arguments_are_written(generator, reference):
+    p = {0: Ramp(0.0, 1.0, 3), "x": 0.2}
+    transform = caa.StainTransfer(
+        generator,
+        [reference],
+        source=reference,
+        strength=Ramp(0.1, 0.9, 4),
+        mpp=0.4,
+        p=p,
+        mode="slide",
+        seed=5,
+        recipe=EditRecipe(steps=3, probe_share=0.25),
+    )
+    again = alb.from_dict(json.loads(json.dumps(alb.to_dict(transform)))).inner
+    ours = transform.inner
+    for name in ("strength", "mpp", "p", "mode", "seed", "recipe", "sampling", "preserve"):
+        assert getattr(again, name) == getattr(ours, name), name
+    assert again.generator is ours.generator
+    assert torch.equal(again.source.cls, ours.source.cls)
+    assert again.p == p
+
+
+def test_another_process_reads_it_without_this_ones_model(generator, reference, image, tmp_path):
+    transform = caa.StainNormalize(generator, reference, recipe=FAST)
+    alb.save(transform, str(tmp_path / "pipeline.json"))
+    np.save(tmp_path / "image.npy", image)
+    np.save(tmp_path / "want.npy", transform(image=image)["image"])
+    code = (
+        "import sys, numpy as np, albumentations as A, cytosyn_aug.albumentations\n"
+        "transform = A.load('pipeline.json')\n"
+        "got = transform(image=np.load('image.npy'))['image']\n"
+        "np.testing.assert_array_equal(got, np.load('want.npy'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_features_cannot_be_written_and_say_so(generator, reference, tiles):
+    table = FeatureTable(tiles, generator.features(tiles).cls, width=24)
     for transform in (
-        caa.StainTransfer(generator, [reference], p=1.0, recipe=FAST),
-        caa.StainNormalize(generator, reference, recipe=FAST),
-        caa.ConditionedResample(generator, p=1.0, steps=2),
+        caa.ConditionedResample(generator, features=table),
+        caa.StainTransfer(generator, [reference], features=table),
+        caa.StainNormalize(generator, reference, features=table),
     ):
-        out = alb.Compose([transform])(image=image)["image"]
-        assert (out.shape, out.dtype) == (image.shape, image.dtype)
-        assert not np.array_equal(out, image)
+        with pytest.raises(TypeError, match="FeatureTable cannot be written as JSON"):
+            alb.to_dict(transform)
 
 
-def test_it_gives_what_torchvision_gives(generator, reference, image):
-    from cytosyn_aug import StainNormalize
+def test_given_features_are_used_instead_of_the_encoder(generator, reference, image, monkeypatch):
+    tile = torch.from_numpy(image).permute(2, 0, 1)[None]
+    table = FeatureTable(tile, generator.features(tile).cls, width=24)
 
-    ours = StainNormalize(generator, reference, recipe=FAST)
-    want = ours(torch.from_numpy(image).permute(2, 0, 1)).permute(1, 2, 0).numpy()
-    got = caa.StainNormalize(generator, reference, recipe=FAST)(image=image)["image"]
-    np.testing.assert_array_equal(got, want)
+    def edit(features):
+        transfer = caa.StainTransfer(generator, [reference], p=1.0, features=features)
+        normalize = caa.StainNormalize(generator, reference, features=features)
+        return [alb.Compose([each])(image=image)["image"] for each in (transfer, normalize)]
+
+    expected = edit(None)
+    monkeypatch.setattr(generator, "features", None)  # whoever asks, fails
+    for got, want in zip(edit(table), expected, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_a_pipeline_refuses_a_cache_that_was_made_anew(generator, image, tmp_path):
+    folder = tmp_path / "cache"
+    spec = variants_spec(generator, "images", num_variants=1, recipe="first")
+    content = alb.to_dict(caa.CachedVariants(LatentCache.open(folder, spec)))
+    shutil.rmtree(folder)
+    LatentCache.open(folder, variants_spec(generator, "images", num_variants=1, recipe="second"))
+    with pytest.raises(ValueError, match=f"written with one of {spec.digest}.*make the pipeline"):
+        alb.from_dict(content)
+
+
+def test_a_missing_image_is_kept_and_counted(variants, image):
+    transform = caa.CachedVariants(variants, p=1.0, on_miss="keep")
+    turned = np.ascontiguousarray(image[::-1])
+    with pytest.warns(UserWarning, match="turned or mirrored"):
+        np.testing.assert_array_equal(transform(image=turned)["image"], turned)
+    assert transform.num_missed == 1
+
+
+def test_replay_gives_the_same_from_json(transform, image):
+    pipeline = alb.ReplayCompose([transform, alb.HorizontalFlip(p=0.5)])
+    first = pipeline(image=image)
+    saved = json.loads(json.dumps(first["replay"]))
+    torch.manual_seed(99)
+    np.testing.assert_array_equal(
+        alb.ReplayCompose.replay(saved, image=image)["image"], first["image"]
+    )
+
+
+def test_replay_remembers_that_nothing_was_applied(generator, reference, image):
+    transform = caa.StainTransfer(generator, [reference], p=0.0, recipe=FAST)
+    first = alb.ReplayCompose([transform])(image=image)
+    again = alb.ReplayCompose.replay(first["replay"], image=image)
+    np.testing.assert_array_equal(again["image"], image)
+
+
+def test_additional_images_are_edited_alike(transform, image):
+    pipeline = alb.Compose([transform], additional_targets={"image2": "image"})
+    out = pipeline(image=image, image2=image.copy())
+    np.testing.assert_array_equal(out["image"], out["image2"])
+    assert not np.array_equal(out["image"], image)
+
+
+def test_a_stack_of_images_is_edited_alike(transform, image):
+    out = alb.Compose([transform])(images=np.stack([image, image]))["images"]
+    np.testing.assert_array_equal(out[0], out[1])
+    assert not np.array_equal(out[0], image)
+
+
+def test_additional_masks_are_refused_where_masks_are(generator, image):
+    mask = np.ones((SIZE, SIZE), np.uint8)
+    pipeline = alb.Compose(
+        [caa.ConditionedResample(generator, p=1.0, steps=2)], additional_targets={"nuclei": "mask"}
+    )
+    with pytest.raises(ValueError, match=r"carries \['nuclei'\]"):
+        pipeline(image=image, nuclei=mask)
+
+
+@pytest.mark.filterwarnings("ignore:Got processor for")  # of 2.0.8: no transform needs them
+def test_boxes_and_points_pass(generator, reference, image):
+    transfer = caa.StainTransfer(generator, [reference], p=1.0, recipe=FAST)
+    pipeline = alb.Compose(
+        [transfer],
+        bbox_params=alb.BboxParams(format="pascal_voc", label_fields=["labels"]),
+        keypoint_params=alb.KeypointParams(format="xy"),
+    )
+    out = pipeline(image=image, bboxes=[[1, 2, 30, 40]], labels=[7], keypoints=[[5, 6]])
+    np.testing.assert_allclose(out["bboxes"], [[1, 2, 30, 40]], atol=1e-4)
+    np.testing.assert_allclose(out["keypoints"], [[5, 6]], atol=1e-4)
+    assert out["labels"] == [7]
+
+
+def test_p_by_class_and_by_epoch(generator, reference, image):
+    transform = caa.StainTransfer(
+        generator, [reference], p={"a": 1.0, "b": Ramp(0.0, 1.0, 2)}, recipe=FAST
+    )
+    pipeline = alb.Compose([transform])
+
+    def is_edited(label):
+        return not np.array_equal(pipeline(image=image, label=label)["image"], image)
+
+    assert is_edited("a")
+    assert not is_edited("b")
+    transform.set_epoch(1)
+    assert is_edited("b")
+    with pytest.raises(ValueError, match="the sample carries no label"):
+        pipeline(image=image)
+
+
+def test_p_follows_a_ramp(generator, reference, image):
+    transform = caa.StainNormalize(generator, reference, p=Ramp(0.0, 1.0, 2))
+    assert not any(transform.should_apply() for _ in range(50))
+    transform.set_epoch(1)
+    assert all(transform.should_apply() for _ in range(50))
+
+
+def test_slides_are_drawn_alike(generator, reference, image):
+    others = [reference, StainReference.fit(generator, synthetic_tiles(3, seed=8))]
+    transform = caa.StainTransfer(generator, others, p=1.0, mode="slide", recipe=FAST)
+    pipeline = alb.Compose([transform])
+    a, b = (pipeline(image=image, slide="one")["image"] for _ in range(2))
+    np.testing.assert_array_equal(a, b)
+
+
+def test_failures_and_rejections_are_counted(generator, image):
+    transform = caa.ConditionedResample(generator, p=1.0, steps=2, min_similarity=0.9999)
+    transform(image=image)
+    assert (transform.num_rejected, transform.num_failed) == (1, 0)
+
+
+def test_it_pickles_without_weights(transform, image):
+    packed = pickle.dumps(alb.Compose([transform]))
+    assert len(packed) < 300_000
+    np.testing.assert_array_equal(
+        *(_edited(p, image) for p in (alb.Compose([transform]), pickle.loads(packed)))
+    )
+
+
+def _edited(pipeline, image):
+    torch.manual_seed(6)
+    return pipeline(image=image)["image"]
+
+
+@pytest.mark.parametrize("version", ["2.5.1", "1.4.24"])
+def test_another_albumentations_gets_one_clear_error(version, monkeypatch):
+    monkeypatch.setattr(alb, "__version__", version)
+    for name in ("cytosyn_aug.image_transform", "cytosyn_aug.albumentations"):
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=rf"found albumentations {version}, expected 2\.0\.8"):
+        importlib.import_module("cytosyn_aug.albumentations")
 
 
 def test_masks_pass_or_are_refused(generator, reference, image):
@@ -94,9 +361,10 @@ class Seeds(Dataset):
         return drawn["seeds"][0], edited
 
 
-def test_two_workers_draw_different_seeds_in_every_epoch(generator, image):
+@pytest.mark.parametrize("persists", [False, True])
+def test_two_workers_draw_different_seeds_in_every_epoch(generator, image, persists):
     transform = caa.ConditionedResample(generator, p=1.0, steps=2)
-    loader = DataLoader(Seeds(transform, image), num_workers=2, batch_size=1)
+    loader = DataLoader(Seeds(transform, image), num_workers=2, persistent_workers=persists)
     torch.manual_seed(0)
     epochs = [[seed.item() for seed, _ in loader] for _ in range(2)]
     assert len({*epochs[0], *epochs[1]}) == 8

@@ -14,9 +14,13 @@ MODULES = [
     "cytosyn_aug.cache",
     "cytosyn_aug.conditions",
     "cytosyn_aug.generator",
+    "cytosyn_aug.macenko",
     "cytosyn_aug.reference",
+    "cytosyn_aug.resampling",
+    "cytosyn_aug.schedules",
     "cytosyn_aug.transforms",
     "cytosyn_aug.variants",
+    "cytosyn_aug.views",
     "training.perception",
 ]
 
@@ -35,13 +39,15 @@ def test_the_examples_in_docstrings_run(name):
     assert result.failed == 0
 
 
-def test_the_readmes_python_runs(tmp_path, monkeypatch):
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("name", ["README.md", "docs/cookbook.md"])
+def test_the_python_of_a_page_runs(name, tmp_path, monkeypatch):
+    text = (ROOT / name).read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert blocks
     monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}  # a reader goes on where the block before ended
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+        exec(compile(block, name, "exec"), names)
 
 
 def test_the_readmes_tree_is_the_tree():
@@ -57,13 +63,24 @@ def test_the_readmes_tree_is_the_tree():
     assert listed == found
 
 
-@pytest.mark.parametrize("name", ["augment_in_loop.py"])
-def test_examples_run(name):
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("augment_in_loop.py", "step 2 loss"),
+        ("train_on_batches.py --epochs 1 --loop plain", "restained    accuracy"),
+        ("train_on_batches.py --epochs 1 --loop lightning", "restained    accuracy"),
+        ("train_on_cache.py CACHE --epochs 1 --way cached", "accuracy on other laboratories"),
+        ("train_on_cache.py CACHE --epochs 2 --way replay", "variants made"),
+    ],
+)
+def test_examples_run(command, said, tmp_path):
+    name, *arguments = command.replace("CACHE", str(tmp_path / "cache")).split()
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name)], capture_output=True, text=True
-    )
+        [sys.executable, str(ROOT / "examples" / name), *arguments],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "step 2 loss" in done.stdout
+    assert said in done.stdout
 
 
 def test_help_loads_no_torch():

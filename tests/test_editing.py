@@ -63,9 +63,12 @@ def test_a_model_without_probe_falls_back_on_pixels(tiles):
 
 
 def test_redrawing_depends_on_seed_and_noise_level(generator, tiles):
-    a = redraw(generator, tiles, EditRecipe(steps=2), [1, 2, 3, 4])
-    assert torch.equal(a, redraw(generator, tiles, EditRecipe(steps=2), [1, 2, 3, 4]))
-    assert not torch.equal(a, redraw(generator, tiles, EditRecipe(steps=2), [5, 6, 7, 8]))
+    a, b, c = (
+        redraw(generator, tiles, EditRecipe(steps=2), seeds).images
+        for seeds in ([1, 2, 3, 4], [1, 2, 3, 4], [5, 6, 7, 8])
+    )
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
 
 
 @pytest.mark.parametrize(

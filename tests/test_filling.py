@@ -16,6 +16,7 @@ from cytosyn_aug import (
     StainNormalize,
     StainReference,
     StainTransfer,
+    StainViews,
     records,
 )
 from cytosyn_aug.filling import (
@@ -124,6 +125,7 @@ def test_transforms_take_cached_features(generator, cache, tiles):
         partial(ConditionedResample, generator, p=1.0, steps=2),
         partial(StainTransfer, generator, [reference], p=1.0),
         partial(StainNormalize, generator, reference),
+        lambda features: lambda x: StainViews(generator, [reference], features=features)(x)[0],
     ):
         results = []
         for given in (None, features, features):

@@ -10,6 +10,7 @@ from conftest import SIZE, synthetic_tiles
 from conftest import save_tile as save
 from PIL import Image
 
+import cytosyn_aug
 from cytosyn_aug import offline
 from cytosyn_aug.cache import LatentCache
 from cytosyn_aug.filling import features_cached
@@ -91,6 +92,48 @@ def test_a_slide_is_changed_by_its_own_statistics(tree, tmp_path, small, laborat
     transform = StainNormalize(small, reference, source=StainReference.fit(small, tiles))
     for row, expected in zip(of_slide, transform(tiles).int(), strict=True):
         assert (read(out / row["output"]).int() - expected).abs().max() <= 1
+
+
+@pytest.mark.parametrize("method", ["macenko", "reinhard", "transport"])
+def test_classical_methods_do_what_their_transforms_do(tree, tmp_path, small, laboratories, method):
+    kinds = {
+        "macenko": (cytosyn_aug.MacenkoNormalize, cytosyn_aug.MacenkoReference),
+        "reinhard": (cytosyn_aug.ReinhardNormalize, cytosyn_aug.ReinhardReference),
+        "transport": (cytosyn_aug.DensityTransport, cytosyn_aug.DensityReference),
+    }
+    transform, kind = kinds[method]
+    reference = kind.fit(laboratories[0])
+    reference.save(tmp_path / "lab.json")
+    out = tmp_path / "out"
+    settings = {"reference": tmp_path / "lab.json", "method": method, "work": QUIET}
+    summary = offline.normalize(tree, out, small, **settings)
+    assert summary.counts == {"blank": 1, "edited": 9}
+    for row in rows(out):
+        expected = transform(reference)(read(tree / row["source"]))
+        assert torch.equal(read(out / row["output"]), expected)
+    offline.normalize(tree, tmp_path / "by_slide", small, stain_source="slide", **settings)
+    tiles = {r["source"]: read(tree / r["source"]) for r in rows(out) if r["slide"] == "slide2"}
+    by_slide = transform(reference, source=kind.fit(torch.stack(list(tiles.values()))))
+    for name, tile in tiles.items():
+        assert torch.equal(read(tmp_path / "by_slide" / name), by_slide(tile))
+    settings["method"] = "reinhard" if method == "macenko" else "macenko"
+    with pytest.raises(ValueError, match="holds cytosyn_aug"):
+        offline.normalize(tree, tmp_path / "other", small, **settings)
+
+
+def test_a_tile_that_the_networks_fail_on_is_named_and_not_written(tmp_path, small, monkeypatch):
+    real = type(small).decode_pixels
+
+    def decode_pixels(self, latents, **settings):
+        pixels = real(self, latents, **settings)
+        pixels[0, 0, 0, 0] = torch.nan
+        return pixels
+
+    monkeypatch.setattr(type(small), "decode_pixels", decode_pixels)
+    summary = offline.sample(tmp_path / "out", small, n=8, steps=2, work=QUIET)
+    assert summary.counts == {"failed": 2, "generated": 6}
+    assert "not finite" in summary.failed[0][1]
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 6
 
 
 @pytest.mark.parametrize("format", ["png", "webp", "tar", "images"])

@@ -45,7 +45,7 @@ class Recorder:
         images = torch.zeros(len(batch), 3, self.side, self.side, dtype=torch.uint8)
         some = torch.ones(len(batch))
         seeds, names = [0] * len(batch), [""] * len(batch)
-        yield Edited(images, some.bool(), seeds, names, None, some, some)
+        yield Edited(images, some.bool(), some.bool(), seeds, names, None, some, some)
 
     def write(self, place, item, result):
         with self.lock:

@@ -5,7 +5,7 @@ import torch
 from conftest import SIZE, synthetic_tiles
 from PIL import Image
 
-from cytosyn_aug import StainReference
+from cytosyn_aug import Features, StainReference
 
 
 @pytest.fixture
@@ -25,6 +25,36 @@ def test_a_folder_gives_what_its_tiles_give(generator, reference, tmp_path):
     for k, tile in enumerate(synthetic_tiles(5)):
         Image.fromarray(tile.permute(1, 2, 0).numpy()).save(tmp_path / f"{k}.png")
     torch.testing.assert_close(StainReference.fit(generator, tmp_path).cls, reference.cls)
+
+
+def test_a_slide_is_fitted_to_its_tissue(generator, synthetic_slide):
+    pytest.importorskip("tifffile", reason="fitting to slides is not tested")
+    slide = synthetic_slide(grid="#..#\n.##.\n####", side=256, mpp="0.5", power="20")
+    # Eight squares of 2.3 x 2.3 tiles.
+    assert 25 < len(StainReference.fit(generator, slide).cls) < 42
+    assert len(StainReference.fit(generator, slide, max_tiles=5).cls) == 5
+
+
+def test_the_laboratory_travels_along(generator, tmp_path):
+    reference = StainReference.fit(generator, synthetic_tiles(2), laboratory="Utrecht")
+    reference.save(tmp_path / "lab.json")
+    assert StainReference.load(tmp_path / "lab.json").laboratory == "Utrecht"
+
+
+def test_it_survives_json(reference):
+    back = StainReference.from_dict(json.loads(json.dumps(reference.to_dict())))
+    assert torch.equal(back.cls, reference.cls)
+    assert all(torch.equal(a, b) for a, b in zip(back.moments, reference.moments, strict=True))
+    assert (back.model_digest, back.tile) == (reference.model_digest, reference.tile)
+    with pytest.raises(ValueError, match="the dictionary is not a StainReference"):
+        StainReference.from_dict({"kind": "something"})
+
+
+def test_features_that_are_not_finite_are_refused(generator, monkeypatch):
+    broken = Features(torch.full((2, 24), torch.nan), torch.zeros(2, 64, 24))
+    monkeypatch.setattr(generator, "features", lambda images: broken)
+    with pytest.raises(ValueError, match="are not finite in"):
+        StainReference.fit(generator, synthetic_tiles(2))
 
 
 def test_blank_tiles_are_left_out(generator, reference):

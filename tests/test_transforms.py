@@ -1,17 +1,41 @@
 """Contracts of the transforms: types out = types in, per-sample draws, masks, blank tiles."""
 
+import warnings
+
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from check_transform import check_transform
 from conftest import SIZE, synthetic_tiles
+from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from cytosyn_aug import ConditionedResample, EditRecipe, StainNormalize, StainReference
+from cytosyn_aug import (
+    ConditionedResample,
+    DensityReference,
+    DensityTransport,
+    EditRecipe,
+    MacenkoNormalize,
+    MacenkoReference,
+    Ramp,
+    ReinhardNormalize,
+    ReinhardReference,
+    StainNormalize,
+    StainReference,
+    StainViews,
+)
 from cytosyn_aug import StainTransfer as Transfer
+from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.images import tile_key
 
 FAST = EditRecipe(steps=2)
+CLASSICAL = {
+    "macenko": (MacenkoNormalize, MacenkoReference),
+    "reinhard": (ReinhardNormalize, ReinhardReference),
+    "transport": (DensityTransport, DensityReference),
+}
 
 
 @pytest.fixture(scope="module")
@@ -26,37 +50,26 @@ def transfer(generator, references):
     return Transfer(generator, references, p=1.0, recipe=FAST)
 
 
-@pytest.fixture(params=["transfer", "normalize", "resample"])
+@pytest.fixture(params=["transfer", "redraw", "normalize", "resample", "views", *CLASSICAL])
 def transform(request, generator, references):
-    if request.param == "transfer":
-        return Transfer(generator, references, p=1.0, recipe=FAST)
-    if request.param == "normalize":
-        return StainNormalize(generator, references[0], recipe=FAST)
-    return ConditionedResample(generator, p=1.0, steps=2)
+    match request.param:
+        case "transfer":
+            return Transfer(generator, references, p=1.0, recipe=FAST)
+        case "redraw":
+            return Transfer(generator, references, p=1.0, recipe=FAST, preserve="none")
+        case "normalize":
+            return StainNormalize(generator, references[0], recipe=FAST)
+        case "resample":
+            return ConditionedResample(generator, p=1.0, steps=2)
+        case "views":
+            return StainViews(generator, references, recipe=FAST)
+        case name:
+            normalise, reference = CLASSICAL[name]
+            return normalise(reference.fit(synthetic_tiles(3, seed=5)))
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda x: x[0],
-        lambda x: x,
-        lambda x: x[0].float() / 255,
-        lambda x: (x / 255).to(torch.bfloat16),
-        lambda x: x.view(2, 2, *x.shape[1:]),
-        lambda x: tv_tensors.Image(x),
-        lambda x: PIL.Image.fromarray(x[0].permute(1, 2, 0).numpy()),
-    ],
-    ids=["uint8", "batch", "float", "bf16", "nested batch", "tv_tensor", "PIL"],
-)
-def test_types_out_are_types_in(transform, tiles, make):
-    image = make(tiles)
-    out = transform(image)
-    assert type(out) is type(image)
-    if isinstance(image, PIL.Image.Image):
-        assert (out.size, out.mode) == (image.size, image.mode)
-    else:
-        assert (out.shape, out.dtype) == (image.shape, image.dtype)
-        assert not torch.equal(out, image)
+def test_every_transform_keeps_the_contract(transform, tiles):
+    check_transform(transform, tiles)
 
 
 def test_manual_seed_repeats_and_other_seeds_differ(generator, references, tiles):
@@ -103,13 +116,6 @@ def test_color_moves_no_structure(transfer, tiles):
     colours = {}
     for before, after in zip(tiles[0].flatten(1).T.tolist(), out.tolist(), strict=True):
         assert colours.setdefault(tuple(before), tuple(after)) == tuple(after)
-
-
-def test_glass_stays_and_blank_tiles_come_back(transform, tiles):
-    blank = torch.full((2, 3, SIZE, SIZE), 243, dtype=torch.uint8)
-    assert torch.equal(transform(blank), blank)
-    mixed = torch.cat([tiles[:1], blank[:1]])
-    assert torch.equal(transform(mixed)[1], blank[0])
 
 
 def test_glass_pixels_of_a_tissue_tile_stay(transfer, tiles):
@@ -186,6 +192,43 @@ def test_bad_images_get_one_clear_error(transfer, image, message):
         transfer(image)
 
 
+@pytest.mark.parametrize("value", [-0.01, 1.001, float("inf")])
+def test_float_images_out_of_range_are_refused_by_all(transform, value):
+    image = torch.full((3, SIZE, SIZE), 0.5)
+    image[0, 3, 3] = value
+    with pytest.raises(ValueError, match=r"expected \[0, 1\]"):
+        transform(image)
+
+
+def test_images_of_mixed_sizes_are_edited_each(transfer, tiles):
+    large = synthetic_tiles(1, size=160)[0]
+    sample = [tv_tensors.Image(tiles[0]), tv_tensors.Image(large)]
+    a, b = transfer(sample)
+    assert (a.shape, b.shape) == (tiles[0].shape, large.shape)
+    assert not torch.equal(a, tiles[0])
+    assert not torch.equal(b, large)
+
+
+def test_batches_of_mixed_sizes_are_refused(transfer, tiles):
+    sample = [tv_tensors.Image(tiles), tv_tensors.Image(tiles[:2])]
+    with pytest.raises(ValueError, match=r"differ in batch size: \[2, 4\]"):
+        transfer(sample)
+
+
+def test_a_sample_without_an_image_is_refused(transfer):
+    with pytest.raises(TypeError, match="got no image among"):
+        transfer({"label": torch.tensor(1), "name": "a"})
+
+
+def test_tiles_that_were_not_chosen_keep_their_bits(generator, references):
+    tiles = torch.rand(32, 3, SIZE, SIZE)
+    torch.manual_seed(0)
+    out = Transfer(generator, references, p=0.5)(tiles)
+    is_same = (out == tiles).flatten(1).all(1)
+    assert 4 < is_same.sum() < 28
+    assert ((out - tiles).abs().flatten(1).amax(1)[~is_same] > 1e-3).all()
+
+
 def test_sixteen_bit_tensors_are_refused(transfer):
     with pytest.raises(TypeError, match=r"uint8 or float in \[0, 1\]"):
         transfer(torch.zeros(3, SIZE, SIZE, dtype=torch.int32))
@@ -224,10 +267,108 @@ def test_bad_arguments_are_named(generator, references, arguments, message):
         Transfer(generator, references, **arguments)
 
 
-def test_the_similarity_gate_returns_and_counts_rejected_tiles(generator, tiles):
+def test_the_similarity_gates_return_and_count_rejected_tiles(generator, tiles):
+    for bounds in ({"min_similarity": 0.9999}, {"max_similarity": -0.9999}):
+        transform = ConditionedResample(generator, p=1.0, steps=2, **bounds)
+        assert torch.equal(transform(tiles), tiles)
+        assert transform.num_rejected == len(tiles)
+        assert transform.num_failed == 0
+
+
+@pytest.mark.parametrize(("folder", "steps"), [("model_folder", 16), ("student_folder", 4)])
+def test_resampling_takes_as_many_steps_as_the_networks_need(request, tiles, folder, steps):
+    generator = TileGenerator.from_pretrained(request.getfixturevalue(folder))
+    results = []
+    for given in (None, steps):
+        torch.manual_seed(0)
+        results.append(ConditionedResample(generator, p=1.0, steps=given)(tiles))
+    assert torch.equal(*results)
+
+
+def test_rejected_tiles_are_counted_in_workers_too(generator, tiles):
     transform = ConditionedResample(generator, p=1.0, steps=2, min_similarity=0.9999)
-    assert torch.equal(transform(tiles), tiles)
+    data = [(tile, 0) for tile in tiles]
+    list(DataLoader(Edited(data, transform), num_workers=2))
     assert transform.num_rejected == len(tiles)
+
+
+class Edited(Dataset):
+    """A data set that transforms its samples."""
+
+    def __init__(self, samples, transform):
+        self.samples, self.transform = samples, transform
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return self.transform(self.samples[index])
+
+
+@pytest.fixture
+def failing(model_folder, monkeypatch):
+    """A generator of its own, whose named network gives NaN for the second tile of a batch."""
+    generator = TileGenerator.from_pretrained(model_folder)
+
+    def fail(name):
+        network = getattr(generator, name)
+        method = "forward_modulated" if name == "transformer" else "forward"
+        forward = getattr(network, method)
+
+        def broken(*arguments, **options):
+            out = forward(*arguments, **options)
+            for x in out if isinstance(out, tuple) else (out,):
+                x[1] = float("nan")
+            return out
+
+        monkeypatch.setattr(network, method, broken)
+        return generator
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("encoder", lambda g, r: StainNormalize(g, r, recipe=FAST)),
+        ("transformer", lambda g, r: StainNormalize(g, r, recipe=FAST, preserve="none")),
+        ("transformer", lambda g, r: ConditionedResample(g, p=1.0, steps=2)),
+        ("encoder", lambda g, r: ConditionedResample(g, p=1.0, steps=2)),
+        ("encoder", lambda g, r: StainViews(g, [r], recipe=FAST, has_original=True)),
+    ],
+    ids=["colour", "redraw", "resample", "features", "views"],
+)
+def test_a_tile_the_network_fails_on_comes_back_counted_and_named(
+    failing, references, tiles, name, make
+):
+    generator = failing(name)
+    transform = make(generator, references[0])
+    with pytest.warns(RuntimeWarning, match=f"tile {tile_key(tiles[1])[:16]}"):
+        out = transform(tiles)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        transform(tiles)
+    assert transform.num_failed == 2
+    out = out[1] if isinstance(out, tuple) else out
+    assert torch.equal(out[1], tiles[1])
+    assert all(not torch.equal(out[k], tiles[k]) for k in (0, 2, 3))
+
+
+def test_a_gpu_in_a_forked_worker_gets_one_message_that_names_both_ways(model_folder, tiles):
+    generator = TileGenerator.from_pretrained(model_folder)
+    transform = ConditionedResample(generator, p=1.0, steps=2)
+    generator.device = torch.device("cuda:0")  # says so; no GPU is needed to refuse one
+    loader = DataLoader(Edited(list(tiles), transform), num_workers=1)
+    with pytest.raises(RuntimeError, match=r"(?s)on cuda:0.*after collation.*CachedVariants"):
+        next(iter(loader))
+
+
+def test_its_text_shows_settings_and_no_tensors(generator, references):
+    text = repr(Transfer(generator, references, p=Ramp(0.0, 0.5, 3), mode="slide"))
+    assert "p=Ramp(start=0.0, end=0.5, num_epochs=3)" in text
+    assert "references=2" in text
+    assert "tensor" not in text
+    assert "training" not in text
 
 
 def test_it_composes_with_torchvision(transfer, tiles):

@@ -9,13 +9,15 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from check_transform import DTYPES, check_transform
 from conftest import SIZE, synthetic_tiles
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 
-from cytosyn_aug import CachedVariants, LatentCache
+from cytosyn_aug import CachedVariants, LatentCache, Ramp
 from cytosyn_aug.cache_spec import SHARD_FOLDER
 from cytosyn_aug.filling import fill_variants, moments_spec, variants_spec
+from cytosyn_aug.images import open_tiles
 from cytosyn_aug.misses import explain_miss
 
 EDITS = [lambda images, _: images // 2, lambda images, _: 255 - images]
@@ -44,6 +46,24 @@ def images_cache(generator, tiles, tmp_path_factory):
 @pytest.fixture(scope="module")
 def latents_cache(generator, tiles, tmp_path_factory):
     return make_cache(tmp_path_factory.mktemp("latents"), generator, "latents", tiles)
+
+
+def except_blank(edit):
+    return lambda images, seeds: torch.where(
+        (images == images[:, :, :1, :1]).flatten(1).all(1)[:, None, None, None],
+        images,
+        edit(images, seeds),
+    )
+
+
+def test_it_passes_the_contract_of_all_transforms(generator, tmp_path, tiles):
+    blank = torch.stack([torch.full_like(tiles[0], level) for level in (243, 255)])
+    given = torch.cat([tiles[:4], tiles[:4].transpose(2, 3), blank])
+    # All that the contract looks up: bfloat16 images, for one, have other pixels.
+    seen = torch.cat([open_tiles(convert(given)).tiles for convert in DTYPES.values()])
+    edits = [except_blank(edit) for edit in EDITS]
+    cache = make_cache(tmp_path, generator, "images", seen, edits, keeps_structure=True)
+    check_transform(CachedVariants(cache, p=1.0), tiles[:4])
 
 
 @pytest.mark.parametrize(
@@ -81,6 +101,24 @@ def test_tiles_become_one_of_their_variants_drawn_per_tile(images_cache, tiles):
     assert kinds == {0, 1, 2}
     drawn = transform.make_params([tiles])
     assert torch.equal(transform.transform(tiles, drawn), transform.transform(tiles, drawn))
+
+
+def test_p_by_class_and_by_epoch(images_cache, tiles):
+    transform = CachedVariants(images_cache, p={"a": 1.0, "b": Ramp(0.0, 1.0, 2)})
+
+    def is_edited():
+        return [
+            not torch.equal(transform({"image": tiles[0], "label": label})["image"], tiles[0])
+            for label in "ab"
+        ]
+
+    assert is_edited() == [True, False]
+    transform.set_epoch(1)
+    assert is_edited() == [True, True]
+
+
+def test_bytes_are_looked_up_without_a_copy(tiles):
+    assert open_tiles(tiles).tiles.data_ptr() == tiles.data_ptr()
 
 
 def test_p_of_zero_returns_the_very_object(images_cache, tiles):
@@ -237,6 +275,13 @@ def test_keep_leaves_missing_tiles_warns_once_and_counts(images_cache, tiles):
         warnings.simplefilter("error")
         transform(mixed)
     assert transform.num_missed == 4
+
+
+def test_missing_tiles_of_all_workers_are_counted(images_cache, tiles):
+    transform = CachedVariants(images_cache, p=1.0, on_miss="keep")
+    loader = DataLoader(Tiles(tiles.flip(3), transform), batch_size=2, num_workers=2)
+    assert torch.equal(torch.cat([images for images, _ in loader]), tiles.flip(3))
+    assert transform.num_missed == NUM
 
 
 def test_masks_need_variants_that_keep_structure(generator, images_cache, tmp_path, tiles):

@@ -221,13 +221,13 @@ def xl_distil() -> DistilRecipe:
 def tiny_sharp_vae() -> VaeRecipe:
     """Return the last part of the autoencoder's run: the encoder is frozen, latents stay."""
     first = tiny_exact_vae()
-    loop = replace(first.loop, num_steps=900, cooldown_steps=850)
+    loop = replace(first.loop, num_steps=1500, cooldown_steps=1400)
     return replace(
         first,
         loop=loop,
         train_encoder=False,
-        perceptual_weight=0.01,
-        texture_weight=0.2,
+        perceptual_weight=0.03,
+        texture_weight=0.03,
         seed=4,
     )
 

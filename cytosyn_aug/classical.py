@@ -1,0 +1,226 @@
+"""Classical normalisation as transforms: Macenko, Reinhard and transport of optical density.
+
+Baselines that need no model, with the same grammar as all transforms here; see
+`cytosyn_aug.tile_transform`. Each is fitted by its reference, a few numbers that are saved as JSON:
+
+    reference = MacenkoReference.fit(tiles_or_folder_or_slide)
+    normalise = MacenkoNormalize(reference, source=MacenkoReference.fit(tiles_of_this_slide))
+
+Without `source` every tile is changed by its own statistics, and neighbours differ (seams). Tiles
+that do not tell their stain (blank, of one colour) come back unchanged. With `p` and `strength`
+they serve as augmentations too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cytosyn_aug.config import TileSpec, Triple
+from cytosyn_aug.facts import NO_FACTS, Facts
+from cytosyn_aug.images import optical_density
+from cytosyn_aug.json_files import load_record, save_record
+from cytosyn_aug.macenko import MacenkoReference, Stains, estimate_stains, normalising_map
+from cytosyn_aug.reinhard import (
+    ReinhardReference,
+    grey_to_lab,
+    lab_moments,
+    match_colour,
+)
+from cytosyn_aug.schedules import Probability, Scheduled, check_scheduled, value_at
+from cytosyn_aug.stain import (
+    MIN_TISSUE,
+    DensityMoments,
+    apply_density_map,
+    blend_with_identity,
+    match_moments,
+    pool_moments,
+    recolour_density,
+    tissue_moments,
+    tissue_weight,
+)
+from cytosyn_aug.tile_sets import MAX_TILES, read_tiles
+from cytosyn_aug.tile_transform import Edit, TileTransform
+
+_CHUNK = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DensityReference:
+    """Mean and covariance of the optical density of the tissue of a set of tiles.
+
+    Attributes:
+        mean: Mean of RGB.
+        covariance: Triples of the covariance.
+        num_tiles: Tiles it was fitted to.
+    """
+
+    mean: Triple
+    covariance: tuple[Triple, Triple, Triple]
+    num_tiles: int
+
+    @classmethod
+    def fit(
+        cls,
+        tiles: Tensor | Path | str,
+        *,
+        tile: TileSpec | None = None,
+        max_tiles: int = MAX_TILES,
+    ) -> DensityReference:
+        """Fit to the tissue of all tiles together; see `MacenkoReference.fit`."""
+        images = read_tiles(tiles, tile or TileSpec(), max_tiles)
+        pooled = pool_moments(tissue_moments(images))
+        if not (pooled.tissue >= MIN_TISSUE).all():
+            raise ValueError(f"the {len(images)} tiles show no tissue; fit to tiles with tissue")
+        mean, (r, g, b) = pooled.mean[0].tolist(), pooled.covariance[0].tolist()
+        rows = (tuple(r), tuple(g), tuple(b))
+        return cls(mean=tuple(mean), covariance=rows, num_tiles=len(images))
+
+    def save(self, file: Path | str) -> None:
+        """Write a .json file."""
+        save_record(file, self)
+
+    @classmethod
+    def load(cls, file: Path | str) -> DensityReference:
+        """Read a saved reference; raises ValueError if it is not one."""
+        return load_record(cls, file)
+
+    def moments(self, device: torch.device) -> DensityMoments:
+        """Return the reference as a batch of one."""
+        mean = torch.tensor([self.mean], dtype=torch.float64, device=device)
+        covariance = torch.tensor([self.covariance], dtype=torch.float64, device=device)
+        return DensityMoments(mean, covariance, torch.ones(1, dtype=torch.float64, device=device))
+
+
+class _Classical(TileTransform):
+    """A strength beside p; the rest is in the three."""
+
+    def __init__(self, *, strength: Scheduled, p: Probability) -> None:
+        super().__init__(p=p, keeps_structure=True)
+        check_scheduled("strength", strength)
+        self.strength = strength
+
+    def make_params(self, flat_inputs: list[Any], facts: Facts = NO_FACTS) -> dict[str, Any]:
+        """Draw which tiles are changed; `strengths` are those of this epoch."""
+        params = super().make_params(flat_inputs, facts)
+        strength = value_at(self.strength, self.epoch)
+        return params | {"strengths": [strength] * len(params["chosen"])}
+
+    def _edit(self, grey: Tensor, params: dict[str, Any]) -> Edit:
+        # A processor's caches hold the intermediate results of so many tiles, not of a batch.
+        size = _CHUNK if grey.device.type == "cpu" else len(grey)
+        strength = torch.tensor(params["strengths"], device=grey.device)
+        done = [
+            self._change(*part) for part in zip(grey.split(size), strength.split(size), strict=True)
+        ]
+        edited = torch.cat([x.grey for x in done]) if len(done) > 1 else done[0].grey
+        return Edit(edited, torch.cat([x.is_edited for x in done]) & (strength > 0))
+
+    def _change(self, grey: Tensor, strength: Tensor) -> Edit:
+        """Change tiles [n, 3, H, W] by strengths [n]; say which tell their stain."""
+        raise NotImplementedError
+
+
+class MacenkoNormalize(_Classical):
+    """Replace the two stains of tiles by those of a reference, as Macenko et al. (2009).
+
+    Args:
+        reference: Where to go.
+        source: Stains of the slide the tiles come from; None for each tile's own.
+        strength: 1 goes to the reference, 0 stays; or a `Ramp` over epochs.
+        p: Probability that a tile is changed; a `Ramp`, or one of them by class.
+    """
+
+    def __init__(
+        self,
+        reference: MacenkoReference,
+        *,
+        source: MacenkoReference | None = None,
+        strength: Scheduled = 1.0,
+        p: Probability = 1.0,
+    ) -> None:
+        super().__init__(strength=strength, p=p)
+        self.reference = reference
+        self.source = source
+
+    def _change(self, grey: Tensor, strength: Tensor) -> Edit:
+        density = optical_density(grey)
+        if self.source is None:
+            start = estimate_stains(density)
+        else:
+            given = self.source.stains(grey.device)
+            start = Stains(*(x.expand(len(grey), *x.shape[1:]) for x in given))
+        change = normalising_map(start, self.reference.stains(grey.device))
+        recoloured = recolour_density(density, blend_with_identity(change, strength))
+        has_tissue = tissue_weight(density).mean((1, 2, 3)) >= MIN_TISSUE
+        return Edit(recoloured, start.is_sound & has_tissue)
+
+
+class ReinhardNormalize(_Classical):
+    """Give the tissue of tiles the mean and deviation of a reference's, as Reinhard et al. (2001).
+
+    Args:
+        reference: Where to go.
+        source: Colour of the slide the tiles come from; None for each tile's own.
+        strength: 1 goes to the reference, 0 stays; or a `Ramp` over epochs.
+        p: Probability that a tile is changed; a `Ramp`, or one of them by class.
+    """
+
+    def __init__(
+        self,
+        reference: ReinhardReference,
+        *,
+        source: ReinhardReference | None = None,
+        strength: Scheduled = 1.0,
+        p: Probability = 1.0,
+    ) -> None:
+        super().__init__(strength=strength, p=p)
+        self.reference = reference
+        self.source = source
+
+    def _change(self, grey: Tensor, strength: Tensor) -> Edit:
+        lab, weight = grey_to_lab(grey), tissue_weight(optical_density(grey))
+        own = lab_moments(lab, weight) if self.source is None else self.source.moments(grey.device)
+        mapped = match_colour(lab, own, self.reference.moments(grey.device))
+        recoloured = torch.lerp(grey, mapped, weight * strength[:, None, None, None])
+        return Edit(recoloured, weight.mean((1, 2, 3)) >= MIN_TISSUE)
+
+
+class DensityTransport(_Classical):
+    """Give the tissue of tiles the mean and covariance of optical density of a reference's.
+
+    The optimal-transport map between normal distributions, with bounded gain; what `StainTransfer`
+    does without reading the stain from features.
+
+    Args:
+        reference: Where to go.
+        source: Moments of the slide the tiles come from; None for each tile's own.
+        strength: 1 goes to the reference, 0 stays; or a `Ramp` over epochs.
+        p: Probability that a tile is changed; a `Ramp`, or one of them by class.
+    """
+
+    def __init__(
+        self,
+        reference: DensityReference,
+        *,
+        source: DensityReference | None = None,
+        strength: Scheduled = 1.0,
+        p: Probability = 1.0,
+    ) -> None:
+        super().__init__(strength=strength, p=p)
+        self.reference = reference
+        self.source = source
+
+    def _change(self, grey: Tensor, strength: Tensor) -> Edit:
+        own = tissue_moments(grey)
+        start = own
+        if self.source is not None:
+            given = self.source.moments(grey.device)
+            start = DensityMoments(*(x.expand(len(grey), *x.shape[1:]) for x in given))
+        change = match_moments(start, self.reference.moments(grey.device))
+        recoloured = apply_density_map(grey, blend_with_identity(change, strength))
+        return Edit(recoloured, own.tissue >= MIN_TISSUE)

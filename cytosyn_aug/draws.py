@@ -1,0 +1,93 @@
+"""Which references a tile is restained to: drawn over laboratories, per tile or per slide.
+
+Laboratories are drawn before references, so that one with many slides is no likelier than one
+with few. A reference without a laboratory's name counts as a laboratory of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Sequence
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+Sampling = Literal["uniform", "farthest", "own_excluded"]
+Mode = Literal["tile", "slide"]
+MAX_SEED = 2**62
+_T = TypeVar("_T")
+
+
+def group_by_laboratory(names: Sequence[str]) -> list[list[int]]:
+    """Return the positions of references, one list a laboratory, in order of appearance."""
+    groups: dict[object, list[int]] = {}
+    for position, name in enumerate(names):
+        groups.setdefault(name or position, []).append(position)
+    return list(groups.values())
+
+
+def draw_references(
+    groups: Sequence[Sequence[int]], count: int, generator: torch.Generator | None
+) -> list[int]:
+    """Draw references of different laboratories, as far as there are enough.
+
+    Args:
+        groups: References by laboratory.
+        count: How many.
+        generator: Source of randomness; None for torch's own.
+
+    Returns:
+        `count` positions. None repeats before all were drawn; no laboratory before all were.
+    """
+    drawn: list[int] = []
+    while len(drawn) < count:
+        left = [_shuffled(group, generator) for group in groups]
+        while any(left) and len(drawn) < count:
+            filled = [group for group in left if group]
+            drawn += [group.pop() for group in _shuffled(filled, generator)]
+    return drawn[:count]
+
+
+def without_laboratory(
+    groups: Sequence[Sequence[int]], names: Sequence[str], own: Hashable
+) -> list[Sequence[int]]:
+    """Return the laboratories but one.
+
+    Raises:
+        ValueError: None is left.
+    """
+    left = [group for group in groups if names[group[0]] != own]
+    if not left:
+        raise ValueError(
+            f"all references are of laboratory {own!r}, the sample's own, which "
+            "sampling='own_excluded' leaves out; add references of another laboratory"
+        )
+    return left
+
+
+def farthest_references(statistics: Tensor, references: Tensor, count: int) -> list[list[int]]:
+    """Return for each tile the references whose stain differs most from its own.
+
+    Args:
+        statistics: [B, 9], the tiles' stain; see `cytosyn_aug.stain.moment_statistics`.
+        references: [R, 9], the references' stain.
+        count: How many a tile; they repeat where there are fewer.
+
+    Returns:
+        B lists of `count` positions, the farthest first.
+    """
+    distance = torch.cdist(statistics, references.to(statistics))
+    order = distance.argsort(dim=1, descending=True).tolist()
+    return [[row[k % len(row)] for k in range(count)] for row in order]
+
+
+def slide_generator(slide: Hashable, epoch: int, seed: int) -> torch.Generator:
+    """Return the source of all draws for one slide in one epoch, the same in every worker."""
+    text = f"{seed}\n{epoch}\n{slide!r}".encode()
+    number = int.from_bytes(hashlib.sha256(text).digest()[:8]) >> 1
+    return torch.Generator().manual_seed(number)
+
+
+def _shuffled(items: Sequence[_T], generator: torch.Generator | None) -> list[_T]:
+    return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]

@@ -1,0 +1,125 @@
+"""What all albumentations transforms share: an ImageOnlyTransform around a torchvision one.
+
+For albumentations 2.0.8, the last release under the MIT licence. Draws come from torch's generator,
+which DataLoader seeds differently in every worker and epoch; albumentations 2.0.8 would repeat its
+own in all of them. What is drawn can be written as JSON, and so can the transforms: `to_dict` keeps
+where a model came from instead of its weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cytosyn_aug.schedules import Probability, Ramp, value_at
+from cytosyn_aug.tile_transform import TileTransform
+from cytosyn_aug.written import write_argument
+
+try:
+    import albumentations
+except ImportError as error:
+    raise ImportError(
+        "cytosyn_aug.albumentations needs albumentations 2.0.8; "
+        'pip install "cytosyn-aug[albumentations]"'
+    ) from error
+if not albumentations.__version__.startswith("2.0."):
+    # AlbumentationsX has the same import name, and refuses classes with the hooks of 2.0.8.
+    raise ImportError(
+        f"found albumentations {albumentations.__version__}, expected 2.0.8, the last release "
+        "under the MIT licence; AlbumentationsX calls transforms in another way. Use the "
+        "torchvision transforms of cytosyn_aug beside it (tensors and PIL images), or "
+        '`pip uninstall albumentationsx` and `pip install "cytosyn-aug[albumentations]"`'
+    )
+
+_STRUCTURE = frozenset({"mask", "masks", "mask3d", "masks3d", "bboxes", "keypoints"})
+_IMAGES = frozenset({"image", "images", "volume", "volumes"})
+_DRAWN = ("chosen", "seeds", "references", "strengths", "variants")
+
+
+class TileImageTransform(albumentations.ImageOnlyTransform):
+    """Carry a torchvision transform into albumentations; HWC uint8 or float32 in, the same out.
+
+    Args:
+        inner: The transform. Where its own p is not 1 (p by class or by slide), it draws by that.
+        p: Probability that an image is edited.
+        arguments: What the transform is made of beside p, for `to_dict`.
+    """
+
+    def __init__(
+        self,
+        inner: TileTransform,
+        p: Probability,
+        arguments: dict[str, Any],  # Any: arguments of any type
+    ) -> None:
+        # albumentations compares p with numbers, in OneOf and elsewhere.
+        super().__init__(p=p if isinstance(p, int | float) else 1.0)
+        self.inner = inner
+        self._scheduled = p
+        self._arguments = arguments
+        self._kinds: dict[str, str] = {}
+
+    @property
+    def num_failed(self) -> int:
+        """Images, in all workers, that came back unchanged because a network failed on them."""
+        return self.inner.num_failed
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch begins; see `TileTransform.set_epoch`."""
+        self.inner.set_epoch(epoch)
+
+    def add_targets(self, additional_targets: dict[str, str]) -> None:
+        """Remember all additional targets; albumentations' own keeps only images, not masks."""
+        self._kinds |= additional_targets
+        super().add_targets(additional_targets)
+
+    def should_apply(self, force_apply: bool = False) -> bool:
+        """Decide with torch's generator; see the module."""
+        if force_apply or self.inner.p != 1.0:
+            return True
+        p = value_at(
+            self._scheduled if isinstance(self._scheduled, Ramp) else self.p, self.inner.epoch
+        )
+        return bool(torch.rand((), dtype=torch.float64) < p)
+
+    def get_params_dependent_on_data(
+        self, params: dict[str, Any], data: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Draw seed and reference; JSON-safe, so that ReplayCompose can store them."""
+        kinds = {k: self._kinds.get(k, k) for k, value in data.items() if value is not None}
+        moved = sorted(k for k, kind in kinds.items() if kind in _STRUCTURE)
+        if moved and not self.inner.keeps_structure:
+            raise ValueError(
+                f"{type(self).__name__} moves structure, and the sample carries {moved}; "
+                "drop them, keep structure, or pass allow_geometry_change=True"
+            )
+        image = next(data[k] for k, kind in kinds.items() if kind in _IMAGES)
+        # Of a stack, all images are edited alike, as albumentations does.
+        tensor = _to_tensor(image.reshape(-1, *image.shape[-3:])[0] if image.ndim > 3 else image)
+        return self.inner.make_params([tensor], self.inner.read_facts(data, [tensor]))
+
+    def apply(self, img: np.ndarray, **params: Any) -> np.ndarray:
+        """Edit one image."""
+        drawn = {k: params[k] for k in _DRAWN if k in params}
+        edited = self.inner.transform(_to_tensor(img), drawn)
+        return np.ascontiguousarray(edited.permute(1, 2, 0).numpy())
+
+    def get_transform_init_args(self) -> dict[str, Any]:
+        """Return the arguments as JSON holds them, for `to_dict` and ReplayCompose."""
+        return {k: write_argument(v) for k, v in self._arguments.items()}
+
+    def get_base_init_args(self) -> dict[str, Any]:
+        """Return p as JSON holds it."""
+        is_number = isinstance(self._scheduled, int | float)
+        return {"p": write_argument(self.p if is_number else self._scheduled)}
+
+
+def _to_tensor(image: np.ndarray) -> Tensor:
+    if image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(
+            f"got an image of shape {list(image.shape)}, expected [H, W, 3] RGB; "
+            "repeat grey-scale channels, drop alpha"
+        )
+    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)

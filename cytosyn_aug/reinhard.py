@@ -1,0 +1,169 @@
+"""Reinhard's colour transfer in CIE Lab, over tissue only, batched and blank-safe; a baseline.
+
+Source: Reinhard et al. (2001), "Color transfer between images". Deviations: CIE Lab (D65, as
+scikit-image has it) instead of l-alpha-beta, as everyone in pathology uses it; mean and deviation
+of tissue instead of all pixels, so that glass counts as nothing and is left alone; and the stretch
+of a channel is bounded, since a tile of one colour would be stretched without end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cytosyn_aug.config import TileSpec, Triple
+from cytosyn_aug.images import optical_density
+from cytosyn_aug.json_files import load_record, save_record
+from cytosyn_aug.stain import MAX_GAIN, MIN_TISSUE, tissue_weight
+from cytosyn_aug.tile_sets import MAX_TILES, read_tiles
+
+_XYZ_FROM_RGB = (
+    (0.412453, 0.357580, 0.180423),
+    (0.212671, 0.715160, 0.072169),
+    (0.019334, 0.119193, 0.950227),
+)
+_WHITE = (0.95047, 1.0, 1.08883)
+# Below this deviation a channel of Lab is noise, and is moved without being stretched.
+_LEAST_DEVIATION = 0.5
+
+
+class LabMoments(NamedTuple):
+    """Colour of the tissue of each tile, float64.
+
+    Attributes:
+        mean: [B, 3], of L (0 to 100), a and b.
+        deviation: [B, 3].
+        tissue: [B], mean tissue weight in [0, 1].
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    tissue: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReinhardReference:
+    """The colour of the tissue of a set of tiles.
+
+    Attributes:
+        mean: Mean of L, a and b.
+        deviation: Their standard deviation.
+        num_tiles: Tiles it was fitted to.
+    """
+
+    mean: Triple
+    deviation: Triple
+    num_tiles: int
+
+    @classmethod
+    def fit(
+        cls,
+        tiles: Tensor | Path | str,
+        *,
+        tile: TileSpec | None = None,
+        max_tiles: int = MAX_TILES,
+    ) -> ReinhardReference:
+        """Fit to the tissue of all tiles together; see `MacenkoReference.fit`."""
+        images = read_tiles(tiles, tile or TileSpec(), max_tiles)
+        pooled = pool_lab_moments(
+            lab_moments(grey_to_lab(images), tissue_weight(optical_density(images)))
+        )
+        if not (pooled.tissue >= MIN_TISSUE).all():
+            raise ValueError(f"the {len(images)} tiles show no tissue; fit to tiles with tissue")
+        mean, deviation = pooled.mean[0].tolist(), pooled.deviation[0].tolist()
+        return cls(mean=tuple(mean), deviation=tuple(deviation), num_tiles=len(images))
+
+    def save(self, file: Path | str) -> None:
+        """Write a .json file."""
+        save_record(file, self)
+
+    @classmethod
+    def load(cls, file: Path | str) -> ReinhardReference:
+        """Read a saved reference; raises ValueError if it is not one."""
+        return load_record(cls, file)
+
+    def moments(self, device: torch.device) -> LabMoments:
+        """Return the reference as a batch of one."""
+        mean = torch.tensor([self.mean], dtype=torch.float64, device=device)
+        deviation = torch.tensor([self.deviation], dtype=torch.float64, device=device)
+        return LabMoments(mean, deviation, torch.ones(1, dtype=torch.float64, device=device))
+
+
+def grey_to_lab(grey: Tensor) -> Tensor:
+    """Return CIE Lab of sRGB grey levels.
+
+    Args:
+        grey: uint8 or float [B, 3, H, W] in 0 to 255.
+
+    Returns:
+        float32 [B, 3, H, W]: L in 0 to 100, a and b about -100 to 100.
+    """
+    rgb = grey.float() / 255.0
+    linear = torch.where(rgb > 0.04045, _power((rgb + 0.055) / 1.055, 2.4), rgb / 12.92)
+    matrix = torch.tensor(_XYZ_FROM_RGB, device=grey.device)
+    matrix = matrix / torch.tensor(_WHITE, device=grey.device)[:, None]
+    xyz = (matrix @ linear.flatten(2)).view_as(linear)
+    root = torch.where(xyz > 0.008856, _power(xyz, 1 / 3), 7.787 * xyz + 16 / 116)
+    x, y, z = root.unbind(1)
+    return torch.stack([116.0 * y - 16.0, 500.0 * (x - y), 200.0 * (y - z)], 1)
+
+
+def lab_to_grey(lab: Tensor) -> Tensor:
+    """Invert `grey_to_lab`: float32 grey levels, not rounded, clipped to [0, 255]."""
+    y = (lab[:, 0] + 16.0) / 116.0
+    root = torch.stack([lab[:, 1] / 500.0 + y, y, y - lab[:, 2] / 200.0], 1)
+    xyz = torch.where(root > 0.2068966, root.pow(3), (root - 16 / 116) / 7.787)
+    white = torch.tensor(_WHITE, dtype=torch.float64)
+    matrix = torch.linalg.inv(torch.tensor(_XYZ_FROM_RGB, dtype=torch.float64)) * white
+    linear = (matrix.to(lab) @ xyz.flatten(2)).view_as(xyz)
+    rgb = torch.where(linear > 0.0031308, 1.055 * _power(linear, 1 / 2.4) - 0.055, 12.92 * linear)
+    return rgb.mul_(255.0).clamp_(0.0, 255.0)
+
+
+def lab_moments(lab: Tensor, weight: Tensor) -> LabMoments:
+    """Return the weighted colour of each tile.
+
+    Args:
+        lab: float [B, 3, H, W]; see `grey_to_lab`.
+        weight: float [B, 1, H, W]; see `cytosyn_aug.stain.tissue_weight`.
+    """
+    total = weight.sum((2, 3), dtype=torch.float64).clamp_min(1e-9)
+    mean = (lab * weight).sum((2, 3), dtype=torch.float64) / total
+    apart = (lab - mean.to(lab)[:, :, None, None]).square_().mul_(weight)
+    variance = apart.sum((2, 3), dtype=torch.float64) / total
+    return LabMoments(mean, variance.sqrt(), weight.mean((1, 2, 3), dtype=torch.float64))
+
+
+def pool_lab_moments(moments: LabMoments) -> LabMoments:
+    """Combine the colour of many tiles into that of their union, batch size 1."""
+    share = (moments.tissue / moments.tissue.sum().clamp_min(1e-9))[:, None]
+    mean = (share * moments.mean).sum(0)
+    variance = (share * (moments.deviation.square() + (moments.mean - mean).square())).sum(0)
+    return LabMoments(mean[None], variance.sqrt()[None], moments.tissue.mean()[None])
+
+
+def match_colour(lab: Tensor, source: LabMoments, target: LabMoments) -> Tensor:
+    """Return images with the mean and deviation of `target` in each channel of Lab.
+
+    Args:
+        lab: float [B, 3, H, W].
+        source: Moments [B, ...] or [1, ...].
+        target: Moments [B, ...] or [1, ...].
+
+    Returns:
+        float32 grey levels [B, 3, H, W], not rounded; glass is moved too, until it is weighted.
+    """
+    gain = target.deviation / source.deviation.clamp_min(1e-9)
+    gain = gain.clamp(1 / MAX_GAIN, MAX_GAIN)
+    gain = torch.where(source.deviation < _LEAST_DEVIATION, torch.ones_like(gain), gain)
+    offset = (target.mean - gain * source.mean).to(lab)[:, :, None, None]
+    return lab_to_grey(torch.addcmul(offset, gain.to(lab)[:, :, None, None], lab))
+
+
+def _power(x: Tensor, exponent: float) -> Tensor:
+    """Return a power of positive numbers; six times as fast as torch's own, to 1e-6."""
+    return x.clamp_min(1e-6).log_().mul_(exponent).exp_()

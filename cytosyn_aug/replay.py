@@ -1,0 +1,216 @@
+"""ReplayBank: edited tiles that a training process makes, uses a few times, and makes anew.
+
+One slot a tile of the data set holds the latents of its latest variant. A tile that is drawn
+takes what is in its slot, until that has been used `reuse` times or is older than `max_age` steps;
+then a new one is made from the tile at hand, in one batch with all others of the step that need
+one. A step of B tiles, of which a share p is drawn, so costs about
+
+    p B (make / reuse + decode)
+
+once every tile has been seen, where making a variant anew every time would cost p B (make +
+decode). `make` is the edit, in which the network draws; `decode` is the small decoder where the
+model has one. Reused variants are those of earlier steps: if `reuse` is too large, a model learns
+them by heart.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cytosyn_aug.filling import Edit
+from cytosyn_aug.generator import TileGenerator
+
+_MAX_SEED = 2**62
+
+
+class ReplayCounts(NamedTuple):
+    """What a bank has done so far.
+
+    Attributes:
+        num_made: Variants made.
+        num_reused: Variants taken from earlier steps.
+        num_kept: Drawn tiles that the edit left as they were, such as blank ones.
+    """
+
+    num_made: int
+    num_reused: int
+    num_kept: int
+
+
+class ReplayBank:
+    """Variants of the tiles of one data set, for the process that trains on them.
+
+    Call it on batches as they come from a loader, before crops and flips: a slot belongs to a tile
+    as it was when its variant was made. It does not support several processes: give each rank its
+    own, over its own share of the tiles.
+
+    Args:
+        generator: The model.
+        edit: Makes variants, from uint8 images [n, 3, size, size] and one seed a tile to uint8
+            images, or to whitened latents [n, C, h, w] of the model.
+        num_tiles: Tiles of the data set; positions in a batch's `index` are below it.
+        p: Probability that a tile is replaced.
+        reuse: Times that a variant is used before it is made anew.
+        max_age: Steps after which a variant is made anew even so; None for never.
+        folder: Where latents are kept in a file that the system maps, 6.3 kB a tile of CytoSyn;
+            None for memory. What is there is not read again: variants are of one run.
+
+    Raises:
+        ValueError: Numbers out of range.
+        OSError: The folder cannot be written, or the disk is full.
+
+    Example:
+        >>> generator = TileGenerator.from_pretrained()
+        >>> tiles = generator.sample(per_condition=4, steps=2, seed=0)
+        >>> bank = ReplayBank(generator, lambda x, seeds: 255 - x, num_tiles=4, p=1.0, reuse=2)
+        >>> for _ in range(4):
+        ...     images = bank(tiles, torch.arange(4))
+        >>> bank.counts
+        ReplayCounts(num_made=8, num_reused=8, num_kept=0)
+    """
+
+    def __init__(
+        self,
+        generator: TileGenerator,
+        edit: Edit,
+        *,
+        num_tiles: int,
+        p: float = 0.5,
+        reuse: int = 4,
+        max_age: int | None = None,
+        folder: Path | str | None = None,
+    ) -> None:
+        if not 0 <= p <= 1:
+            raise ValueError(f"p is {p}, expected a probability between 0 and 1")
+        if num_tiles < 1 or reuse < 1 or (max_age is not None and max_age < 0):
+            raise ValueError(
+                f"num_tiles is {num_tiles}, reuse {reuse} and max_age {max_age}; expected at least "
+                "1, 1 and 0"
+            )
+        self.generator, self.edit = generator, edit
+        self.p, self.reuse, self.max_age = p, reuse, max_age
+        self._latents = _storage(generator, num_tiles, folder)
+        self._uses = np.zeros(num_tiles, np.int32)  # of what is in the slot; 0 for an empty one
+        self._made_at = np.zeros(num_tiles, np.int64)
+        self._step = 0
+        self._counts = np.zeros(3, np.int64)
+
+    @property
+    def counts(self) -> ReplayCounts:
+        """What was made, reused and kept so far."""
+        return ReplayCounts(*self._counts.tolist())
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, index: Tensor) -> Tensor:
+        """Return a batch with the drawn tiles replaced; draws from torch's generator.
+
+        Args:
+            images: uint8 [B, 3, size, size], any device.
+            index: int64 [B], position of each tile in the data set.
+
+        Returns:
+            uint8 like `images`, on their device.
+
+        Raises:
+            ValueError: An index out of range, or an edit that gives something else.
+        """
+        self.generator.check_images(images)
+        slots = self._checked(index, len(images))
+        is_drawn = torch.rand(len(images)) < self.p
+        seeds = torch.randint(0, _MAX_SEED, (len(images),)).tolist()
+        rows = is_drawn.nonzero()[:, 0].tolist()
+        self._step += 1
+        if not rows:
+            return images
+        spent = self._spent(slots)
+        # A tile that is in the batch twice is made once.
+        making = list({slots[row]: row for row in rows if spent[row]}.values())
+        is_edited = np.ones(len(slots), bool)
+        if making:
+            is_edited = self._make(images, slots, making, seeds)
+        changed = [row for row in rows if is_edited[row]]
+        self._counts += (len(making), len(rows) - len(making), len(rows) - len(changed))
+        if not changed:
+            return images
+        used = [slots[row] for row in changed]
+        np.add.at(self._uses, used, 1)
+        latents = torch.from_numpy(self._latents[used]).float()
+        made = self.generator.decode(latents, is_few_step=True)
+        out = images.clone()
+        out[torch.tensor(changed, device=out.device)] = made.to(out.device)
+        return out
+
+    def seconds_per_step(self, batch_size: int, make: float, decode: float) -> float:
+        """Return what a step costs once all tiles have been seen; see the module.
+
+        Args:
+            batch_size: Tiles a step.
+            make: Seconds that the edit of one tile takes.
+            decode: Seconds that decoding one tile takes.
+        """
+        return self.p * batch_size * (make / self.reuse + decode)
+
+    def _checked(self, index: Tensor, num: int) -> list[int]:
+        slots: list[int] = index.tolist()
+        limit = len(self._uses)
+        if len(slots) != num or any(not 0 <= slot < limit for slot in slots):
+            raise ValueError(
+                f"index is {slots[:8]}, expected {num} positions from 0 to {limit - 1}: the data "
+                "set must return each tile's own position beside it"
+            )
+        return slots
+
+    def _spent(self, slots: list[int]) -> np.ndarray:
+        """Return bool [B]: nothing there, used up, or too old."""
+        uses = self._uses[slots]
+        spent = (uses == 0) | (uses >= self.reuse)
+        if self.max_age is not None:
+            spent |= self._step - self._made_at[slots] > self.max_age
+        return spent
+
+    def _make(
+        self, images: Tensor, slots: list[int], rows: list[int], seeds: list[int]
+    ) -> np.ndarray:
+        """Fill slots anew; return which rows of the batch have a variant, bool [B]."""
+        chosen = images[torch.tensor(rows, device=images.device)]
+        made = self.edit(chosen, [seeds[row] for row in rows])
+        is_edited = torch.ones(len(rows), dtype=torch.bool)
+        if made.dtype == torch.uint8:
+            if made.shape != chosen.shape:
+                raise ValueError(
+                    f"the edit gave {list(made.shape)} for {list(chosen.shape)}, expected the same"
+                )
+            is_edited = (made.to(chosen.device) != chosen).flatten(1).any(1).cpu()
+            made = self._encode(made[is_edited.to(made.device)])
+        num_edited = int(is_edited.sum())
+        if made.shape != (num_edited, *self.generator.latent_shape):
+            raise ValueError(
+                f"the edit gave latents {list(made.shape)}, expected "
+                f"{[num_edited, *self.generator.latent_shape]}"
+            )
+        pairs = list(zip((slots[row] for row in rows), is_edited.tolist(), strict=True))
+        places = [slot for slot, is_new in pairs if is_new]
+        self._latents[places] = made.half().cpu().numpy()
+        self._uses[places], self._made_at[places] = 0, self._step
+        # A tile that was left alone has no variant: its slot stays empty, and is asked again.
+        left_alone = {slot for slot, is_new in pairs if not is_new}
+        return np.array([slot not in left_alone for slot in slots])
+
+    def _encode(self, images: Tensor) -> Tensor:
+        if not len(images):
+            return torch.empty(0, *self.generator.latent_shape)
+        return self.generator.whiten(self.generator.encode(images).mean)
+
+
+def _storage(generator: TileGenerator, num_tiles: int, folder: Path | str | None) -> np.ndarray:
+    shape = (num_tiles, *generator.latent_shape)
+    if folder is None:
+        return np.zeros(shape, np.float16)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return np.memmap(folder / "latents.bin", np.float16, "w+", shape=shape)

@@ -1,0 +1,106 @@
+"""The torchvision transform that replaces a tile by a new one with the same features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cytosyn_aug.editing import resample
+from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.schedules import Probability
+from cytosyn_aug.shared import SharedCount
+from cytosyn_aug.tile_transform import Edit, TileTransform
+
+
+class ConditionedResample(TileTransform):
+    """Replace a tile by a new one with the same features.
+
+    Structure is new: samples with masks or boxes are refused unless `allow_geometry_change`.
+    A tile whose new version is less similar than `min_similarity` or more than `max_similarity`
+    (a copy) comes back as it was, and is counted in `num_rejected`. Blank tiles come back too, and
+    those that the networks fail on (`num_failed`).
+
+    Does not support: images of another size than the model's tiles.
+
+    Args:
+        generator: The model.
+        min_similarity: Least cosine similarity of the CLS features of old and new tile.
+        max_similarity: Largest one.
+        steps: Forwards; None for 4 of a student, or 16 of the transformer of a model without.
+        guidance_scale: Classifier-free guidance, in t <= 0.75 (1 = noise); 1 for none.
+        p: Probability that a tile is replaced; a `Ramp` over epochs, or one of them by class.
+        features: Gives CLS vectors [B, D] of uint8 tiles [B, 3, size, size], such as a
+            `FeatureTable`; None asks the model's encoder. A model without one cannot tell
+            similarity, so it needs features and no bounds.
+        allow_geometry_change: Accept masks and boxes although structure changes.
+
+    Raises:
+        ValueError: A probability or bound outside its range, or a model without an encoder that is
+            given no features, or bounds.
+
+    Example:
+        >>> generator = TileGenerator.from_pretrained()
+        >>> resample = ConditionedResample(generator, p=1.0, steps=2, max_similarity=0.98)
+        >>> resample(generator.sample(per_condition=2, steps=4)).shape
+        torch.Size([2, 3, 224, 224])
+    """
+
+    def __init__(
+        self,
+        generator: TileGenerator,
+        *,
+        min_similarity: float = -1.0,
+        max_similarity: float = 1.0,
+        steps: int | None = None,
+        guidance_scale: float = 1.0,
+        p: Probability = 0.3,
+        features: Callable[[Tensor], Tensor] | None = None,
+        allow_geometry_change: bool = False,
+    ) -> None:
+        super().__init__(p=p, keeps_structure=allow_geometry_change)
+        if not -1 <= min_similarity <= max_similarity <= 1:
+            raise ValueError(
+                f"similarities are {min_similarity} and {max_similarity}, expected "
+                "-1 <= min_similarity <= max_similarity <= 1"
+            )
+        is_bounded = (min_similarity, max_similarity) != (-1.0, 1.0)
+        if not generator.has_encoder and (features is None or is_bounded):
+            raise ValueError(
+                "this model was loaded without an encoder: pass features (a FeatureTable of "
+                "precomputed ones) and leave min_similarity and max_similarity alone, or load it "
+                'with encoder="bioptimus/H0-mini"'
+            )
+        self.generator = generator
+        self.features = features
+        self.min_similarity = min_similarity
+        self.max_similarity = max_similarity
+        self.steps = steps
+        self.guidance_scale = guidance_scale
+        self._rejected = SharedCount()
+
+    @property
+    def num_rejected(self) -> int:
+        """Tiles, in all workers, whose new version was too unlike or too like the old one."""
+        return self._rejected.total()
+
+    def _edit(self, grey: Tensor, params: dict[str, Any]) -> Edit:
+        self.generator.check_process()
+        tiles = grey.round().to(torch.uint8)
+        result = resample(
+            self.generator,
+            tiles,
+            params["seeds"],
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            cls=None if self.features is None else self.features(tiles),
+        )
+        is_usable = result.is_tissue & result.is_finite
+        self._count_failed(grey, result.is_tissue & ~result.is_finite)
+        # Negated, since a similarity that nobody could tell is no reason to refuse.
+        low, high = self.min_similarity, self.max_similarity
+        is_accepted = ~((result.similarity < low) | (result.similarity > high))
+        self._rejected.add(int((is_usable & ~is_accepted).sum()))
+        return Edit(result.images, is_usable & is_accepted)

@@ -1,0 +1,107 @@
+"""The tiles that statistics are fitted to: a tensor, a folder of images, or a slide.
+
+Folders and slides are sampled evenly, so that a fit costs the same for any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cytosyn_aug.config import TileSpec
+from cytosyn_aug.slides import Slide, grid_positions
+from cytosyn_aug.tissue import TissueConfig, TissueMask, tissue_pixels
+
+TILE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".tif", ".tiff")
+MAX_TILES = 64
+# Half of a tile: what is at the rim of tissue says as much of the stain as what is inside.
+_MIN_TISSUE_OF_SLIDE_TILES = 0.5
+
+
+def read_tiles(tiles: Tensor | Path | str, tile: TileSpec, max_tiles: int = MAX_TILES) -> Tensor:
+    """Return tiles as one tensor.
+
+    Args:
+        tiles: uint8 [N, 3, H, W], which comes back itself; a folder of images of one size,
+            searched recursively; or a slide that OpenSlide reads.
+        tile: Size and scale of the tiles read from a slide.
+        max_tiles: Of a larger folder or slide, so many evenly spaced tiles are read.
+
+    Returns:
+        uint8 [N, 3, H, W].
+
+    Raises:
+        FileNotFoundError: The folder or slide does not exist.
+        TypeError: A tensor that is not uint8.
+        ValueError: A tensor of another shape, or empty; a folder without images, or with images of
+            different sizes; a slide that cannot be read, has no scale or shows no tissue.
+    """
+    if isinstance(tiles, Tensor):
+        return _checked(tiles)
+    path = Path(tiles)
+    if path.is_dir():
+        return _read_folder(path, max_tiles)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is not a folder and not a file; give a folder of tiles, a slide or a tensor"
+        )
+    return _read_slide(path, tile, max_tiles)
+
+
+def _checked(images: Tensor) -> Tensor:
+    if images.dtype != torch.uint8:
+        raise TypeError(f"got tiles of {images.dtype}, expected uint8 RGB in 0 to 255")
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
+        raise ValueError(f"got tiles of shape {list(images.shape)}, expected [N, 3, H, W] RGB")
+    return images
+
+
+def _read_slide(file: Path, tile: TileSpec, max_tiles: int) -> Tensor:
+    config = TissueConfig()
+    with Slide(file) as slide:
+        image, pixel, _ = slide.thumbnail(config.mask_mpp)
+        mask = TissueMask(tissue_pixels(image, config), (pixel, pixel))
+        reading = slide.plan(tile)
+        extent = reading.extent_level0
+        positions = grid_positions(slide.width_level0, slide.height_level0, extent)
+        positions = positions[mask.fractions(positions, extent) >= _MIN_TISSUE_OF_SLIDE_TILES]
+        if not len(positions):
+            raise ValueError(
+                f"{file.name} shows no tile of {tile.describe()} that is half tissue; fit to "
+                "tiles of your own choice"
+            )
+        chosen = positions[_evenly(len(positions), max_tiles)].tolist()
+        read = [np.array(slide.read_tile(x, y, reading)) for x, y in chosen]
+    return torch.from_numpy(np.stack(read)).permute(0, 3, 1, 2)
+
+
+def _read_folder(folder: Path, max_tiles: int) -> Tensor:
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in TILE_SUFFIXES)
+    if not files:
+        raise ValueError(f"{folder} holds no tiles; expected {', '.join(TILE_SUFFIXES)} files")
+    return torch.stack(list(_read_images([files[k] for k in _evenly(len(files), max_tiles)])))
+
+
+def _read_images(files: list[Path]) -> Iterator[Tensor]:
+    first: tuple[int, int] | None = None
+    for file in files:
+        with Image.open(file) as image:
+            first = first or image.size
+            if image.size != first:
+                raise ValueError(
+                    f"{file} is {image.size[0]}x{image.size[1]} px, the tiles before it are "
+                    f"{first[0]}x{first[1]}; give tiles of one size"
+                )
+            array = np.array(image.convert("RGB"))
+        yield torch.from_numpy(array).permute(2, 0, 1)
+
+
+def _evenly(num: int, largest: int) -> list[int]:
+    """Return at most `largest` evenly spaced positions of `num`."""
+    step = max(1, num / largest)
+    return [int(k * step) for k in range(min(num, largest))]

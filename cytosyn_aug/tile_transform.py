@@ -1,0 +1,200 @@
+"""What all transforms share: the grammar of torchvision v2, for single tiles, batches and samples.
+
+`make_params` draws everything random, for every tile of the sample, from torch's generator;
+`transform` is pure. PIL images, uint8 and float tensors and tv_tensors come out as they went in;
+tiles that are not edited keep their very bits. Masks, boxes, key points and everything else pass by
+identity, or are refused by an edit that would make masks wrong. As in torchvision, of several plain
+tensors only the first is an image, and none where the sample holds a PIL image or `Image`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import PIL.Image
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from cytosyn_aug.draws import MAX_SEED
+from cytosyn_aug.facts import NO_FACTS, Facts, read_labels
+from cytosyn_aug.images import is_image_tensor, num_tiles, open_image, tile_key
+from cytosyn_aug.schedules import Probability, Ramp, check_probability, probabilities
+from cytosyn_aug.shared import SharedCount, SharedEpoch
+
+_STRUCTURE = (tv_tensors.Mask, tv_tensors.BoundingBoxes, tv_tensors.KeyPoints)
+
+
+class Edit(NamedTuple):
+    """Edited grey levels, float32 [n, 3, H, W], and bool [n]: which tiles to take from there."""
+
+    grey: Tensor
+    is_edited: Tensor
+
+
+class TileTransform(v2.Transform):
+    """Find the images of a sample, draw for every tile, and edit those that were chosen.
+
+    Any: a sample may hold anything, and torchvision types its hooks so.
+
+    Args:
+        p: Probability that a tile is edited; a `Ramp` over epochs, or one of them by class, and
+            then samples carry labels: {"image": ..., "label": ...} or (image, label).
+        keeps_structure: Whether masks, boxes and key points stay right.
+    """
+
+    _transformed_types = (PIL.Image.Image, tv_tensors.Image, is_image_tensor)
+
+    def __init__(self, *, p: Probability, keeps_structure: bool) -> None:
+        super().__init__()
+        check_probability(p)
+        self.p = p
+        self.keeps_structure = keeps_structure
+        self._epoch = SharedEpoch()
+        self._failed = SharedCount()
+
+    @property
+    def num_failed(self) -> int:
+        """Tiles, in all workers, that came back as they were because a network failed on them."""
+        return self._failed.total()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that was set last, 0 before that."""
+        return self._epoch.get()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch begins, counted from 0, for schedules and slide-wise draws.
+
+        Reaches DataLoader workers that persist; what they have prefetched is done already.
+        """
+        self._epoch.set(epoch)
+
+    def extra_repr(self) -> str:
+        """Show plain settings, and of lists the length: references hold tensors."""
+        shown = []
+        for name, value in vars(self).items():
+            if isinstance(value, str | int | float | Mapping | Ramp) and name[0] != "_":
+                shown.append(f"{name}={value!r}")
+            elif isinstance(value, list):
+                shown.append(f"{name}={len(value)}")
+        return ", ".join(s for s in shown if not s.startswith(("_", "training=")))
+
+    def forward(self, *inputs: Any) -> Any:
+        """Edit the images of a sample.
+
+        torchvision's own forward, which forgets the keys of the sample that facts are found by.
+        """
+        sample = inputs if len(inputs) > 1 else inputs[0]
+        flat, spec = tree_flatten(sample)
+        self.check_inputs(flat)
+        is_image = self._needs_transform_list(flat)
+        images = [x for x, edits in zip(flat, is_image, strict=True) if edits]
+        params = self.make_params(images, self.read_facts(sample, images))
+        done = [
+            self.transform(x, params) if edits else x
+            for x, edits in zip(flat, is_image, strict=True)
+        ]
+        return self._assemble(done, is_image, spec)
+
+    def check_inputs(self, flat_inputs: list[Any]) -> None:
+        """Refuse samples that this transform would make wrong.
+
+        Raises:
+            TypeError: No image.
+            ValueError: Masks, boxes or key points beside an edit that moves structure; or images
+                of one sample with different numbers of tiles, or none.
+        """
+        is_image = self._needs_transform_list(flat_inputs)
+        images = [x for x, edits in zip(flat_inputs, is_image, strict=True) if edits]
+        if not images:
+            names = sorted({type(x).__name__ for x in flat_inputs})
+            raise TypeError(
+                f"got no image among {names}; pass a PIL image or an image tensor [..., 3, H, W]"
+            )
+        moved = [type(x).__name__ for x in flat_inputs if isinstance(x, _STRUCTURE)]
+        if moved and not self.keeps_structure:
+            raise ValueError(
+                f"{type(self).__name__} moves structure, and the sample carries {moved}; drop "
+                "them, keep structure, or pass allow_geometry_change=True"
+            )
+        counts = {num_tiles(x) for x in images}
+        if 0 in counts:
+            raise ValueError("got an empty batch, expected at least one tile")
+        if len(counts) > 1:
+            raise ValueError(
+                f"images of one sample differ in batch size: {sorted(counts)}; they are edited "
+                "alike, tile by tile, so give as many of each"
+            )
+
+    def make_params(self, flat_inputs: list[Any], facts: Facts = NO_FACTS) -> dict[str, Any]:
+        """Draw, for every tile of the sample, whether it is edited and with which seed.
+
+        Args:
+            flat_inputs: The images of the sample.
+            facts: What the sample says of its tiles.
+
+        Returns:
+            Lists with one entry a tile, which JSON can hold: `chosen` and `seeds`.
+        """
+        num = num_tiles(flat_inputs[0])
+        p = probabilities(self.p, self.epoch, facts.labels, num)
+        chosen = torch.rand(num, dtype=torch.float64) < torch.tensor(p, dtype=torch.float64)
+        seeds = torch.randint(0, MAX_SEED, (num,))
+        return {"chosen": chosen.tolist(), "seeds": seeds.tolist()}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Edit an image as drawn; the same image and params give the same result."""
+        index = [k for k, is_chosen in enumerate(params["chosen"]) if is_chosen]
+        if not index:
+            return inpt
+        grey, close = open_image(inpt)
+        if len(index) == len(grey):
+            edit = self._edit(grey, params)
+            return close(edit.grey.to(grey), edit.is_edited)
+        rows = torch.tensor(index, device=grey.device)
+        edit = self._edit(grey[rows], {k: _pick(v, index) for k, v in params.items()})
+        is_edited = torch.zeros(len(grey), dtype=torch.bool, device=grey.device)
+        is_edited[rows] = edit.is_edited.to(grey.device)
+        edited = grey.clone()
+        edited[rows] = edit.grey.to(grey)
+        return close(edited, is_edited)
+
+    def _edit(self, grey: Tensor, params: dict[str, Any]) -> Edit:
+        """Edit the chosen tiles, float32 grey levels [n, 3, H, W], 0 to 255; params are theirs."""
+        raise NotImplementedError
+
+    def read_facts(self, sample: object, images: list[Any]) -> Facts:
+        """Return what draws go by, one value a tile; only what is asked for."""
+        labels = None
+        if isinstance(self.p, Mapping):
+            labels = read_labels(sample, num_tiles(images[0]))
+        return Facts(labels=labels)
+
+    def _assemble(self, done: list[Any], is_image: list[bool], spec: TreeSpec) -> Any:
+        return tree_unflatten(done, spec)
+
+    def _count_failed(self, grey: Tensor, is_failed: Tensor) -> None:
+        """Count tiles that a network failed on; name the first, once in all processes."""
+        number = int(is_failed.sum())
+        if not number:
+            return
+        if self._failed.total() == 0:
+            first = int(is_failed.nonzero()[0, 0])
+            name = tile_key(grey[first].round().to(torch.uint8))[:16]
+            warnings.warn(
+                f"{type(self).__name__}: the network's output for tile {name} (the first digits "
+                "of its tile_key) is not finite, so it comes back unchanged; num_failed counts "
+                "such tiles. Load the model in float32 or bfloat16, or look at the tile",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self._failed.add(number)
+
+
+def _pick(values: Sequence[Any], index: list[int]) -> list[Any]:
+    return [values[k] for k in index]

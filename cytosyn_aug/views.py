@@ -1,0 +1,108 @@
+"""Several restained views of one tile, aligned to the pixel, to train an encoder to invariance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from cytosyn_aug.draws import Mode, Sampling
+from cytosyn_aug.editing import EditRecipe
+from cytosyn_aug.facts import NO_FACTS, Facts
+from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.images import open_image
+from cytosyn_aug.reference import StainReference
+from cytosyn_aug.schedules import Scheduled
+from cytosyn_aug.transforms import StainTransfer
+
+
+class StainViews(StainTransfer):
+    """Return a tuple of `views` restained versions of a sample.
+
+    Each version is built as the sample is, and everything in it that is no image is the very same
+    object: masks fit all versions, since only colour differs, pixel by pixel. Collation turns a
+    data set of such tuples into a list of batches, one a view. Every tile goes to different
+    references, and to different laboratories, as far as there are enough. Tiles that cannot be
+    restained (blank, or `num_failed`) are the original in every view; and a view that changes
+    nothing of an image is the object that came in, not a copy of it.
+
+    Does not support: `preserve="none"`, which is not aligned.
+
+    Args:
+        generator: The model.
+        references: Laboratories to choose from.
+        views: Number of versions, at least 2.
+        has_original: Whether the first version is the sample itself.
+        source: Statistics of the slide the tiles come from; None for each tile's own.
+        strength: 1 goes to the reference, 0 stays; or a `Ramp` over epochs.
+        mpp: Scale of the images in microns per pixel.
+        sampling: See `StainTransfer`.
+        mode: See `StainTransfer`.
+        seed: See `StainTransfer`.
+        recipe: How the model edits.
+        features: See `StainTransfer`.
+
+    Example:
+        >>> generator = TileGenerator.from_pretrained()
+        >>> tiles = generator.sample(per_condition=4, steps=4, seed=0)
+        >>> views = StainViews(generator, [StainReference.fit(generator, tiles)], has_original=True)
+        >>> first, second = views(tiles)
+        >>> first is tiles, second.shape
+        (True, torch.Size([4, 3, 224, 224]))
+    """
+
+    def __init__(
+        self,
+        generator: TileGenerator,
+        references: Sequence[StainReference],
+        *,
+        views: int = 2,
+        has_original: bool = False,
+        source: StainReference | None = None,
+        strength: Scheduled = 1.0,
+        mpp: float = 0.5,
+        sampling: Sampling = "uniform",
+        mode: Mode = "tile",
+        seed: int = 0,
+        recipe: EditRecipe | None = None,
+        features: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        if views < 2:
+            raise ValueError(f"views is {views}, expected at least 2; StainTransfer gives one")
+        super().__init__(
+            generator,
+            references,
+            source=source,
+            strength=strength,
+            mpp=mpp,
+            p=1.0,
+            sampling=sampling,
+            mode=mode,
+            seed=seed,
+            recipe=recipe,
+            features=features,
+        )
+        self.views = views
+        self.has_original = has_original
+
+    def make_params(self, flat_inputs: list[Any], facts: Facts = NO_FACTS) -> dict[str, Any]:
+        """Draw for every tile one reference a view: `references` is a list of lists."""
+        return self._draw(flat_inputs, facts, count=self.views - self.has_original)
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Return the versions of one image, a tuple."""
+        grey, close = open_image(inpt)
+        estimate = self._estimate(grey)  # once for all views
+        versions = [inpt] if self.has_original else []
+        for view in range(self.views - self.has_original):
+            drawn = [references[view] for references in params["references"]]
+            versions.append(close(*self._restain(grey, estimate, drawn, params)))
+        return tuple(versions)
+
+    def _assemble(self, done: list[Any], is_image: list[bool], spec: TreeSpec) -> Any:
+        columns = [
+            x if edits else (x,) * self.views for x, edits in zip(done, is_image, strict=True)
+        ]
+        return tuple(tree_unflatten(list(row), spec) for row in zip(*columns, strict=True))

@@ -1,0 +1,94 @@
+"""Arguments of transforms as JSON holds them, for albumentations' to_dict and replay.
+
+A model becomes its handle (no weights), a cache its folder and digest, a reference all it holds: a
+written pipeline stands alone but for these folders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from cytosyn_aug.cache import LatentCache
+from cytosyn_aug.classical import DensityReference
+from cytosyn_aug.editing import EditRecipe
+from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.json_files import record_from_dict, record_to_dict
+from cytosyn_aug.macenko import MacenkoReference
+from cytosyn_aug.origin import GeneratorHandle
+from cytosyn_aug.reference import StainReference
+from cytosyn_aug.reinhard import ReinhardReference
+from cytosyn_aug.schedules import Ramp
+
+_CACHE = "cytosyn_aug.LatentCache"
+_RECORDS = {
+    f"cytosyn_aug.{k.__name__}": k for k in (DensityReference, MacenkoReference, ReinhardReference)
+}
+
+
+def write_argument(value: Any) -> Any:  # Any: whatever a transform is given, and JSON
+    """Return an argument as dictionaries, lists, strings and numbers.
+
+    Raises:
+        TypeError: Nothing another process could read again, such as a function.
+    """
+    if isinstance(value, TileGenerator):
+        return value.handle().to_dict()
+    if isinstance(value, LatentCache):
+        folder = str(value.folder.absolute())
+        return {"kind": _CACHE, "folder": folder, "digest": value.spec.digest}
+    if isinstance(value, StainReference):
+        return value.to_dict()
+    if isinstance(value, tuple(_RECORDS.values())):
+        return record_to_dict(value)
+    if isinstance(value, EditRecipe | Ramp):
+        return {"kind": type(value).__name__, **asdict(value)}
+    if isinstance(value, Mapping):
+        # Not as an object: its keys would all become strings.
+        items = [[k, write_argument(v)] for k, v in value.items()]
+        return {"kind": "mapping", "items": items}
+    if isinstance(value, list | tuple):
+        return [write_argument(v) for v in value]
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise TypeError(
+        f"{type(value).__name__} cannot be written as JSON; make the pipeline in code, or leave "
+        "this argument out of pipelines that are written or replayed"
+    )
+
+
+def read_argument(value: Any) -> Any:  # Any: as above
+    """Invert `write_argument`; anything that was not written comes back as it is."""
+    if isinstance(value, list | tuple):
+        return [read_argument(v) for v in value]
+    if not isinstance(value, dict) or "kind" not in value:
+        return value
+    fields = {k: v for k, v in value.items() if k != "kind"}
+    match value["kind"]:
+        case "mapping":
+            return {k: read_argument(v) for k, v in fields["items"]}
+        case "EditRecipe":
+            return EditRecipe(**fields)
+        case "Ramp":
+            return Ramp(**fields)
+        case "cytosyn_aug.TileGenerator":
+            return TileGenerator.from_handle(GeneratorHandle.from_dict(value))
+        case "cytosyn_aug.LatentCache":
+            return _open_cache(**fields)
+        case "cytosyn_aug.StainReference":
+            return StainReference.from_dict(value)
+        case name if name in _RECORDS:
+            return record_from_dict(_RECORDS[name], value)
+        case _:
+            raise ValueError(f"got {value['kind']!r}, which this release does not know")
+
+
+def _open_cache(folder: str, digest: str) -> LatentCache:
+    cache = LatentCache.open(folder)
+    if cache.spec.digest != digest:
+        raise ValueError(
+            f"{folder} is a cache of digest {cache.spec.digest}, the pipeline was written with one "
+            f"of {digest}: it was filled anew for another model or recipe; make the pipeline anew"
+        )
+    return cache

@@ -1,0 +1,205 @@
+"""Time sampling beside REPA-E's published code and diffusers' solvers: same weights, same process.
+
+usage: python examples/benchmark_sampler.py REPAE_CHECKOUT [--size base] [--steps 8] [--batch 4]
+       [--repeats 9] [--compare REPORT]
+REPAE_CHECKOUT is a clone of https://github.com/End2End-Diffusion/REPA-E, of which models/sit.py and
+samplers.py are imported as they are. SiT-B/2 with all layers random, guidance 2.5 in t <= 0.75.
+The rows take turns, and medians of their times are compared. The exit status is 1 if ours is slower
+than theirs in float32, not twice as fast in bfloat16, or further from theirs than 1e-5 and 2e-2.
+
+--compare prints, from the REPORT of examples/compare_samplers.py, forwards beside Frechet distance
+and time.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+from compare_samplers import heun, unipc
+from compare_with_repae import NULL_CLASS, FeatureEmbedder, load, randomise
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
+)
+from torch import Tensor, nn
+
+from cytosyn_aug.drawing import Guidance, bind_velocity, draw_latents, time_grid
+from cytosyn_aug.sampling import Velocity, euler, guide, linear_grid
+from cytosyn_aug.transformer import SiT
+
+GUIDANCE = Guidance(2.5, 0.0, 0.75)
+NUM_FEATURES = 768
+SIZES = {  # width, depth, heads
+    "tiny": (192, 7, 3),
+    "base": (768, 12, 12),
+    "xl": (1152, 28, 16),
+}
+BARS = {torch.float32: (1.0, 1e-5), torch.bfloat16: (0.5, 2e-2)}  # time ratio, relative error
+Run = Callable[[], Tensor]
+
+
+def build(sit: object, size: str, features: Tensor) -> tuple[SiT, nn.Module]:
+    """Return our network and theirs with the same random weights, in evaluation mode."""
+    width, depth, heads = SIZES[size]
+    shared = {
+        "input_size": 28, "patch_size": 2, "in_channels": 4, "hidden_size": width, "depth": depth,
+        "num_heads": heads, "encoder_depth": depth // 3, "z_dims": (NUM_FEATURES,),
+    }  # fmt: skip
+    theirs = sit.SiT(
+        **shared, path_type="linear", decoder_hidden_size=width, num_classes=NULL_CLASS,
+        qk_norm=False, fused_attn=True,
+    )  # fmt: skip
+    theirs.y_embedder = FeatureEmbedder(features, width)
+    randomise(theirs, torch.Generator().manual_seed(0))
+    ours = SiT(**shared, conditioning_dim=NUM_FEATURES)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return ours.eval().requires_grad_(False), theirs.eval().requires_grad_(False)
+
+
+def flow_match_euler(velocity: Velocity, x: Tensor, num_steps: int) -> Tensor:
+    """Sample with diffusers' flow-matching Euler scheduler on equal steps."""
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / num_steps, num_steps).tolist())
+    for sigma, timestep in zip(scheduler.sigmas.tolist(), scheduler.timesteps, strict=False):
+        x = scheduler.step(velocity(x, sigma), timestep, x, return_dict=False)[0]
+    return x
+
+
+class Bench:
+    """The networks and their inputs, and what is run with them."""
+
+    def __init__(self, checkout: Path, size: str, batch: int, num_steps: int) -> None:
+        draw = torch.Generator().manual_seed(1)
+        self.features = torch.randn(batch, NUM_FEATURES, generator=draw)
+        sit = load(checkout / "models" / "sit.py")
+        self.samplers = load(checkout / "samplers.py")
+        self.ours, self.theirs = build(sit, size, self.features)
+        self.short = SiT.from_config(self.ours.config)
+        self.short.load_state_dict(self.ours.state_dict())
+        nn.Module.to(self.short.eval().requires_grad_(False), torch.bfloat16)
+        self.start = torch.randn(batch, 4, 28, 28, generator=draw)
+        self.num_steps = num_steps
+        shape = (num_steps, *self.start.shape)
+        self.noise = torch.randn(shape, generator=draw, dtype=torch.float64)
+        self.classes = torch.arange(batch)
+        self.null = torch.zeros(NUM_FEATURES)
+
+    def theirs_stochastic(self) -> Tensor:
+        """Run their Euler-Maruyama sampler on our noise."""
+        recorded = itertools.chain(self.noise, itertools.repeat(None))
+        with mock.patch.object(torch, "randn_like", side_effect=recorded):
+            return self._reference(self.samplers.euler_maruyama_sampler)
+
+    def theirs_euler(self) -> Tensor:
+        """Run their Euler sampler."""
+        return self._reference(self.samplers.euler_sampler)
+
+    def _reference(self, sampler: Callable[..., Tensor]) -> Tensor:
+        return sampler(
+            self.theirs, self.start, self.classes, num_steps=self.num_steps,
+            cfg_scale=GUIDANCE.scale, guidance_low=GUIDANCE.low, guidance_high=GUIDANCE.high,
+        )  # fmt: skip
+
+    def ours_stochastic(self, network: SiT) -> Tensor:
+        """Run our Euler-Maruyama sampler on the same noise."""
+        times = time_grid("euler_maruyama", self.num_steps)
+        return draw_latents(
+            network, self.start.double(), times, self.features, self.null,
+            sampler="euler_maruyama", guidance=GUIDANCE, step_noise=self.noise.__getitem__,
+        )  # fmt: skip
+
+    def ours_euler(self, network: SiT) -> Tensor:
+        """Run Euler's method with everything modulated beforehand."""
+        times = linear_grid(self.num_steps)
+        bound = bind_velocity(
+            network, times, self.features, self.null, GUIDANCE, network.forward_modulated
+        )
+        return euler(bound, self.start.double(), times)
+
+    def solved(self, solver: Callable[..., Tensor], argument: object) -> Tensor:
+        """Run a solver of others on our network, guided step by step."""
+        return solver(guide(self.ours, self.features, self.null, *GUIDANCE), self.start, argument)
+
+    def rows(self) -> dict[str, tuple[Run, str, torch.dtype | None]]:
+        """Return what is timed: how, beside which row, and by which bar it is judged."""
+        sde, ode, n = "REPA-E Euler-Maruyama", "REPA-E Euler", self.num_steps
+        return {
+            sde: (self.theirs_stochastic, sde, None),
+            "ours Euler-Maruyama float32": (
+                lambda: self.ours_stochastic(self.ours), sde, torch.float32),
+            "ours Euler-Maruyama bfloat16": (
+                lambda: self.ours_stochastic(self.short), sde, torch.bfloat16),
+            ode: (self.theirs_euler, ode, None),
+            "ours Euler float32": (lambda: self.ours_euler(self.ours), ode, torch.float32),
+            "ours Euler bfloat16": (lambda: self.ours_euler(self.short), ode, torch.bfloat16),
+            "diffusers FlowMatchEuler float32": (
+                lambda: self.solved(flow_match_euler, n), ode, None),
+            "diffusers UniPC float32": (lambda: self.solved(unipc, n), ode, None),
+            "Heun float32, half the steps": (
+                lambda: self.solved(heun, linear_grid(n // 2)), ode, None),
+        }  # fmt: skip
+
+
+def measure(bench: Bench, repeats: int) -> int:
+    """Print a table of interleaved medians; return how many bars are missed."""
+    rows = bench.rows()
+    results = {name: run() for name, (run, _, _) in rows.items()}  # also warms up
+    seconds: dict[str, list[float]] = {name: [] for name in rows}
+    for _ in range(repeats):
+        for name, (run, _, _) in rows.items():
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    missed = 0
+    print("| sampler | s | time over REPA-E's | relative error | |\n|---|---|---|---|---|")
+    for name, (_, beside, dtype) in rows.items():
+        pairs = zip(seconds[name], seconds[beside], strict=True)
+        ratio = statistics.median(a / b for a, b in pairs)
+        theirs = results[beside].double()
+        error = float((results[name].double() - theirs).norm() / theirs.norm())
+        verdict = ""
+        if dtype is not None:
+            is_met = ratio <= BARS[dtype][0] and error < BARS[dtype][1]
+            verdict, missed = "met" if is_met else "MISSED", missed + (not is_met)
+        median = statistics.median(seconds[name])
+        print(f"| {name} | {median:.2f} | {ratio:.2f} | {error:.1e} | {verdict} |", flush=True)
+    return missed
+
+
+def print_comparison(report: Path) -> None:
+    """Print forwards, Frechet distance and time of a comparison of samplers."""
+    print("\n| sampler | forwards | Frechet | s a tile |\n|---|---|---|---|")
+    for row in map(json.loads, (report / "rows.jsonl").read_text().splitlines()):
+        cells = (row["sampler"], row["forwards"], f"{row['frechet']:.2f}", f"{row['seconds']:.3f}")
+        print("| " + " | ".join(map(str, cells)) + " |")
+
+
+def main() -> int:
+    """Print the tables; return 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkout", type=Path, metavar="REPAE_CHECKOUT")
+    parser.add_argument("--size", choices=SIZES, default="base")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--compare", type=Path, metavar="REPORT")
+    args = parser.parse_args()
+    print(
+        f"SiT {args.size}, {args.batch} tiles, {args.steps} steps, guidance 2.5 in t <= 0.75, "
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads\n"
+    )
+    with torch.no_grad():
+        missed = measure(Bench(args.checkout, args.size, args.batch, args.steps), args.repeats)
+    if args.compare:
+        print_comparison(args.compare)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""ReplayBank: variants are made when they must be, used as often as said, and cost as said."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.replay import ReplayBank, ReplayCounts
+
+
+@pytest.fixture(scope="module")
+def generator(model_folder):
+    return TileGenerator.from_pretrained(model_folder)
+
+
+class Edits:
+    """Latents that say which call and row made them."""
+
+    def __init__(self, generator):
+        self.shape, self.sizes = generator.latent_shape, []
+
+    def __call__(self, images, seeds):
+        assert len(images) == len(seeds)
+        self.sizes.append(len(images))
+        return torch.full((len(images), *self.shape), float(len(self.sizes)))
+
+
+def bank_of(generator, num_tiles=4, **settings):
+    edits = Edits(generator)
+    settings = {"p": 1.0} | settings
+    return ReplayBank(generator, edits, num_tiles=num_tiles, **settings), edits
+
+
+def test_a_variant_is_used_reuse_times_and_then_made_anew(generator, tiles):
+    bank, edits = bank_of(generator, reuse=3)
+    seen = [bank(tiles[:2], torch.tensor([0, 1])) for _ in range(7)]
+    assert edits.sizes == [2, 2, 2]  # in calls 1, 4 and 7
+    assert torch.equal(seen[0], seen[2])
+    assert not torch.equal(seen[2], seen[3])
+    assert torch.equal(seen[3], seen[5])
+    assert bank.counts == ReplayCounts(num_made=6, num_reused=8, num_kept=0)
+
+
+def test_what_is_reused_is_what_was_made(generator, tiles):
+    """Up to the float16 that slots hold, whatever the place in the batch."""
+    latents = torch.randn(4, *generator.latent_shape, generator=torch.Generator().manual_seed(0))
+    bank = ReplayBank(generator, lambda x, seeds: latents, num_tiles=9, p=1.0, reuse=9)
+    bank(tiles[:4], torch.tensor([3, 1, 8, 0]))
+    again = bank(tiles[:4], torch.tensor([0, 8, 1, 3]))
+    expected = generator.decode(latents.half().float()[[3, 2, 1, 0]], is_few_step=True)
+    assert torch.equal(again, expected)
+
+
+def test_old_variants_are_made_anew(generator, tiles):
+    bank, edits = bank_of(generator, reuse=100, max_age=2)
+    for _ in range(7):
+        bank(tiles[:1], torch.tensor([0]))
+    assert edits.sizes == [1, 1, 1]  # in calls 1, 4 and 7
+
+
+def test_a_tile_twice_in_a_batch_is_made_once_and_used_twice(generator, tiles):
+    bank, edits = bank_of(generator, reuse=2)
+    images = bank(tiles[:1].repeat(2, 1, 1, 1), torch.tensor([2, 2]))
+    assert edits.sizes == [1]
+    assert torch.equal(images[0], images[1])
+    bank(tiles[:1], torch.tensor([2]))
+    assert edits.sizes == [1, 1]
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.integers(1, 5), st.floats(0, 1), st.integers(0, 2**31))
+def test_tiles_that_are_not_drawn_come_back_and_the_counts_add_up(reuse, p, seed):
+    from conftest import random_parts, synthetic_tiles
+
+    generator = TileGenerator(random_parts())
+    bank, edits = bank_of(generator, num_tiles=3, p=p, reuse=reuse)
+    tiles = synthetic_tiles(3, seed=0)
+    torch.manual_seed(seed)
+    num_drawn = 0
+    for _ in range(4):
+        images = bank(tiles, torch.arange(3))
+        num_drawn += int((images != tiles).flatten(1).any(1).sum())
+    counts = bank.counts
+    assert counts.num_made == sum(edits.sizes)
+    assert counts.num_made + counts.num_reused == num_drawn
+    assert num_drawn <= reuse * counts.num_made
+
+
+def test_draws_repeat_under_a_seed(generator, tiles):
+    seen = []
+    for _ in range(2):
+        bank, _ = bank_of(generator, num_tiles=8, p=0.5, reuse=1)
+        torch.manual_seed(4)
+        seen.append(bank(tiles[:4], torch.arange(4)))
+    assert torch.equal(*seen)
+
+
+def test_tiles_that_the_edit_left_alone_keep_their_bits(generator, tiles):
+    def invert_the_first(images, seeds):
+        return torch.cat([255 - images[:1], images[1:]])
+
+    bank = ReplayBank(generator, invert_the_first, num_tiles=4, p=1.0, reuse=5)
+    images = bank(tiles[:3], torch.arange(3))
+    assert not torch.equal(images[0], tiles[0])
+    assert torch.equal(images[1:], tiles[1:3])
+    assert bank.counts == ReplayCounts(num_made=3, num_reused=0, num_kept=2)
+    moved = generator.whiten(generator.encode(255 - tiles[:1]).mean).half().float()
+    assert torch.equal(images[:1], generator.decode(moved, is_few_step=True))
+
+
+def test_latents_in_a_file_are_those_in_memory(generator, tiles, tmp_path):
+    seen = []
+    for folder in (None, tmp_path / "bank"):
+        bank, _ = bank_of(generator, folder=folder)
+        seen.append([bank(tiles[:2], torch.tensor([0, 3])) for _ in range(2)])
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+    size = 4 * 2 * torch.Size(generator.latent_shape).numel()
+    assert (tmp_path / "bank" / "latents.bin").stat().st_size == size
+
+
+def test_the_cost_of_a_step_is_what_was_counted(generator, tiles):
+    """Makes and decodes a step, once every tile has been seen, are those of the formula."""
+    bank, edits = bank_of(generator, num_tiles=4, p=1.0, reuse=4)
+    for _ in range(8):
+        bank(tiles[:4], torch.arange(4))
+    made, decoded = sum(edits.sizes) / 8, 4
+    assert bank.seconds_per_step(4, make=1.0, decode=0.0) == made
+    assert bank.seconds_per_step(4, make=0.0, decode=1.0) == decoded
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"p": 1.5}, "p is 1.5"), ({"reuse": 0}, "reuse 0"), ({"max_age": -1}, "max_age -1")],
+)
+def test_numbers_out_of_range_are_named(generator, changes, message):
+    with pytest.raises(ValueError, match=message):
+        bank_of(generator, **changes)
+
+
+def test_positions_and_edits_that_do_not_fit_are_named(generator, tiles):
+    bank, _ = bank_of(generator)
+    with pytest.raises(ValueError, match=r"index is \[0, 4\], expected 2 positions from 0 to 3"):
+        bank(tiles[:2], torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match="expected 2 positions"):
+        bank(tiles[:2], torch.tensor([0]))
+    wrong = ReplayBank(generator, lambda x, seeds: x[:, :, :8], num_tiles=2, p=1.0)
+    with pytest.raises(ValueError, match=r"expected the same"):
+        wrong(tiles[:1], torch.tensor([0]))
+    wrong = ReplayBank(generator, lambda x, seeds: torch.zeros(1, 2), num_tiles=2, p=1.0)
+    with pytest.raises(ValueError, match=r"the edit gave latents \[1, 2\]"):
+        wrong(tiles[:1], torch.tensor([0]))
