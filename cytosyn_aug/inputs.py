@@ -1,7 +1,7 @@
 """What IN is: a tree of tiles, a table of paths, tar shards or slides; each becomes a listing.
 
     tree     folders of images; the first folder is the label, as torchvision's ImageFolder has it
-    table    .csv or .parquet: path, and any of label, slide, x, y, mask
+    table    .csv or .parquet: path, and any of label, slide, x, y, mask; see `table_inputs`
     shards   tar files as WebDataset reads them: key.png, key.cls (label), key.mask.png
     slides   cut at the model's scale, where the tissue rules of training find tissue
 
@@ -11,31 +11,22 @@ for which `cytosyn_aug.slide_tiles` says what is tissue. No torch here.
 
 from __future__ import annotations
 
-import csv
 import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.parquet as pq
 
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.image_files import TILE_SUFFIXES
 from cytosyn_aug.listing import InputKind, Item, Listing, corner, make_listing
 from cytosyn_aug.slide_tiles import candidate_positions, slide_mask
 from cytosyn_aug.slides import Slide
+from cytosyn_aug.table_inputs import SLIDE_SUFFIXES, list_table
 from cytosyn_aug.tar_files import Member, list_members
 from cytosyn_aug.tissue import TissueConfig
 
-# .tif is a tile unless there is nothing else that says so: see `find_kind`.
-SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".svslide", ".vms", ".vmu", ".bif")
 TABLE_SUFFIXES = (".csv", ".parquet")
-_PATH_COLUMNS = ("path", "file", "filename", "image")
 _MASK_END = "_mask"
 
 
@@ -120,38 +111,6 @@ def list_tree(folder: Path) -> Listing:
     others: Counter[str] = Counter()
     listing = make_listing("tree", folder, _tree_items(folder, others))
     return replace(listing, notes=_left_out(others))
-
-
-def list_table(file: Path) -> Listing:
-    """List the tiles of a CSV or Parquet file, in its order; paths are relative to its folder.
-
-    Raises:
-        ValueError: It cannot be read, or lacks a column of paths.
-    """
-    table = _read_columns(file)
-    label, slide = table.get("label"), table.get("slide")
-    items = []
-    for row, name in enumerate(table["path"]):
-        named, x, y = corner(name)
-        if "x" in table and "y" in table:
-            x, y = table["x"][row], table["y"][row]
-        size, error = _size(file.parent / name)
-        mask = table["mask"][row] if "mask" in table else ""
-        if mask and not error and not (file.parent / mask).is_file():
-            error = f"has a mask that is not there: {mask}"
-        items.append(
-            Item(
-                name,
-                label=label[row] if label else "",
-                slide=slide[row] if slide else named,
-                x=x,
-                y=y,
-                size=size,
-                mask=mask,
-                error=error,
-            )
-        )
-    return make_listing("table", file.parent, items)
 
 
 def list_shards(source: Path) -> Listing:
@@ -243,48 +202,6 @@ def _left_out(others: Counter[str]) -> tuple[str, ...]:
         return ()
     shown = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in sorted(others.items()))
     return (f"left out files that are no tiles: {shown}",)
-
-
-def _read_columns(file: Path) -> dict[str, list[Any]]:  # Any: cells
-    """Return the columns that are known, paths under `path`, as strings or whole numbers."""
-    try:
-        table = pq.read_table(file) if file.suffix.lower() == ".parquet" else _read_csv(file)
-        path = next((n for n in _PATH_COLUMNS if n in table.column_names), None)
-        if path is None:
-            raise ValueError(
-                f"{file} has columns {', '.join(table.column_names)}, expected one of "
-                f"{', '.join(_PATH_COLUMNS)}"
-            )
-        columns = {"path": pc.fill_null(table[path].cast(pa.string()), "").to_pylist()}
-        for name in ("label", "slide", "mask"):
-            if name in table.column_names:
-                columns[name] = pc.fill_null(table[name].cast(pa.string()), "").to_pylist()
-        for name in ("x", "y"):
-            if name in table.column_names:
-                columns[name] = table[name].cast(pa.int64()).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} cannot be read as a table: {error}; write it anew") from error
-    return columns
-
-
-def _read_csv(file: Path) -> pa.Table:
-    """Read names and labels as they stand: "01" is no number."""
-    with file.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
-        header = next(csv.reader(stream), [])
-    texts = {n: pa.string() for n in header if n not in ("x", "y")}
-    return pyarrow.csv.read_csv(
-        file,
-        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(column_types=texts),
-    )
-
-
-def _size(file: Path) -> tuple[int, str]:
-    try:
-        return file.stat().st_size, ""
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        return -1, f"cannot be opened: {reason}"
 
 
 def _shard_items(folder: Path, shard: str, others: Counter[str]) -> Iterator[Item]:

@@ -115,6 +115,12 @@ class Listing:
         text = repr([tuple(row.values()) for row in part.to_pylist()])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def is_cut(self) -> bool:
+        """Return whether tiles are cut from slides, and so come at a model's scale."""
+        return self.kind == "slides" or (
+            self.kind == "table" and any(file != "" for (file,) in self._rows(("file",)))
+        )
+
     def num_masks(self) -> int:
         """Return how many tiles have a mask."""
         return sum(mask != "" for (mask,) in self._rows(("mask",)))

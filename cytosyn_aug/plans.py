@@ -264,8 +264,9 @@ def _digest(content: dict[str, Any]) -> str:  # Any: JSON
 
 def _scale(tiles: Tiles, listing: Listing, generator: TileGenerator) -> float:
     """Return microns per pixel of tiles as read; those of slides are cut to the model's."""
-    is_cut = listing.kind == "slides"
-    return generator.tile.mpp if tiles.mpp is None or is_cut else tiles.mpp
+    if tiles.mpp is None or listing.is_cut():
+        return generator.tile.mpp
+    return tiles.mpp
 
 
 def _read(

@@ -76,16 +76,16 @@ class Reader:
             raise ItemError(item.error)
         if self.listing.kind == "numbers":
             return Loaded(item, np.zeros((0, 0, 3), np.uint8), item.name)
-        if self.listing.kind == "slides":
+        if item.file and item.offset < 0:
             return self._read_slide(item)
         source = self.listing.root / (item.file or item.name)
         content = source if item.offset < 0 else _bytes_at(source, item.offset, item.size)
         pixels, notes = read_picture(content)
         self.check(*pixels.shape[:2])
-        mask = self._mask(item, pixels, notes)
+        mask = self._mask(item, notes)
         return Loaded(item, pixels, pixels_key(pixels), mask, notes)
 
-    def _mask(self, item: Item, pixels: np.ndarray, notes: tuple[str, ...]) -> bytes | None:
+    def _mask(self, item: Item, notes: tuple[str, ...]) -> bytes | None:
         if not item.mask:
             return None
         if any(note.startswith("turned") for note in notes):
@@ -105,12 +105,17 @@ class Reader:
         assert item.y is not None
         try:
             slide = self._slide(self.listing.root / item.file)
-            image = slide.read_tile(item.x, item.y, slide.plan(self.tile))
+            reading = slide.plan(self.tile)
+            _check_inside(slide, item.x, item.y, reading.extent_level0)
+            image = slide.read_tile(item.x, item.y, reading)
         except SlideError as error:
             raise ItemError(str(error)) from error
         pixels = np.array(image)
-        rejected = reason_to_reject(tile_quality(pixels), self._tissue) or ""
-        return Loaded(item, pixels, pixels_key(pixels), rejected=rejected)
+        rejected = ""
+        if self.listing.kind == "slides":  # a table's tiles were chosen by someone
+            rejected = reason_to_reject(tile_quality(pixels), self._tissue) or ""
+        mask = self._mask(item, ())
+        return Loaded(item, pixels, pixels_key(pixels), mask, rejected=rejected)
 
     def _slide(self, file: Path) -> Slide:
         """Return a slide opened by this thread: handles are not shared."""
@@ -122,6 +127,15 @@ class Reader:
         if len(slides) > _MAX_OPEN_SLIDES:
             slides.popitem(last=False)[1].close()
         return slide
+
+
+def _check_inside(slide: Slide, x: int, y: int, extent: int) -> None:
+    width, height = slide.width_level0, slide.height_level0
+    if min(x, y) < 0 or x + extent > width or y + extent > height:
+        raise ItemError(
+            f"lies outside of the slide: {extent} px from x={x} y={y} of level 0, which is "
+            f"{width}x{height} px; correct x and y"
+        )
 
 
 def pixels_key(pixels: np.ndarray) -> str:

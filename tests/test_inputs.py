@@ -193,6 +193,26 @@ def test_slides_are_cut_where_training_finds_tissue(tmp_path, synthetic_slide):
     assert not errors(file.parent / "silent.tif", mpp=0.25)
 
 
+def test_a_table_may_name_places_on_slides(tmp_path, synthetic_slide):
+    synthetic_slide(grid="##..\n##..", side=256)
+    file = tmp_path / "places.csv"
+    places = ["0,0", "512,256", "1000,0", "-1,0", ",3"]
+    lines = [f"slides/slide.svs,{place}" for place in places]
+    file.write_text("\n".join(["path,x,y", *lines, "slides/absent.svs,0,0"]))
+    listing = list_inputs(file, TILE)
+    found = listing.items(0, len(listing))
+    assert [i.stem for i in found[:2]] == ["slides/slide/0_0", "slides/slide/512_256"]
+    assert found[0].slide == "slides/slide"
+    assert found[4].error == "is a slide, and its row lacks x or y"
+    assert found[5].error == "cannot be opened: No such file or directory"
+    reader = Reader(listing, TILE, lambda height, width: None)
+    assert reader.read(found[0]).pixels.shape == (64, 64, 3)
+    assert reader.read(found[1]).rejected == ""  # glass, but asked for
+    for item in found[2:4]:
+        with pytest.raises(ItemError, match="lies outside of the slide: 128 px from"):
+            reader.read(item)
+
+
 def test_the_kind_is_seen_or_must_be_said(tmp_path):
     assert find_kind(write(tmp_path / "tree", "a/1.png")) == "tree"
     assert find_kind(write(tmp_path / "slides", "1.svs")) == "slides"
