@@ -113,6 +113,8 @@ def _offline() -> object:
     try:
         return import_module("cytosyn_aug.offline")
     except ModuleNotFoundError as error:
+        if error.name == "fcntl":
+            raise ModuleNotFoundError("offline needs a POSIX system, for its locks") from error
         raise ModuleNotFoundError(
             f'{error.name} is missing; install it with: pip install "cytosyn-aug[offline]"',
             name=error.name,

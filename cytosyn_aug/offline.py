@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from cytosyn_aug.cache import LatentCache
 from cytosyn_aug.conditions import Conditions
 from cytosyn_aug.config import Method, Preserve
 from cytosyn_aug.edits import Reference
@@ -149,6 +150,7 @@ def cache(
     generator: TileGenerator,
     *,
     contents: Sequence[Contents] = ("moments", "features"),
+    compact: bool = False,
     mpp: float | None = None,
     input: InputKind | None = None,
     unit_tiles: int = UNIT_TILES,
@@ -163,6 +165,7 @@ def cache(
         folder: CACHE, which `LatentCache.open` reads.
         generator: The model.
         contents: "moments" of the autoencoder, "features" of the encoder, or both.
+        compact: Merge the shards in the end, one a work unit, into few large ones.
         mpp: Scale of slides in microns per pixel, instead of what they state.
         input: See `augment`.
         unit_tiles: Tiles of a work unit.
@@ -172,7 +175,10 @@ def cache(
         ValueError, OSError: See `augment`.
     """
     tiles = Tiles(source=source, kind=input, mpp=mpp, unit_tiles=unit_tiles)
-    return do_run(plan_cache(tiles, folder, generator, contents), work or Work())
+    summary = do_run(plan_cache(tiles, folder, generator, contents), work or Work())
+    if compact and summary.is_complete:
+        LatentCache.open(folder).compact()
+    return summary
 
 
 def sample(

@@ -143,6 +143,9 @@ def _add_cache(add: AddCommand) -> None:
         default=["moments", "features"],
         choices=["moments", "features"],
     )
+    cache.add_argument(
+        "--compact", action="store_true", help="merge small shards in the end, once all is there"
+    )
     _add_input(cache)
     _add_model(cache)
     _add_work(cache)
@@ -262,9 +265,14 @@ def _normalize(args: argparse.Namespace) -> int:
 def _cache(args: argparse.Namespace) -> int:
     from cytosyn_aug import offline
 
-    generator, work = _load(args), _work(args)
     summary = offline.cache(
-        args.source, args.out, generator, contents=args.contents, **_input(args), work=work
+        args.source,
+        args.out,
+        _load(args),
+        contents=args.contents,
+        compact=args.compact,
+        **_input(args),
+        work=_work(args),
     )
     return _report(summary)
 

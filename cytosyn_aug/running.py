@@ -130,7 +130,7 @@ def do_run(run: Run, work: Work) -> Summary:
     check_strictness()
     units = cut_units(run.listing, run.unit_tiles, work.shard)
     if work.dry_run:
-        return Summary(run.folder, {}, (), False, run.listing.notes, estimate(run, units))
+        return Summary(run.folder, {}, (), False, run.listing.notes, estimate(run, units, work))
     everything = units if work.shard[1] == 1 else cut_units(run.listing, run.unit_tiles)
     with open_run(run.folder, run.identity, software(), overwrite=work.overwrite) as folder:
         to_do = folder.to_do(units)
@@ -158,10 +158,10 @@ def cut_units(listing: Listing, unit_tiles: int, shard: tuple[int, int] = (0, 1)
     return units
 
 
-def estimate(run: Run, units: Sequence[Unit]) -> dict[str, Any]:
+def estimate(run: Run, units: Sequence[Unit], work: Work) -> dict[str, Any]:
     """Return what a run would do: counts, bytes, and time by a trial of two batches."""
     to_do = list(units)
-    if (run.folder / RUN_NAME).is_file():
+    if not work.overwrite and (run.folder / RUN_NAME).is_file():
         with open_run(run.folder, run.identity, software(), overwrite=False) as folder:
             to_do = folder.to_do(units)
     num_tiles = sum(unit.stop - unit.start for unit in to_do)

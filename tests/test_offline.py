@@ -181,8 +181,9 @@ def test_cache_holds_what_the_encoder_gives(tree, tmp_path, small):
     tiles = torch.stack([read(tree / r["source"]) for r in rows(summary.out)])
     found = features_cached(small, tiles, cache, writes=False)
     assert torch.allclose(found, small.features(tiles).cls, atol=1e-5)
-    assert offline.cache(tree, folder, small, unit_tiles=3, work=QUIET).is_complete
+    assert offline.cache(tree, folder, small, unit_tiles=3, compact=True, work=QUIET).is_complete
     assert len(LatentCache.open(folder)) == 10
+    assert len(list((folder / "shards").iterdir())) == 1
 
 
 def test_sample_takes_conditions_in_turn(tmp_path, small):
