@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from cytosyn_aug.batch_edits import Reference
 from cytosyn_aug.classical import DensityReference
 from cytosyn_aug.config import Method
-from cytosyn_aug.edits import Reference
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.image_files import TILE_SUFFIXES
 from cytosyn_aug.inputs import walk

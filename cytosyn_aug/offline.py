@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from cytosyn_aug.batch_edits import Reference
 from cytosyn_aug.cache import LatentCache
 from cytosyn_aug.conditions import Conditions
 from cytosyn_aug.config import Method, Preserve
-from cytosyn_aug.edits import Reference
 from cytosyn_aug.filling import Contents
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.laboratories import References

@@ -13,13 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from cytosyn_aug.conditions import Conditions, read_conditions
-from cytosyn_aug.edits import (
+from cytosyn_aug.batch_edits import (
     augment_edit,
     normalize_edit,
     sample_edit,
     size_check,
 )
+from cytosyn_aug.conditions import Conditions, read_conditions
 from cytosyn_aug.filling import Contents, moments_spec, variants_spec
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.inputs import list_inputs

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from cytosyn_aug.edits import Edit, Edited, stack_tiles
+from cytosyn_aug.batch_edits import Edit, Edited, stack_tiles
 from cytosyn_aug.filling import Contents
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.misses import THUMBNAIL, thumbnails
@@ -55,7 +55,6 @@ def moments_edit(generator: TileGenerator, contents: Sequence[Contents]) -> Edit
         seeds = [0] * len(images)
         names = [""] * len(images)
         is_finite = is_tissue
-        facts = (seeds, names, None, nothing, nothing, fields)
-        yield Edited(images, is_tissue, is_finite, *facts)
+        yield Edited(images, is_tissue, is_finite, seeds, names, None, nothing, nothing, fields)
 
     return edit

@@ -22,7 +22,7 @@ import pyarrow as pa
 import torch
 from tqdm import tqdm
 
-from cytosyn_aug.edits import Edit
+from cytosyn_aug.batch_edits import Edit
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.image_files import ItemError, check_strictness
 from cytosyn_aug.listing import Item, Listing

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cytosyn_aug.batch_edits import stack_tiles
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.editing import central_tiles
-from cytosyn_aug.edits import stack_tiles
 from cytosyn_aug.image_files import ItemError
 from cytosyn_aug.listing import Item, Listing
 from cytosyn_aug.reading import Loaded

@@ -23,8 +23,8 @@ import torch
 from PIL import Image
 
 from cytosyn_aug import StainReference, TileGenerator, offline, plans
+from cytosyn_aug.batch_edits import Edit, Edited, augment_edit
 from cytosyn_aug.demo import load_laboratories
-from cytosyn_aug.edits import Edit, Edited, augment_edit
 from cytosyn_aug.inputs import list_inputs
 from cytosyn_aug.offline_recipes import AugmentRecipe
 from cytosyn_aug.reading import Loaded, Reader

@@ -36,7 +36,7 @@ ROWS = [
     {"views", "written"},
     {"image_transform"},
     {"offline_recipes"},
-    {"edits", "outputs"},
+    {"batch_edits", "outputs"},
     {"record_edits", "pipeline", "slide_sources", "laboratories"},
     {"running"},
     {"plans"},

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cytosyn_aug.edits import Edited
+from cytosyn_aug.batch_edits import Edited
 from cytosyn_aug.image_files import ItemError
 from cytosyn_aug.listing import Item, make_listing
 from cytosyn_aug.outputs import Written

@@ -151,8 +151,9 @@ def sample_edit(generator: TileGenerator, conditions: Tensor | None, recipe: Sam
             similarity = torch.cosine_similarity(cls, generator.features(images).cls)
         is_tissue = torch.ones(len(images), dtype=torch.bool)
         nothing = torch.full((len(images),), torch.nan)
-        facts = (seeds, [""] * len(seeds), None, similarity, nothing)
-        yield Edited(images, is_tissue, is_finite, *facts)
+        yield Edited(
+            images, is_tissue, is_finite, seeds, [""] * len(seeds), None, similarity, nothing
+        )
 
     return edit
 
@@ -216,8 +217,7 @@ def _stain_edit(
             made = torch.where(is_tissue[:, None, None, None], made, images)
             similarity = _similarity(generator, cls, made, recipe.mpp)
             distance = colour_distance(images, made)
-            facts = (seeds, drawn, strengths, similarity, distance)
-            yield Edited(made, is_tissue, is_finite, *facts)
+            yield Edited(made, is_tissue, is_finite, seeds, drawn, strengths, similarity, distance)
 
     return edit
 
@@ -246,8 +246,8 @@ def _resample_edit(generator: TileGenerator, recipe: AugmentRecipe) -> Edit:
             similarity = torch.where(found.is_tissue, found.similarity, 1.0)
             distance = colour_distance(images, made)
             is_finite = found.is_finite | ~found.is_tissue
-            facts = (seeds, [""] * len(seeds), None, similarity, distance)
-            yield Edited(made, found.is_tissue, is_finite, *facts)
+            names = [""] * len(seeds)
+            yield Edited(made, found.is_tissue, is_finite, seeds, names, None, similarity, distance)
 
     return edit
 
@@ -322,8 +322,12 @@ def _classical_edit(
         is_finite = torch.ones_like(is_tissue)
         nothing = torch.full((len(batch),), torch.nan)  # no encoder was asked
         strengths = [recipe.strength] * len(batch)
-        facts = ([0] * len(batch), [name] * len(batch), strengths, nothing)
-        yield Edited(made, is_tissue, is_finite, *facts, colour_distance(images, made))
+        seeds, names, distance = (
+            [0] * len(batch),
+            [name] * len(batch),
+            colour_distance(images, made),
+        )
+        yield Edited(made, is_tissue, is_finite, seeds, names, strengths, nothing, distance)
 
     return edit
 
