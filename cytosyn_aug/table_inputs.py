@@ -2,7 +2,8 @@
 
 A path is that of a tile's image or, with x and y, of a slide: then the tile is cut there, with its
 upper left corner at that pixel of level 0, whatever it shows. Paths are relative to the table's
-folder. No image is opened here, and no torch.
+folder; results of absolute ones go by what follows their common folder. No image is opened here,
+and no torch.
 """
 
 from __future__ import annotations
@@ -35,27 +36,29 @@ def list_table(file: Path) -> Listing:
 
 def _items(folder: Path, table: dict[str, list[Any]]) -> Iterator[Item]:  # Any: cells
     sizes: dict[str, tuple[int, str]] = {}  # of slides, which come in many rows
+    absolute = {os.path.dirname(name) for name in table["path"] if os.path.isabs(name)}
+    shared = os.path.commonpath(absolute) if absolute else ""
     for row, name in enumerate(table["path"]):
+        stem = output_stem(os.path.relpath(name, shared) if os.path.isabs(name) else name)
         cells: dict[str, Any] = {n: column[row] for n, column in table.items() if n != "path"}
         if os.path.splitext(name)[1].lower() in SLIDE_SUFFIXES:
             if name not in sizes:
                 sizes[name] = _size(folder / name)
-            yield _slide_item(name, cells, *sizes[name])
+            yield _slide_item(name, stem, cells, *sizes[name])
             continue
         slide, x, y = corner(name)
         size, error = _size(folder / name)
-        item = Item(name, slide=slide, x=x, y=y, size=size, error=error)._replace(**cells)
+        item = Item(name, stem, slide=slide, x=x, y=y, size=size, error=error)._replace(**cells)
         if item.mask and not error and not (folder / item.mask).is_file():
             item = item._replace(error=f"has a mask that is not there: {item.mask}")
         yield item
 
 
-def _slide_item(name: str, cells: dict[str, Any], size: int, error: str) -> Item:
-    stem = os.path.splitext(name)[0]
+def _slide_item(name: str, stem: str, cells: dict[str, Any], size: int, error: str) -> Item:
     item = Item(name, slide=stem, file=name, size=size, error=error)._replace(**cells)
     if item.x is None or item.y is None:
         return item._replace(error=error or "is a slide, and its row lacks x or y")
-    return item._replace(stem=output_stem(f"{stem}/{item.x}_{item.y}.png"))
+    return item._replace(stem=f"{stem}/{item.x}_{item.y}")
 
 
 def _read_columns(file: Path) -> dict[str, list[Any]]:  # Any: cells

@@ -114,6 +114,16 @@ def test_a_table_keeps_its_order_and_its_texts(tmp_path, suffix):
     assert found[4].stem == "out of"  # inside of OUT, whatever the path
 
 
+def test_absolute_paths_go_by_what_follows_their_common_folder(tmp_path):
+    write(tmp_path, "data/a/1.png", "data/b/2.png")
+    file = tmp_path / "lists" / "table.csv"
+    file.parent.mkdir()
+    names = [str(tmp_path / "data" / name) for name in ("a/1.png", "b/2.png")]
+    file.write_text("\n".join(["path", *names]))
+    assert [i.stem for i in items(file)] == ["a/1", "b/2"]
+    assert not errors(file)
+
+
 def test_a_table_without_paths_or_with_damage_is_refused(tmp_path):
     file = tmp_path / "table.csv"
     file.write_text("name,label\na,b\n")
