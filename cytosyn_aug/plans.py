@@ -71,7 +71,9 @@ def plan_augment(
 ) -> Run:
     """Return the run that `cytosyn_aug.offline.augment` does."""
     _check_format(format, get_args(Format))
-    listing = _list(tiles, out, generator)
+    _check_apart(tiles.source, out)
+    laboratories, identities = open_references(references, generator)
+    listing = _list(tiles, generator)
     num_masks = listing.num_masks()
     if num_masks and not (recipe.keeps_structure or recipe.allow_geometry_change):
         raise ValueError(
@@ -79,7 +81,6 @@ def plan_augment(
             "moves; use mode stain with preserve color, or allow geometry change and lose the masks"
         )
     recipe = replace(recipe, mpp=_scale(tiles, listing, generator))
-    laboratories, identities = open_references(references, generator)
     edit = augment_edit(generator, laboratories, recipe)
     more = {"references": identities, "format": format}
     identity = _identity("augment", recipe, listing, generator, tiles) | more
@@ -127,9 +128,10 @@ def plan_normalize(
 ) -> Run:
     """Return the run that `cytosyn_aug.offline.normalize` does."""
     _check_format(format, _IMAGE_FORMATS)
-    listing = _list(tiles, out, generator)
-    recipe = replace(recipe, mpp=_scale(tiles, listing, generator))
+    _check_apart(tiles.source, out)
     laboratories, identities = open_references(references, generator, recipe.method)
+    listing = _list(tiles, generator)
+    recipe = replace(recipe, mpp=_scale(tiles, listing, generator))
     more = {"references": identities, "format": format}
     identity = _identity("normalize", recipe, listing, generator, tiles) | more
     read = _read(tiles, listing, generator, is_exact=False, takes_masks=True)
@@ -155,7 +157,8 @@ def plan_cache(
     tiles: Tiles, cache: Path | str, generator: TileGenerator, contents: Sequence[Contents]
 ) -> Run:
     """Return the run that `cytosyn_aug.offline.cache` does."""
-    listing = _list(tiles, cache, generator)
+    _check_apart(tiles.source, cache)
+    listing = _list(tiles, generator)
     spec = moments_spec(generator, contents)
     identity = _identity("cache", {"contents": list(contents)}, listing, generator, tiles)
     # A cache holds many sets of tiles; each has a run of its own beside the records.
@@ -214,16 +217,24 @@ def plan_sample(
     )
 
 
-def _list(tiles: Tiles, out: Path | str, generator: TileGenerator) -> Listing:
-    """List an input, and refuse results among it: the next run would find them."""
-    source, out = Path(tiles.source), Path(out)
+def _check_apart(source: Path | str, out: Path | str) -> None:
+    """Refuse results among their sources: the next run would find them.
+
+    Called before references are fitted and slides are looked through, which takes longer.
+    """
+    source, out = Path(source), Path(out)
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist; give a folder, table, tar file or slide")
     inside, folder = out.resolve(), source.resolve()
     if source.is_file():
         if inside == folder.parent:
             raise ValueError(f"OUT {out} is the folder of IN {source}; choose another one")
     elif inside.is_relative_to(folder) or folder.is_relative_to(inside):
         raise ValueError(f"OUT {out} and IN {source} lie in each other; choose folders apart")
-    return list_inputs(source, generator.tile, kind=tiles.kind, mpp=tiles.mpp)
+
+
+def _list(tiles: Tiles, generator: TileGenerator) -> Listing:
+    return list_inputs(tiles.source, generator.tile, kind=tiles.kind, mpp=tiles.mpp)
 
 
 def _check_format(format: str, allowed: Sequence[str]) -> None:
