@@ -96,6 +96,20 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     """Import a public name from its module."""
+    if name == "offline":
+        return _offline()
     if name not in _HOMES:
         raise AttributeError(f"module 'cytosyn_aug' has no attribute {name!r}")
     return getattr(import_module(f"cytosyn_aug.{_HOMES[name]}"), name)
+
+
+def _offline() -> object:
+    try:
+        return import_module("cytosyn_aug.offline")
+    except ModuleNotFoundError as error:
+        if error.name == "fcntl":
+            raise ModuleNotFoundError("offline needs a POSIX system, for its locks") from error
+        raise ModuleNotFoundError(
+            f'{error.name} is missing; install it with: pip install "cytosyn-aug[offline]"',
+            name=error.name,
+        ) from error

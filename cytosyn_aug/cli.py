@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cytosyn_aug.offline_command import add_commands
+
 if TYPE_CHECKING:  # --help must answer without loading torch
     from cytosyn_aug.generator import TileGenerator
 
@@ -16,14 +18,26 @@ _DTYPES = ["float32", "bfloat16", "float16"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return 0 when done, 1 if a check failed and 2 for bad input."""
-    args = _parser().parse_args(arguments)
+    """Run the command line; return 0 when done, 1 if a check or tile failed, 2 for bad input."""
+    args = parse(arguments)
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         return run(args)
-    except (ArithmeticError, OSError, ValueError) as error:
+    except (ArithmeticError, ImportError, OSError, ValueError) as error:
         print(f"cytosyn-aug {args.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"cytosyn-aug {args.command}: stopped", file=sys.stderr)
+        return 130
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse a command line; its `run` does it. Ends the process if it is wrong, as argparse does.
+
+    Args:
+        arguments: Without the program's name; None for the process's own.
+    """
+    return _parser().parse_args(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--size-px", type=int, default=224, help="side of its tiles")
     convert.add_argument("--mpp", type=float, default=0.5, help="microns per pixel of its tiles")
     convert.add_argument("--dtype", default="float32", choices=_DTYPES)
+    add_commands(command, parse)
     for added in (info, doctor):
         added.add_argument("model", nargs="?", help="folder or Hub id; default: tiny")
         added.add_argument("--encoder", default="auto", help="folder, file or Hub id; or none")

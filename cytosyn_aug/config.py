@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 Preserve = Literal["color", "none"]
+Method = Literal["cytosyn", "macenko", "reinhard", "transport"]  # of normalisation
 Triple = tuple[float, float, float]
 # Folders of a model folder; the first two make a model, the others are optional.
 PART_NAMES = ("transformer", "vae", "encoder", "stain_probe", "student", "decoder")

@@ -39,7 +39,7 @@ def atomic_file(file: Path) -> Iterator[BinaryIO]:
                 written = stream.tell() if not stream.closed else 0
             os.fsync(stream.fileno())
         temporary.replace(file)
-        _flush_folder(file.parent)
+        flush_folder(file.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno and error.filename is None:
@@ -60,7 +60,7 @@ def remove_leftovers(folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Flush a rename to disk, where folders can be opened (not on Windows)."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)

@@ -49,21 +49,50 @@ def variants_spec(
         ValueError: Unknown payload, no edits, or one that depends on epochs or slides.
         TypeError: Functions without a recipe, or a recipe that JSON cannot hold.
     """
+    if keeps_structure is None:
+        keeps_structure = all(isinstance(e, TileTransform) and e.keeps_structure for e in edits)
+    return records_spec(
+        generator,
+        payload,
+        num_variants=len(edits),
+        content=describe_edits(edits, seed, recipe),
+        keeps_structure=keeps_structure,
+    )
+
+
+def records_spec(
+    generator: TileGenerator,
+    payload: Payload,
+    *,
+    num_variants: int,
+    content: dict[str, object],
+    keeps_structure: bool,
+) -> CacheSpec:
+    """Return what `variants_spec` does, for those who fill the cache in ways of their own.
+
+    Args:
+        generator: The model.
+        payload: "latents" or "images".
+        num_variants: Variants of each tile.
+        content: All that decides the variants beside the model, as JSON can hold it.
+        keeps_structure: Whether masks and boxes of the tile are true of its variants too.
+
+    Raises:
+        ValueError: Unknown payload.
+        TypeError: Content that JSON cannot hold.
+    """
     if payload not in ("latents", "images"):
         raise ValueError(f"payload is {payload!r}, expected 'latents' or 'images'")
     size = generator.tile.size_px
     field = Field("images", (3, size, size), "uint8")
     if payload == "latents":
         field = Field("latents", generator.latent_shape, "float16")
-    if keeps_structure is None:
-        keeps_structure = all(isinstance(e, TileTransform) and e.keeps_structure for e in edits)
-    content = {"kind": "variants", **describe_edits(edits, seed, recipe)}
     return CacheSpec(
         tile=generator.tile,
         fields=(field, Field("is_edited", (), "uint8"), THUMBNAIL),
         model_digest=generator.digest,
-        recipe=write_recipe(generator, content),
-        num_variants=len(edits),
+        recipe=write_recipe(generator, {"kind": "variants", **content}),
+        num_variants=num_variants,
         keeps_structure=keeps_structure,
     )
 
@@ -124,8 +153,8 @@ def _check_edits(
     recipe = json.loads(cache.spec.recipe)
     if "edits" not in recipe:
         raise ValueError(
-            f"{cache.folder} was made by an earlier release, which did not write down its edits; "
-            "fill a cache in another folder"
+            f"{cache.folder} was not made by variants_spec (but by `cytosyn-aug augment`, or an "
+            "earlier release); fill a cache in another folder"
         )
     given = variants_spec(
         generator,

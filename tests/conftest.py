@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from PIL import Image
 from safetensors.torch import save_file
 
 from cytosyn_aug.checkpoint import ModelParts, load_model, save_model
@@ -231,3 +232,39 @@ def synthetic_slide(tmp_path):
         return write_slide(file, slide_picture(grid, side, seed), **facts)
 
     return write
+
+
+def save_tile(file, tile):
+    """Write a tile uint8 [3, H, W] as an image file, with the folders it needs."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(tile.permute(1, 2, 0).contiguous().numpy()).save(file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def small(model_folder):
+    """The random model with batches of four."""
+    return TileGenerator(load_model(model_folder), batch_size=4)
+
+
+@pytest.fixture(scope="session")
+def laboratories(tmp_path_factory):
+    """Two folders of tiles to restain to."""
+    folder = tmp_path_factory.mktemp("laboratories")
+    for name, seed in (("a", 7), ("b", 8)):
+        for k, tile in enumerate(synthetic_tiles(3, seed=seed)):
+            save_tile(folder / name / f"{k}.png", 255 - tile // 2)
+    return [folder / "a", folder / "b"]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Ten tiles of two classes, one of them with a mask and one of them blank."""
+    folder = tmp_path / "in"
+    for k, tile in enumerate(synthetic_tiles(9)):
+        label = "tumour" if k % 2 else "stroma"
+        save_tile(folder / label / f"slide{k % 3}_{k * 10}_{k}.png", tile)
+    blank = torch.full((3, SIZE, SIZE), 250, dtype=torch.uint8)
+    save_tile(folder / "stroma" / "blank.png", blank)
+    Image.new("L", (SIZE, SIZE), 1).save(folder / "tumour" / "slide1_10_1_mask.png")
+    return folder

@@ -89,8 +89,9 @@ def test_examples_run(command, said, tmp_path):
 def test_help_loads_no_torch():
     code = (
         "import sys, cytosyn_aug.cli as c\n"
-        "try: c.main(['demo', '--help'])\n"
-        "except SystemExit: pass\n"
-        "sys.exit('torch' in sys.modules)"
+        "for name in ['demo', 'augment', 'normalize', 'cache', 'sample', 'slurm']:\n"
+        "    try: c.main([name, '--help'])\n"
+        "    except SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0

@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image
 
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.slides import Reading, Slide, SlideError, grid_positions
-from cytosyn_aug.tissue import TissueConfig, TissueMask, load_mask, tissue_pixels
+from cytosyn_aug.slide_tiles import candidate_positions
+from cytosyn_aug.slides import Reading, Slide, SlideError
+from cytosyn_aug.tissue import TissueConfig, TissueMask
 from training.sources import GivenTile
 
 
@@ -33,34 +34,6 @@ class Candidates(NamedTuple):
     keys: list[str]
     read: Callable[[int], Image.Image]
     tissue: TissueConfig | None
-
-
-def slide_mask(slide: Slide, imported: Path | None, config: TissueConfig) -> TissueMask:
-    """Return the tissue of a slide, from an imported mask or from a thumbnail.
-
-    Raises:
-        ValueError: The imported mask is not one of this slide.
-        SlideError: The slide has no level coarse enough, or is damaged all over.
-    """
-    if imported is not None:
-        pixel = config.mask_mpp / slide.scale.mpp
-        return load_mask(imported, slide.width_level0, slide.height_level0, pixel)
-    image, pixel, is_unreadable = slide.thumbnail(config.mask_mpp)
-    if is_unreadable.all():
-        raise SlideError(f"{slide.file.name} opens, but no part of it can be decoded")
-    # What cannot be seen may be tissue: its tiles are tried, and those that fail are named.
-    return TissueMask(tissue_pixels(image, config) | is_unreadable, (pixel, pixel))
-
-
-def candidate_positions(
-    slide: Slide, reading: Reading, mask: TissueMask, config: TissueConfig
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the corners of tiles with enough tissue, and how much each has."""
-    extent = reading.extent_level0
-    positions = grid_positions(slide.width_level0, slide.height_level0, extent)
-    tissue = mask.fractions(positions, extent)
-    is_enough = tissue >= config.min_tissue
-    return positions[is_enough], tissue[is_enough]
 
 
 def slide_candidates(

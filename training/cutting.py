@@ -23,7 +23,10 @@ from PIL import Image
 
 from cytosyn_aug.config import TileSpec, config_digest
 from cytosyn_aug.files import atomic_file, write_atomically
+from cytosyn_aug.image_files import encode_tile
+from cytosyn_aug.slide_tiles import candidate_positions, slide_mask
 from cytosyn_aug.slides import Grid, Slide, SlideError
+from cytosyn_aug.tar_files import ShardWriter
 from cytosyn_aug.tissue import (
     TissueConfig,
     TissueMask,
@@ -32,13 +35,11 @@ from cytosyn_aug.tissue import (
 )
 from training.candidates import (
     Candidates,
-    candidate_positions,
     given_candidates,
     slide_candidates,
-    slide_mask,
     take,
 )
-from training.shards import TILE_SCHEMA, ShardWriter, encode_tile
+from training.shards import TILE_SCHEMA
 from training.sources import Source, check_split_name
 from training.splits import QuotaBy, rank
 

@@ -12,23 +12,21 @@ an error. Any tar reader reads the shards; the table gives random access. No tor
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-import tarfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image
 
 from cytosyn_aug.config import TileSpec
+from cytosyn_aug.image_files import decode_tile
 
 FORMAT_VERSION = 1
 DATASET_NAME = "dataset.json"
@@ -52,71 +50,8 @@ TILE_SCHEMA = pa.schema(
         ("crc32", pa.uint32()),
     ]
 )
-_BLOCK = tarfile.BLOCKSIZE
 _MAX_OPEN_SHARDS = 128
 _READ_COLUMNS = ("shard", "slide", "x_level0", "y_level0", "offset", "size", "crc32")
-
-
-class Record(NamedTuple):
-    """Where a tile's bytes are in its shard, and their CRC-32."""
-
-    offset: int
-    size: int
-    crc32: int
-
-
-class ShardWriter:
-    """Appends members to a tar stream; the same members give the same bytes.
-
-    Attributes:
-        num_bytes: Written so far.
-    """
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self._sha256 = hashlib.sha256()
-        self.num_bytes = 0
-
-    def add(self, name: str, content: bytes) -> Record:
-        """Append a member.
-
-        Raises:
-            ValueError: The name does not fit a USTAR header.
-            OSError: The disk is full and the like.
-        """
-        header = tarfile.TarInfo(name)
-        header.size, header.mode = len(content), 0o644
-        self._write(header.tobuf(tarfile.USTAR_FORMAT))
-        record = Record(self.num_bytes, len(content), zlib.crc32(content))
-        self._write(content + bytes(-len(content) % _BLOCK))
-        return record
-
-    def finish(self) -> str:
-        """Write the end of the archive and return the SHA-256 of all of it."""
-        self._write(bytes(2 * _BLOCK))
-        return self._sha256.hexdigest()
-
-    def _write(self, content: bytes) -> None:
-        self._stream.write(content)
-        self._sha256.update(content)
-        self.num_bytes += len(content)
-
-
-def encode_tile(image: Image.Image) -> bytes:
-    """Return an RGB image as lossless WebP, fast rather than smallest (1.6 ms and 80 kB a tile)."""
-    stream = io.BytesIO()
-    image.save(stream, "WEBP", lossless=True, method=0, quality=50)
-    return stream.getvalue()
-
-
-def decode_tile(content: bytes) -> np.ndarray:
-    """Return a WebP's pixels, uint8 [H, W, 3].
-
-    Raises:
-        OSError: It is not a WebP, or is truncated.
-    """
-    with Image.open(io.BytesIO(content), formats=("WEBP",)) as image:
-        return np.array(image.convert("RGB"))  # a copy: torch wants to be able to write
 
 
 class TileStore:

@@ -26,6 +26,7 @@ from typing import Any
 
 from cytosyn_aug.config import config_digest
 from cytosyn_aug.files import remove_leftovers, write_atomically
+from cytosyn_aug.run_folder import differences
 from training.catalogue import Outcome, Summary, members, publish, software
 from training.cutting import (
     CutUnit,
@@ -165,26 +166,16 @@ def _claim(out: Path, sources: Sequence[Source], recipe: TileRecipe) -> None:
     }
     identity = json.loads(json.dumps(identity))
     file = out / "work" / "identity.json"
-    differences = list(_differences(_read(file) or {}, identity))
-    if differences and any((out / "work" / "receipts").glob("*.json")):
-        shown = "\n  ".join(differences[:8])
-        more = f"\n  and {len(differences) - 8} more" if len(differences) > 8 else ""
+    changes = list(differences(_read(file) or {}, identity))
+    if changes and any((out / "work" / "receipts").glob("*.json")):
+        shown = "\n  ".join(changes[:8])
+        more = f"\n  and {len(changes) - 8} more" if len(changes) > 8 else ""
         raise ValueError(
             f"{out} holds another run; was -> is now:\n  {shown}{more}\n"
             "Choose another --out, or restore what changed"
         )
-    if differences:
+    if changes:
         write_atomically(file, json.dumps(identity, indent=1).encode())
-
-
-def _differences(was: Any, now: Any, path: str = "") -> Iterator[str]:  # Any: JSON
-    if isinstance(was, dict) and isinstance(now, dict):
-        for key in sorted(was | now):
-            below = f"{path}.{key}" if path else key
-            yield from _differences(was.get(key, "absent"), now.get(key, "absent"), below)
-    elif was != now:
-        whole = ("present" if isinstance(value, dict) else value for value in (was, now))
-        yield f"{path}: {' -> '.join(map(str, whole))}"
 
 
 def _scan_all(

@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 
 from cytosyn_aug.config import TileSpec
+from cytosyn_aug.image_files import decode_tile, encode_tile
+from cytosyn_aug.tar_files import ShardWriter
 from training.cutting import TileRecipe
 from training.data import StoredTiles, TileSet, open_tiles, spread_evenly
-from training.shards import ShardWriter, TileStore, decode_tile, encode_tile, verify
+from training.shards import TileStore, verify
 from training.tile_folders import list_tiles
 from training.tiles import make_tiles
 

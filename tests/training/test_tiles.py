@@ -20,13 +20,14 @@ from conftest import damage_tile
 from PIL import Image
 
 from cytosyn_aug.config import TileSpec
+from cytosyn_aug.image_files import decode_tile
 from cytosyn_aug.slides import Slide
 from cytosyn_aug.tissue import TissueConfig
 from training import tiles
 from training.cutting import TileRecipe, take
 from training.data import StoredTiles, load_tiles
 from training.recipes import smoke_tile
-from training.shards import TileStore, decode_tile
+from training.shards import TileStore
 from training.sources import list_slides
 from training.tile_command import main
 from training.tile_folders import list_tiles

@@ -1,0 +1,354 @@
+"""What offline commands do to a batch of tiles: functions made from recipes.
+
+A made function takes tiles of one size and yields one `Edited` a variant. Every draw comes from
+SHA-256 of the tile's pixels, the variant and the recipe's seed, so that it does not matter which
+process meets a tile, and when.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cytosyn_aug.classical import (
+    DensityReference,
+    DensityTransport,
+    MacenkoNormalize,
+    ReinhardNormalize,
+)
+from cytosyn_aug.colour import colour_distance
+from cytosyn_aug.config import Method
+from cytosyn_aug.editing import (
+    EditRecipe,
+    StainChange,
+    central_tiles,
+    check_scale,
+    redraw,
+    resample,
+    stain_change,
+)
+from cytosyn_aug.filling import derive_seed
+from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.image_files import ItemError
+from cytosyn_aug.images import pixels_to_images
+from cytosyn_aug.macenko import MacenkoReference
+from cytosyn_aug.offline_recipes import AugmentRecipe, NormalizeRecipe, SampleRecipe
+from cytosyn_aug.reading import Loaded
+from cytosyn_aug.reference import StainReference
+from cytosyn_aug.reinhard import ReinhardReference
+from cytosyn_aug.sampling import sample_noise
+from cytosyn_aug.stain import DensityMap, apply_density_map, blend_with_identity
+from cytosyn_aug.tile_transform import TileTransform
+
+Reference = StainReference | MacenkoReference | ReinhardReference | DensityReference
+Sources = Callable[[str], Any]  # from a slide's name to its Reference, or None; Any: of one kind
+_SEED_RANGE = float(1 << 62)
+
+
+class Edited(NamedTuple):
+    """One variant of a batch of tiles.
+
+    Attributes:
+        images: uint8 [B, 3, H, W], on any device.
+        is_tissue: bool [B]; False where a blank tile was left as it is.
+        is_finite: bool [B]; False where the networks failed, and the image is not to be used.
+        seeds: Seed of each tile.
+        references: Name of the reference of each tile, "" for none.
+        strengths: Strength of restaining of each tile; None where there is none.
+        similarity: float [B], cosine of CLS features to the source; NaN without an encoder.
+        distance: float [B], mean distance in CIE Lab over tissue; NaN where there is no source.
+        fields: Further fields of a cache's records, [B, ...] each.
+    """
+
+    images: Tensor
+    is_tissue: Tensor
+    is_finite: Tensor
+    seeds: list[int]
+    references: list[str]
+    strengths: list[float] | None
+    similarity: Tensor
+    distance: Tensor
+    fields: Mapping[str, Tensor] = MappingProxyType({})
+
+
+Edit = Callable[[Sequence[Loaded]], Iterator[Edited]]
+
+
+def augment_edit(
+    generator: TileGenerator, references: Mapping[str, StainReference], recipe: AugmentRecipe
+) -> Edit:
+    """Return the function that augments a batch.
+
+    Raises:
+        ValueError: The recipe asks for what the model or the references cannot give.
+    """
+    if recipe.mode == "resample":
+        return _resample_edit(generator, recipe)
+    if not references:
+        raise ValueError("mode stain needs references: folders of tiles or saved .json files")
+    check_scale(recipe.mpp, generator.tile)
+    if recipe.preserve == "none" and generator.encoder is None:
+        raise ValueError(
+            "preserve 'none' needs an encoder, and this model was loaded without; load it with "
+            "--encoder bioptimus/H0-mini, or use preserve 'color'"
+        )
+    is_fixed = recipe.preserve == "color" and recipe.strength[0] == recipe.strength[1]
+    if is_fixed and recipe.variants > len(references):
+        raise ValueError(
+            f"{recipe.variants} variants with {len(references)} references of one strength would "
+            "repeat themselves; give more references, a range of strengths, or fewer variants"
+        )
+    return _stain_edit(generator, references, recipe)
+
+
+def normalize_edit(
+    generator: TileGenerator,
+    references: Mapping[str, Any],
+    recipe: NormalizeRecipe,
+    sources: Sources,
+) -> Edit:
+    """Return the function that normalises a batch to one reference, by `recipe.method`.
+
+    Args:
+        generator: The model.
+        references: The one reference, by name, of the kind of the method.
+        recipe: How.
+        sources: Stain of slides; asked if `recipe.source` is "slide".
+
+    Raises:
+        ValueError: Not one reference, or no such method.
+    """
+    if len(references) != 1:
+        raise ValueError(f"got {len(references)} references, expected the one to normalise to")
+    if recipe.method not in _METHODS:
+        raise ValueError(f"method is {recipe.method!r}, expected one of {sorted(_METHODS)}")
+    check_scale(recipe.mpp, generator.tile)
+    return _METHODS[recipe.method](generator, references, recipe, sources)
+
+
+def sample_edit(generator: TileGenerator, conditions: Tensor | None, recipe: SampleRecipe) -> Edit:
+    """Return the function that generates tiles by number, each with the next condition in turn."""
+    rows = generator.null_condition[None] if conditions is None else conditions
+
+    def edit(batch: Sequence[Loaded]) -> Iterator[Edited]:
+        numbers = [int(tile.key) for tile in batch]
+        seeds = [derive_seed(tile.key, 0, recipe.seed) for tile in batch]
+        cls = rows[[number % len(rows) for number in numbers]].to(generator.device)
+        noise = sample_noise(seeds, generator.latent_shape)
+        latents = generator.draw(
+            noise, cls, steps=recipe.steps, guidance_scale=recipe.guidance_scale, seeds=seeds
+        )
+        pixels = generator.decode_pixels(latents, is_few_step=generator.student is not None)
+        is_finite = pixels.isfinite().flatten(1).all(1)
+        images = pixels_to_images(pixels.nan_to_num())
+        similarity = torch.full((len(images),), torch.nan)
+        if generator.encoder is not None and conditions is not None:
+            similarity = torch.cosine_similarity(cls, generator.features(images).cls)
+        is_tissue = torch.ones(len(images), dtype=torch.bool)
+        nothing = torch.full((len(images),), torch.nan)
+        yield Edited(
+            images, is_tissue, is_finite, seeds, [""] * len(seeds), None, similarity, nothing
+        )
+
+    return edit
+
+
+def size_check(
+    generator: TileGenerator, mpp: float, *, is_exact: bool
+) -> Callable[[int, int], None]:
+    """Return a function of height and width that raises `ItemError` for tiles of a wrong size.
+
+    Args:
+        generator: The model.
+        mpp: Scale of the tiles in microns per pixel.
+        is_exact: Whether tiles must have the model's size, or may be larger.
+    """
+    size, scale = generator.tile.size_px, mpp / generator.tile.mpp
+
+    def check(height: int, width: int) -> None:
+        if is_exact and (height, width) != (size, size):
+            raise ItemError(
+                f"is {width}x{height} px, expected {generator.tile.describe()}; re-tile it"
+            )
+        if min(round(height * scale), round(width * scale)) < size:
+            raise ItemError(
+                f"is {width}x{height} px at {mpp:g} microns/pixel, expected at least "
+                f"{generator.tile.describe()}; re-tile it larger or correct --mpp"
+            )
+
+    return check
+
+
+def _stain_edit(
+    generator: TileGenerator,
+    references: Mapping[str, StainReference],
+    recipe: AugmentRecipe,
+    sources: Sources = lambda slide: None,
+) -> Edit:
+    names = list(references)
+
+    def edit(batch: Sequence[Loaded]) -> Iterator[Edited]:
+        images = stack_tiles(batch).to(generator.device)
+        tiles = central_tiles(images.float(), recipe.mpp, generator.tile)
+        cls = None if generator.encoder is None else generator.features(tiles).cls
+        slides = [tile.item.slide for tile in batch]
+        for variant in range(recipe.variants):
+            seeds = [derive_seed(tile.key, variant, recipe.seed) for tile in batch]
+            # Each tile begins at a reference of its own and takes them in turn.
+            first = [derive_seed(tile.key, -1, recipe.seed) for tile in batch]
+            drawn = [names[(number + variant) % len(names)] for number in first]
+            low, high = recipe.strength
+            strengths = [low + (high - low) * (seed / _SEED_RANGE) for seed in seeds]
+            ways = [
+                (references[name], sources(slide))
+                for name, slide in zip(drawn, slides, strict=True)
+            ]
+            change, is_tissue, is_finite = _changes(generator, tiles, ways, recipe.edit, cls)
+            change = blend_with_identity(change, torch.tensor(strengths, device=images.device))
+            made = apply_density_map(images, change).round().to(torch.uint8)
+            if recipe.preserve == "none":
+                made, is_drawn = redraw(generator, made, recipe.edit, seeds)
+                is_finite = is_finite & (is_drawn | ~is_tissue)
+            made = torch.where(is_tissue[:, None, None, None], made, images)
+            similarity = _similarity(generator, cls, made, recipe.mpp)
+            distance = colour_distance(images, made)
+            yield Edited(made, is_tissue, is_finite, seeds, drawn, strengths, similarity, distance)
+
+    return edit
+
+
+def _resample_edit(generator: TileGenerator, recipe: AugmentRecipe) -> Edit:
+    if generator.encoder is None:
+        raise ValueError(
+            "mode resample needs an encoder, and this model was loaded without; load it with "
+            "--encoder bioptimus/H0-mini"
+        )
+
+    def edit(batch: Sequence[Loaded]) -> Iterator[Edited]:
+        images = stack_tiles(batch).to(generator.device)
+        cls = generator.features(images).cls
+        for variant in range(recipe.variants):
+            seeds = [derive_seed(tile.key, variant, recipe.seed) for tile in batch]
+            found = resample(
+                generator,
+                images,
+                seeds,
+                steps=recipe.steps,
+                guidance_scale=recipe.guidance_scale,
+                cls=cls,
+            )
+            made = torch.where(found.is_tissue[:, None, None, None], found.images, images)
+            similarity = torch.where(found.is_tissue, found.similarity, 1.0)
+            distance = colour_distance(images, made)
+            is_finite = found.is_finite | ~found.is_tissue
+            names = [""] * len(seeds)
+            yield Edited(made, found.is_tissue, is_finite, seeds, names, None, similarity, distance)
+
+    return edit
+
+
+def _changes(
+    generator: TileGenerator,
+    tiles: Tensor,
+    ways: Sequence[tuple[StainReference, StainReference | None]],
+    recipe: EditRecipe,
+    cls: Tensor | None,
+) -> StainChange:
+    """Return the change of each tile to its own reference.
+
+    Args:
+        generator: The model.
+        tiles: uint8 [B, 3, size, size].
+        ways: Reference of each tile, and the stain of its slide or None for its own.
+        recipe: How the model restains.
+        cls: Features of the tiles, if there is an encoder.
+    """
+    matrix = torch.zeros(len(tiles), 3, 3, dtype=torch.float64, device=tiles.device)
+    offset = torch.zeros(len(tiles), 3, dtype=torch.float64, device=tiles.device)
+    is_tissue = torch.zeros(len(tiles), dtype=torch.bool, device=tiles.device)
+    is_finite = torch.zeros_like(is_tissue)
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row, way in enumerate(ways):
+        groups.setdefault((id(way[0]), id(way[1])), []).append(row)
+    for rows in groups.values():
+        reference, source = ways[rows[0]]
+        own = None if cls is None or generator.stain_probe is None else cls[rows]
+        found = stain_change(generator, tiles[rows], reference, source, recipe, own)
+        matrix[rows], offset[rows] = found.change.matrix, found.change.offset
+        is_tissue[rows], is_finite[rows] = found.is_tissue, found.is_finite
+    return StainChange(DensityMap(matrix, offset), is_tissue, is_finite)
+
+
+def _cytosyn_edit(
+    generator: TileGenerator,
+    references: Mapping[str, Any],
+    recipe: NormalizeRecipe,
+    sources: Sources,
+) -> Edit:
+    strength = (recipe.strength, recipe.strength)
+    same = AugmentRecipe(strength=strength, mpp=recipe.mpp, edit=recipe.edit)
+    if recipe.source == "tile":
+        return _stain_edit(generator, references, same)
+    return _stain_edit(generator, references, same, sources)
+
+
+def _classical_edit(
+    kind: Callable[..., TileTransform],
+    generator: TileGenerator,
+    references: Mapping[str, Any],
+    recipe: NormalizeRecipe,
+    sources: Sources,
+) -> Edit:
+    ((name, reference),) = references.items()
+
+    def edit(batch: Sequence[Loaded]) -> Iterator[Edited]:
+        images = stack_tiles(batch).to(generator.device)
+        made = images.clone()
+        rows_of: dict[str, list[int]] = {}
+        for row, tile in enumerate(batch):
+            rows_of.setdefault(tile.item.slide if recipe.source == "slide" else "", []).append(row)
+        for slide, rows in rows_of.items():
+            transform = kind(reference, source=sources(slide) if slide else None)
+            count = len(rows)
+            params = {"chosen": [True] * count, "seeds": [0] * count}
+            params["strengths"] = [recipe.strength] * count
+            made[rows] = transform.transform(images[rows], params)
+        is_tissue = (made != images).flatten(1).any(1)
+        is_finite = torch.ones_like(is_tissue)
+        nothing = torch.full((len(batch),), torch.nan)  # no encoder was asked
+        strengths = [recipe.strength] * len(batch)
+        seeds, names, distance = (
+            [0] * len(batch),
+            [name] * len(batch),
+            colour_distance(images, made),
+        )
+        yield Edited(made, is_tissue, is_finite, seeds, names, strengths, nothing, distance)
+
+    return edit
+
+
+MakeEdit = Callable[[TileGenerator, Mapping[str, Any], NormalizeRecipe, Sources], Edit]
+_METHODS: dict[Method, MakeEdit] = {
+    "cytosyn": _cytosyn_edit,
+    "macenko": partial(_classical_edit, MacenkoNormalize),
+    "reinhard": partial(_classical_edit, ReinhardNormalize),
+    "transport": partial(_classical_edit, DensityTransport),
+}
+
+
+def _similarity(generator: TileGenerator, cls: Tensor | None, made: Tensor, mpp: float) -> Tensor:
+    if cls is None:
+        return torch.full((len(made),), torch.nan)
+    tiles = central_tiles(made.float(), mpp, generator.tile)
+    return torch.cosine_similarity(cls, generator.features(tiles).cls)
+
+
+def stack_tiles(batch: Sequence[Loaded]) -> Tensor:
+    """Return tiles of one size as uint8 [B, 3, H, W] on the CPU."""
+    pixels = [torch.from_numpy(tile.pixels) for tile in batch]
+    return torch.stack(pixels).permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,275 @@
+"""What IN is: a tree of tiles, a table of paths, tar shards or slides; each becomes a listing.
+
+    tree     folders of images; the first folder is the label, as torchvision's ImageFolder has it
+    table    .csv or .parquet: path, and any of label, slide, x, y, mask; see `table_inputs`
+    shards   tar files as WebDataset reads them: key.png, key.cls (label), key.mask.png
+    slides   cut at the model's scale, where the tissue rules of training find tissue
+
+A mask lies beside its tile: `a/tile.png` and `a/tile_mask.png`. No image is opened here but slides,
+for which `cytosyn_aug.slide_tiles` says what is tissue. No torch here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from cytosyn_aug.config import TileSpec
+from cytosyn_aug.image_files import TILE_SUFFIXES
+from cytosyn_aug.listing import InputKind, Item, Listing, corner, make_listing
+from cytosyn_aug.slide_tiles import candidate_positions, slide_mask
+from cytosyn_aug.slides import Slide
+from cytosyn_aug.table_inputs import SLIDE_SUFFIXES, list_table
+from cytosyn_aug.tar_files import Member, list_members
+from cytosyn_aug.tissue import TissueConfig
+
+TABLE_SUFFIXES = (".csv", ".parquet")
+_MASK_END = "_mask"
+
+
+def list_inputs(
+    source: Path | str, tile: TileSpec, *, kind: InputKind | None = None, mpp: float | None = None
+) -> Listing:
+    """List the tiles of an input.
+
+    Args:
+        source: Folder or file.
+        tile: Tiles that slides are cut to.
+        kind: What it is; None looks, see `find_kind`.
+        mpp: Scale of slides in microns per pixel, instead of what they state.
+
+    Raises:
+        FileNotFoundError: `source` does not exist.
+        ValueError: It holds nothing of its kind, or several kinds.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist; give a folder, table, tar file or slide")
+    kind = kind or find_kind(source)
+    if kind == "tree":
+        listing = list_tree(source)
+    elif kind == "table":
+        listing = list_table(source)
+    elif kind == "shards":
+        listing = list_shards(source)
+    else:
+        listing = list_slides(source, tile, mpp)
+    if not len(listing):
+        raise ValueError(f"{source} holds no tiles that this finds as {kind}; see --help for IN")
+    return listing
+
+
+def find_kind(source: Path) -> InputKind:
+    """Return what an input is, from its suffix or from the files in it.
+
+    .tif files in a folder count as slides beside other slides, and else as tiles; say
+    `kind="slides"` if they are slides.
+
+    Raises:
+        ValueError: Files of several kinds, or none that is known.
+    """
+    if source.is_file():
+        found = _kind_of(source.suffix.lower())
+        if found == "tree" and source.suffix.lower() in (".tif", ".tiff"):
+            found = "slides"
+        if found in (None, "tree"):
+            raise ValueError(
+                f"{source} is neither a table ({', '.join(TABLE_SUFFIXES)}), a tar file nor a "
+                f"slide ({', '.join(SLIDE_SUFFIXES)}, .tif); give a folder of tiles as a folder"
+            )
+        return found
+    suffixes = Counter(Path(name).suffix.lower() for name, _ in walk(source))
+    kinds: Counter[InputKind] = Counter()
+    for suffix, number in suffixes.items():
+        kind = _kind_of(suffix)
+        if kind is not None and kind != "table":
+            kinds[kind] += number
+    if kinds["slides"] and kinds["tree"] == suffixes[".tif"] + suffixes[".tiff"]:
+        del kinds["tree"]
+    kinds = +kinds
+    if len(kinds) > 1:
+        shown = ", ".join(f"{n} of {kind}" for kind, n in sorted(kinds.items()))
+        raise ValueError(f"{source} holds files of several kinds ({shown}); say which with --input")
+    if not kinds:
+        raise ValueError(f"{source} holds no tiles, tar files or slides; see --help for IN")
+    return next(iter(kinds))
+
+
+def walk(folder: Path) -> Iterator[tuple[str, int]]:
+    """Yield the paths of all files relative to a folder, sorted, and their sizes in bytes.
+
+    Links are followed, each folder only once on the way down; hidden names are left out.
+    """
+    yield from _walk(os.fspath(folder), "", ())
+
+
+def list_tree(folder: Path) -> Listing:
+    """List the images of a folder and of the folders in it."""
+    others: Counter[str] = Counter()
+    listing = make_listing("tree", folder, _tree_items(folder, others))
+    return replace(listing, notes=_left_out(others))
+
+
+def list_shards(source: Path) -> Listing:
+    """List the images in a tar file, or in all tar files of a folder."""
+    folder = source if source.is_dir() else source.parent
+    names = [source.name]
+    if source.is_dir():
+        names = [name for name, _ in walk(source) if name.lower().endswith(".tar")]
+    others: Counter[str] = Counter()
+    items = (item for name in names for item in _shard_items(folder, name, others))
+    listing = make_listing("shards", folder, items)
+    return replace(listing, notes=_left_out(others))
+
+
+def list_slides(source: Path, tile: TileSpec, mpp: float | None = None) -> Listing:
+    """List the tiles with tissue of a slide, or of all slides in a folder.
+
+    A slide that cannot be read is one row with an error.
+    """
+    folder = source if source.is_dir() else source.parent
+    names = [source.name]
+    if source.is_dir():
+        endings = (*SLIDE_SUFFIXES, ".tif", ".tiff")
+        names = [name for name, _ in walk(source) if name.lower().endswith(endings)]
+    items: list[Item] = []
+    notes: list[str] = []
+    for name in names:
+        label = name.partition("/")[0] if "/" in name else ""
+        items += _slide_items(folder, Item(name, label=label, file=name), tile, mpp, notes)
+    return make_listing("slides", folder, items, tuple(notes))
+
+
+def _kind_of(suffix: str) -> InputKind | None:
+    if suffix in TILE_SUFFIXES:
+        return "tree"
+    if suffix in TABLE_SUFFIXES:
+        return "table"
+    if suffix in SLIDE_SUFFIXES:
+        return "slides"
+    return "shards" if suffix == ".tar" else None
+
+
+def _walk(folder: str, path: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, int]]:
+    here = os.stat(folder)
+    if (here.st_dev, here.st_ino) in above:
+        return
+    with os.scandir(folder) as found:
+        entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
+    for entry in entries:
+        if entry.is_dir():
+            below = (*above, (here.st_dev, here.st_ino))
+            yield from _walk(entry.path, f"{path}{entry.name}/", below)
+        else:
+            try:
+                yield f"{path}{entry.name}", entry.stat().st_size
+            except OSError:  # a link to nothing: reading it will say so
+                yield f"{path}{entry.name}", -1
+
+
+def _tree_items(folder: Path, others: Counter[str]) -> Iterator[Item]:
+    files = dict(walk(folder))
+    masks: dict[str, list[str]] = {}
+    for name in files:
+        stem = os.path.splitext(name)[0]
+        if stem.endswith(_MASK_END):
+            masks.setdefault(stem.removesuffix(_MASK_END), []).append(name)
+    used = set()
+    for name, size in files.items():
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() not in TILE_SUFFIXES or stem.endswith(_MASK_END):
+            continue
+        own = masks.get(stem, [])
+        used.update(own)
+        slide, x, y = corner(name)
+        label = name.partition("/")[0] if "/" in name else ""
+        error = f"has {len(own)} masks, expected one: {', '.join(own)}" if len(own) > 1 else ""
+        mask = own[0] if len(own) == 1 else ""
+        yield Item(name, "", label, slide, x, y, "", -1, size, mask, error=error)
+    for name in files:
+        stem, suffix = os.path.splitext(name)
+        if stem.endswith(_MASK_END) and suffix.lower() in TILE_SUFFIXES and name not in used:
+            yield Item(name, error="is named as the mask of a tile that is not there")
+        elif not stem.endswith(_MASK_END) and suffix.lower() not in TILE_SUFFIXES:
+            others[suffix] += 1
+
+
+def _left_out(others: Counter[str]) -> tuple[str, ...]:
+    if not others:
+        return ()
+    shown = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in sorted(others.items()))
+    return (f"left out files that are no tiles: {shown}",)
+
+
+def _shard_items(folder: Path, shard: str, others: Counter[str]) -> Iterator[Item]:
+    """Yield the images of a tar file, with what lies beside them under the same key."""
+    found: dict[str, dict[str, Member]] = {}
+    error = ""
+    try:
+        for member in list_members(folder / shard):
+            key, kind = _key(member.name)
+            found.setdefault(key, {})[kind] = member
+    except ValueError as damage:  # what was listed before it is still good
+        error = str(damage)
+    for key, kinds in found.items():
+        images = [kind for kind in kinds if f".{kind}" in TILE_SUFFIXES]
+        others.update(f".{k}" for k in kinds if k not in images and k not in ("cls", "mask.png"))
+        if not images:
+            continue
+        image, mask = kinds[images[0]], kinds.get("mask.png")
+        label = _text(folder / shard, kinds["cls"]) if "cls" in kinds else ""
+        slide, x, y = corner(key)
+        item = Item(
+            f"{shard}/{image.name}", key, label, slide, x, y, shard, image.offset, image.size
+        )
+        if len(images) > 1:
+            item = item._replace(error=f"has {len(images)} images under one key, expected one")
+        if mask is not None:
+            item = item._replace(mask=mask.name, mask_offset=mask.offset, mask_size=mask.size)
+        yield item
+    if error:
+        yield Item(shard, error=error)
+
+
+def _key(name: str) -> tuple[str, str]:
+    """Split a member's name as WebDataset does, at the first dot; extra dots stay in the key."""
+    folder, slash, last = name.rpartition("/")
+    key, _, kind = last.partition(".")
+    kind = kind.lower()
+    if kind not in ("cls", "json", "mask.png") and f".{kind}" not in TILE_SUFFIXES:
+        stem, suffix = os.path.splitext(last)
+        if suffix.lower() in TILE_SUFFIXES:
+            key, kind = stem, suffix.lower()[1:]
+    return f"{folder}{slash}{key}", kind
+
+
+def _text(file: Path, member: Member) -> str:
+    with file.open("rb") as stream:
+        stream.seek(member.offset)
+        return stream.read(min(member.size, 4096)).decode("utf-8", "backslashreplace").strip()
+
+
+def _slide_items(
+    folder: Path, whole: Item, tile: TileSpec, mpp: float | None, notes: list[str]
+) -> Iterator[Item]:
+    slide_name = os.path.splitext(whole.name)[0]
+    config = TissueConfig()
+    try:
+        with Slide(folder / whole.file, mpp) as slide:
+            reading = slide.plan(tile)
+            mask = slide_mask(slide, None, config)
+            positions = candidate_positions(slide, reading, mask, config)[0].tolist()
+            notes += [f"{whole.name}: {note}" for note in slide.scale.notes]
+    except (ValueError, MemoryError) as error:
+        reason = str(error).removeprefix(f"{Path(whole.file).name} ") or type(error).__name__
+        yield whole._replace(slide=slide_name, error=reason)
+        return
+    if not positions:
+        notes.append(f"{whole.name}: no tissue was found")
+    size = (folder / whole.file).stat().st_size
+    for x, y in positions:
+        stem = f"{slide_name}/{x}_{y}"
+        yield whole._replace(stem=stem, slide=slide_name, x=x, y=y, size=size)

@@ -1,0 +1,127 @@
+"""References for a run: by name, from wherever they are given, and with an identity to record.
+
+A folder's identity is that of its files, since fitting to them gives slightly different numbers on
+different machines, which must not make them different runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cytosyn_aug.batch_edits import Reference
+from cytosyn_aug.classical import DensityReference
+from cytosyn_aug.config import Method
+from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.image_files import TILE_SUFFIXES
+from cytosyn_aug.inputs import walk
+from cytosyn_aug.macenko import MacenkoReference
+from cytosyn_aug.reference import StainReference
+from cytosyn_aug.reinhard import ReinhardReference
+
+Given = Reference | Path | str
+References = Mapping[str, Given] | Sequence[Given]
+_KINDS: dict[Method, type[Reference]] = {
+    "cytosyn": StainReference,
+    "macenko": MacenkoReference,
+    "reinhard": ReinhardReference,
+    "transport": DensityReference,
+}
+
+
+def open_references(
+    given: References, generator: TileGenerator, method: Method = "cytosyn"
+) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """Load or fit references.
+
+    Args:
+        given: References, saved ones (.json), folders of tiles or slides; by name, or named after
+            their files.
+        generator: The model they are for.
+        method: What they are for; each has references of its own kind.
+
+    Returns:
+        References of that kind by name (Any: one of four), and the name and digest of each.
+
+    Raises:
+        FileNotFoundError: There is no such file or folder.
+        ValueError: A name twice, another model's or method's reference, or tiles it cannot be
+            fitted to.
+    """
+    if not isinstance(given, Mapping):
+        named = [(_name(source, k), source) for k, source in enumerate(given)]
+        twice = {name for name, _ in named if sum(other == name for other, _ in named) > 1}
+        if twice:
+            raise ValueError(
+                f"references {sorted(twice)} are given twice, or are of one name; rename one"
+            )
+        given = dict(named)
+    if method not in _KINDS:
+        raise ValueError(f"method is {method!r}, expected one of {', '.join(_KINDS)}")
+    references, identities = {}, []
+    for name, source in given.items():
+        reference, digest = _open(source, generator, method)
+        if not isinstance(reference, _KINDS[method]):
+            raise ValueError(
+                f"{name} is a {type(reference).__name__}, expected a {_KINDS[method].__name__} for "
+                f"method {method}; fit one, or give the folder of tiles"
+            )
+        if isinstance(reference, StainReference):
+            reference.check_model(generator)
+        references[name] = reference
+        identities.append({"name": name, "sha256": digest})
+    return references, identities
+
+
+def fit_reference(
+    generator: TileGenerator, method: Method, tiles: Tensor | Path | str
+) -> Reference:
+    """Fit what a method describes stain by; see `StainReference.fit`."""
+    if method == "cytosyn":
+        return StainReference.fit(generator, tiles)
+    if method == "macenko":
+        return MacenkoReference.fit(tiles, tile=generator.tile)
+    if method == "reinhard":
+        return ReinhardReference.fit(tiles, tile=generator.tile)
+    return DensityReference.fit(tiles, tile=generator.tile)
+
+
+def tensors_digest(tensors: Iterable[Tensor]) -> str:
+    """Return the SHA-256 of tensors: dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _open(source: Given, generator: TileGenerator, method: Method) -> tuple[Reference, str]:
+    if not isinstance(source, Path | str):
+        return source, _digest(source)
+    if Path(source).suffix == ".json":
+        reference = _KINDS[method].load(source)
+        return reference, _digest(reference)
+    return fit_reference(generator, method, source), _source_digest(Path(source))
+
+
+def _name(source: Given, position: int) -> str:
+    if not isinstance(source, Path | str):
+        return f"reference_{position}"
+    return Path(source).stem if Path(source).suffix == ".json" else Path(source).resolve().name
+
+
+def _digest(reference: Reference) -> str:
+    if isinstance(reference, StainReference):
+        return tensors_digest([reference.cls, *reference.moments])
+    return hashlib.sha256(repr(reference).encode()).hexdigest()
+
+
+def _source_digest(source: Path) -> str:
+    files = [(source.name, source.stat().st_size)]
+    if source.is_dir():
+        files = [f for f in walk(source) if f[0].lower().endswith(TILE_SUFFIXES)]
+    return hashlib.sha256(repr(files).encode()).hexdigest()

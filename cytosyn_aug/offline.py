@@ -1,0 +1,217 @@
+"""Data sets worked on as a whole: augment, normalise, cache, sample, from Python.
+
+    from cytosyn_aug import TileGenerator, offline
+    generator = TileGenerator.from_pretrained()
+    offline.augment("tiles", "augmented", generator, references=["lab_a"], variants=2,
+                    strength=(0.5, 1.0))
+
+The same as the commands of the same names, with the same words; see `cytosyn-aug augment --help`.
+Every call resumes: killed at any moment and made again, it leaves what an undisturbed one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cytosyn_aug.batch_edits import Reference
+from cytosyn_aug.cache import LatentCache
+from cytosyn_aug.conditions import Conditions
+from cytosyn_aug.config import Method, Preserve
+from cytosyn_aug.encodings import Contents
+from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.laboratories import References
+from cytosyn_aug.listing import InputKind
+from cytosyn_aug.offline_recipes import (
+    AugmentRecipe,
+    Mode,
+    NormalizeRecipe,
+    SampleRecipe,
+    Source,
+)
+from cytosyn_aug.outputs import Format
+from cytosyn_aug.plans import (
+    UNIT_TILES,
+    Tiles,
+    plan_augment,
+    plan_cache,
+    plan_normalize,
+    plan_sample,
+)
+from cytosyn_aug.running import Summary, Work, do_run
+
+
+def augment(
+    source: Path | str,
+    out: Path | str,
+    generator: TileGenerator,
+    *,
+    references: References = (),
+    variants: int = 1,
+    mode: Mode = "stain",
+    strength: float | tuple[float, float] = 1.0,
+    preserve: Preserve = "color",
+    steps: int | None = None,
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+    mpp: float | None = None,
+    allow_geometry_change: bool = False,
+    format: Format = "png",
+    input: InputKind | None = None,
+    unit_tiles: int = UNIT_TILES,
+    work: Work | None = None,
+) -> Summary:
+    """Write variants of all tiles of an input, and a manifest that says how each was made.
+
+    Args:
+        source: IN; see `cytosyn_aug.inputs`.
+        out: OUT; see `cytosyn_aug.run_folder`.
+        generator: The model; its batch size is part of the run.
+        references: Laboratories to restain to: references, saved ones, or folders of tiles.
+        variants: See `AugmentRecipe`, as for all down to `seed`.
+        mode: "stain" or "resample".
+        strength: One, or the least and the largest.
+        preserve: "color" or "none".
+        steps: Of resampling.
+        guidance_scale: Of resampling.
+        seed: Base seed.
+        mpp: Scale of the tiles, None for the model's; of slides instead of what they state.
+        allow_geometry_change: See `AugmentRecipe`.
+        format: "png", "webp", "tar" (of WebP, one a unit), or "latents" or "images" (a cache that
+            `CachedVariants` reads).
+        input: What IN is; None looks.
+        unit_tiles: Tiles of a work unit.
+        work: Shard, threads and the like.
+
+    Raises:
+        ValueError: What was asked for contradicts itself, the model, the input or OUT.
+        OSError: OUT cannot be written; what is finished stays.
+    """
+    low, high = strength if isinstance(strength, tuple) else (strength, strength)
+    recipe = AugmentRecipe(
+        variants=variants,
+        mode=mode,
+        strength=(low, high),
+        preserve=preserve,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        allow_geometry_change=allow_geometry_change,
+    )
+    tiles = Tiles(source=source, kind=input, mpp=mpp, unit_tiles=unit_tiles)
+    run = plan_augment(tiles, out, generator, references, recipe, format)
+    return do_run(run, work or Work())
+
+
+def normalize(
+    source: Path | str,
+    out: Path | str,
+    generator: TileGenerator,
+    *,
+    reference: Reference | Path | str,
+    method: Method = "cytosyn",
+    stain_source: Source = "tile",
+    strength: float = 1.0,
+    mpp: float | None = None,
+    format: Format = "png",
+    input: InputKind | None = None,
+    unit_tiles: int = UNIT_TILES,
+    work: Work | None = None,
+) -> Summary:
+    """Restain all tiles of an input to one reference, and write a manifest.
+
+    Args:
+        source: IN; see `cytosyn_aug.inputs`.
+        out: OUT; see `cytosyn_aug.run_folder`.
+        generator: The model.
+        reference: A reference of the method's kind, a saved one, a folder of tiles or a slide.
+        method: How the change of stain is found.
+        stain_source: Whose stain is changed, that of each "tile" or of its "slide"; see
+            `NormalizeRecipe`.
+        strength: 1 goes to the reference, 0 stays.
+        mpp: See `augment`, as for all that follow.
+        format: "png", "webp" or "tar".
+        input: What IN is.
+        unit_tiles: Tiles of a work unit.
+        work: Shard, threads and the like.
+
+    Raises:
+        ValueError, OSError: See `augment`.
+    """
+    recipe = NormalizeRecipe(method=method, source=stain_source, strength=strength)
+    tiles = Tiles(source=source, kind=input, mpp=mpp, unit_tiles=unit_tiles)
+    run = plan_normalize(tiles, out, generator, [reference], recipe, format)
+    return do_run(run, work or Work())
+
+
+def cache(
+    source: Path | str,
+    folder: Path | str,
+    generator: TileGenerator,
+    *,
+    contents: Sequence[Contents] = ("moments", "features"),
+    compact: bool = False,
+    mpp: float | None = None,
+    input: InputKind | None = None,
+    unit_tiles: int = UNIT_TILES,
+    work: Work | None = None,
+) -> Summary:
+    """Put what the model sees in all tiles of an input into a cache, which may hold others'.
+
+    The manifest is in `runs/` of the cache, one a set of tiles.
+
+    Args:
+        source: IN; see `cytosyn_aug.inputs`.
+        folder: CACHE, which `LatentCache.open` reads.
+        generator: The model.
+        contents: "moments" of the autoencoder, "features" of the encoder, or both.
+        compact: Merge the shards in the end, one a work unit, into few large ones.
+        mpp: Scale of slides in microns per pixel, instead of what they state.
+        input: See `augment`.
+        unit_tiles: Tiles of a work unit.
+        work: Shard, threads and the like.
+
+    Raises:
+        ValueError, OSError: See `augment`.
+    """
+    tiles = Tiles(source=source, kind=input, mpp=mpp, unit_tiles=unit_tiles)
+    summary = do_run(plan_cache(tiles, folder, generator, contents), work or Work())
+    if compact and summary.is_complete:
+        LatentCache.open(folder).compact()
+    return summary
+
+
+def sample(
+    out: Path | str,
+    generator: TileGenerator,
+    *,
+    n: int,
+    conditions: Conditions | None = None,
+    steps: int | None = None,
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+    format: Format = "png",
+    unit_tiles: int = UNIT_TILES,
+    work: Work | None = None,
+) -> Summary:
+    """Generate tiles, and write a manifest.
+
+    Args:
+        out: OUT; see `cytosyn_aug.run_folder`.
+        generator: The model.
+        n: Tiles.
+        conditions: CLS vectors [N, D], or a file of them; tile k is given row k modulo N. None
+            for none.
+        steps: Forwards; None for 4 of a student, or 16 of the transformer.
+        guidance_scale: Classifier-free guidance; 1 for none.
+        seed: Base seed.
+        format: "png", "webp" or "tar".
+        unit_tiles: See `augment`, as for `work`.
+        work: Shard, threads and the like.
+
+    Raises:
+        ValueError, OSError: See `augment`.
+    """
+    recipe = SampleRecipe(steps=steps, guidance_scale=guidance_scale, seed=seed)
+    run = plan_sample(out, generator, n, conditions, recipe, format, unit_tiles)
+    return do_run(run, work or Work())

@@ -1,0 +1,297 @@
+"""From what is asked to a run: inputs listed, references opened, recipe and identity written down.
+
+Everything that can be wrong with a request is found here, before anything is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+from cytosyn_aug.batch_edits import (
+    augment_edit,
+    normalize_edit,
+    sample_edit,
+    size_check,
+)
+from cytosyn_aug.conditions import Conditions, read_conditions
+from cytosyn_aug.encodings import Contents, encodings_spec
+from cytosyn_aug.filling import records_spec
+from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.inputs import list_inputs
+from cytosyn_aug.laboratories import References, fit_reference, open_references, tensors_digest
+from cytosyn_aug.listing import InputKind, Item, Listing, make_listing
+from cytosyn_aug.offline_recipes import AugmentRecipe, NormalizeRecipe, SampleRecipe
+from cytosyn_aug.outputs import (
+    BYTES_PER_PIXEL,
+    Format,
+    make_cache,
+    make_output,
+    same_name,
+    variant_name,
+)
+from cytosyn_aug.reading import Loaded, Reader
+from cytosyn_aug.record_edits import moments_edit, variants_to_records
+from cytosyn_aug.running import Run
+from cytosyn_aug.slide_sources import SlideSources
+
+UNIT_TILES = 256
+_IMAGE_FORMATS = ("png", "webp", "tar")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tiles:
+    """What a run works on.
+
+    Attributes:
+        source: IN; see `cytosyn_aug.inputs`.
+        kind: What it is; None looks.
+        mpp: Scale in microns per pixel: of tiles, None for the model's; of slides, None for what
+            they state.
+        unit_tiles: Tiles of a work unit.
+    """
+
+    source: Path | str
+    kind: InputKind | None = None
+    mpp: float | None = None
+    unit_tiles: int = UNIT_TILES
+
+
+def plan_augment(
+    tiles: Tiles,
+    out: Path | str,
+    generator: TileGenerator,
+    references: References,
+    recipe: AugmentRecipe,
+    format: Format,
+) -> Run:
+    """Return the run that `cytosyn_aug.offline.augment` does."""
+    _check_format(format, get_args(Format))
+    _check_apart(tiles.source, out)
+    laboratories, identities = open_references(references, generator)
+    listing = _list(tiles, generator)
+    num_masks = listing.num_masks()
+    if num_masks and not (recipe.keeps_structure or recipe.allow_geometry_change):
+        raise ValueError(
+            f"{num_masks} tiles have masks, which would not be true of results whose structure "
+            "moves; use mode stain with preserve color, or allow geometry change and lose the masks"
+        )
+    recipe = replace(recipe, mpp=_scale(tiles, listing, generator))
+    edit = augment_edit(generator, laboratories, recipe)
+    more = {"references": identities, "format": format}
+    identity = _identity("augment", recipe, listing, generator, tiles) | more
+    place = partial(make_output, Path(out), format, variant_name)
+    is_cache = format not in _IMAGE_FORMATS
+    if format == "latents" or format == "images":
+        spec = records_spec(
+            generator,
+            format,
+            num_variants=recipe.variants,
+            content={"recipe": {k: identity[k] for k in ("recipe", "references")}},
+            keeps_structure=recipe.keeps_structure,
+        )
+        edit = variants_to_records(generator, edit, is_latent=format == "latents")
+        place = partial(make_cache, Path(out), spec)
+    return Run(
+        folder=Path(out),
+        identity=identity,
+        generator=generator,
+        listing=listing,
+        unit_tiles=tiles.unit_tiles,
+        read=_read(
+            tiles,
+            listing,
+            generator,
+            is_exact=is_cache or not recipe.keeps_structure,
+            takes_masks=recipe.keeps_structure and not is_cache,
+        ),
+        edit=edit,
+        make_output=place,
+        num_variants=recipe.variants,
+        constants=_constants(identity),
+        done="edited",
+        result_bytes=BYTES_PER_PIXEL[format] * generator.tile.size_px**2,
+    )
+
+
+def plan_normalize(
+    tiles: Tiles,
+    out: Path | str,
+    generator: TileGenerator,
+    references: References,
+    recipe: NormalizeRecipe,
+    format: Format,
+) -> Run:
+    """Return the run that `cytosyn_aug.offline.normalize` does."""
+    _check_format(format, _IMAGE_FORMATS)
+    _check_apart(tiles.source, out)
+    laboratories, identities = open_references(references, generator, recipe.method)
+    listing = _list(tiles, generator)
+    recipe = replace(recipe, mpp=_scale(tiles, listing, generator))
+    more = {"references": identities, "format": format}
+    identity = _identity("normalize", recipe, listing, generator, tiles) | more
+    read = _read(tiles, listing, generator, is_exact=False, takes_masks=True)
+    fit = partial(fit_reference, generator, recipe.method)
+    sources = SlideSources(fit, generator.tile, listing, read, recipe.mpp)
+    return Run(
+        folder=Path(out),
+        identity=identity,
+        generator=generator,
+        listing=listing,
+        unit_tiles=tiles.unit_tiles,
+        read=read,
+        edit=normalize_edit(generator, laboratories, recipe, sources),
+        make_output=partial(make_output, Path(out), format, same_name),
+        num_variants=1,
+        constants=_constants(identity),
+        done="edited",
+        result_bytes=BYTES_PER_PIXEL[format] * generator.tile.size_px**2,
+    )
+
+
+def plan_cache(
+    tiles: Tiles, cache: Path | str, generator: TileGenerator, contents: Sequence[Contents]
+) -> Run:
+    """Return the run that `cytosyn_aug.offline.cache` does."""
+    _check_apart(tiles.source, cache)
+    listing = _list(tiles, generator)
+    spec = encodings_spec(generator, contents)
+    identity = _identity("cache", {"contents": list(contents)}, listing, generator, tiles)
+    # A cache holds many sets of tiles; each has a run of its own beside the records.
+    name = _digest(identity)
+    return Run(
+        folder=Path(cache) / "runs" / name,
+        identity=identity,
+        generator=generator,
+        listing=listing,
+        unit_tiles=tiles.unit_tiles,
+        read=_read(tiles, listing, generator, is_exact=True, takes_masks=False),
+        edit=moments_edit(generator, contents),
+        make_output=partial(make_cache, Path(cache), spec),
+        num_variants=1,
+        constants=_constants(identity),
+        done="cached",
+        result_bytes=float(spec.record_bytes),
+    )
+
+
+def plan_sample(
+    out: Path | str,
+    generator: TileGenerator,
+    n: int,
+    conditions: Conditions | None,
+    recipe: SampleRecipe,
+    format: Format,
+    unit_tiles: int,
+) -> Run:
+    """Return the run that `cytosyn_aug.offline.sample` does."""
+    if n < 1:
+        raise ValueError(f"n is {n}, expected at least 1")
+    _check_format(format, _IMAGE_FORMATS)
+    rows, digest = None, None
+    if conditions is not None:
+        rows = read_conditions(conditions, len(generator.null_condition))
+        digest = tensors_digest([rows])
+    items = (Item(f"{k:09d}", stem=f"{k // 1000:06d}/{k:09d}") for k in range(n))
+    listing = make_listing("numbers", Path(out), items)
+    more = {"conditions_sha256": digest, "format": format}
+    tiles = Tiles(source=out, unit_tiles=unit_tiles)
+    identity = _identity("sample", recipe, listing, generator, tiles) | more
+    return Run(
+        folder=Path(out),
+        identity=identity,
+        generator=generator,
+        listing=listing,
+        unit_tiles=unit_tiles,
+        read=Reader(listing, generator.tile, lambda height, width: None).read,
+        edit=sample_edit(generator, rows, recipe),
+        make_output=partial(make_output, Path(out), format, same_name),
+        num_variants=1,
+        constants=_constants(identity),
+        done="generated",
+        result_bytes=BYTES_PER_PIXEL[format] * generator.tile.size_px**2,
+    )
+
+
+def _check_apart(source: Path | str, out: Path | str) -> None:
+    """Refuse results among their sources: the next run would find them.
+
+    Called before references are fitted and slides are looked through, which takes longer.
+    """
+    source, out = Path(source), Path(out)
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist; give a folder, table, tar file or slide")
+    inside, folder = out.resolve(), source.resolve()
+    if source.is_file():
+        if inside == folder.parent:
+            raise ValueError(f"OUT {out} is the folder of IN {source}; choose another one")
+    elif inside.is_relative_to(folder) or folder.is_relative_to(inside):
+        raise ValueError(f"OUT {out} and IN {source} lie in each other; choose folders apart")
+
+
+def _list(tiles: Tiles, generator: TileGenerator) -> Listing:
+    return list_inputs(tiles.source, generator.tile, kind=tiles.kind, mpp=tiles.mpp)
+
+
+def _check_format(format: str, allowed: Sequence[str]) -> None:
+    if format not in allowed:
+        raise ValueError(f"format is {format!r}, expected one of {', '.join(allowed)}")
+
+
+def _identity(
+    command: str,
+    recipe: AugmentRecipe | NormalizeRecipe | SampleRecipe | dict[str, Any],
+    listing: Listing,
+    generator: TileGenerator,
+    tiles: Tiles,
+) -> dict[str, Any]:  # Any: JSON
+    """Return what makes a run this one: all that decides its bytes but the pixels of its input."""
+    return {
+        "command": command,
+        "recipe": recipe if isinstance(recipe, dict) else asdict(recipe),
+        "input": listing.identity() | {"mpp": tiles.mpp},
+        "model": {
+            "digest": generator.digest,
+            "dtype": str(generator.dtype),
+            "batch_size": generator.batch_size,
+        },
+        "unit_tiles": tiles.unit_tiles,
+    }
+
+
+def _constants(identity: dict[str, Any]) -> dict[str, Any]:  # Any: JSON, cells
+    """Return what all rows of a manifest say of the recipe and the model."""
+    recipe = {k: v for k, v in identity.items() if k not in ("input", "unit_tiles", "format")}
+    return {"recipe": _digest(recipe), "model": identity["model"]["digest"]}
+
+
+def _digest(content: dict[str, Any]) -> str:  # Any: JSON
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _scale(tiles: Tiles, listing: Listing, generator: TileGenerator) -> float:
+    """Return microns per pixel of tiles as read; those of slides are cut to the model's."""
+    if tiles.mpp is None or listing.is_cut():
+        return generator.tile.mpp
+    return tiles.mpp
+
+
+def _read(
+    tiles: Tiles,
+    listing: Listing,
+    generator: TileGenerator,
+    *,
+    is_exact: bool,
+    takes_masks: bool,
+) -> Callable[[Item], Loaded]:
+    scale = _scale(tiles, listing, generator)
+    check = size_check(generator, scale, is_exact=is_exact)
+    reader = Reader(listing, generator.tile, check, tiles.mpp)
+    if takes_masks:
+        return reader.read
+    return lambda item: reader.read(item._replace(mask=""))

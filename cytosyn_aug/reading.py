@@ -1,0 +1,156 @@
+"""From one row of a listing to the tile it names, in reader threads.
+
+No torch here, and no model: whether a tile fits one is for a function that is passed in to say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from cytosyn_aug.config import TileSpec
+from cytosyn_aug.image_files import MAX_PIXELS, ItemError, read_picture
+from cytosyn_aug.listing import Item, Listing
+from cytosyn_aug.slides import Slide, SlideError
+from cytosyn_aug.tissue import TissueConfig, reason_to_reject, tile_quality
+
+_MAX_OPEN_SLIDES = 4  # a thread; a unit seldom spans more
+_MAX_MASK_BYTES = 4 * MAX_PIXELS
+
+
+class Loaded(NamedTuple):
+    """A tile that was read.
+
+    Attributes:
+        item: Its row of the listing.
+        pixels: uint8 [H, W, 3], RGB; [0, 0, 3] where there is nothing to read.
+        key: `cytosyn_aug.images.tile_key` of the pixels, or of the name where there are none.
+        mask: Bytes of the file with its mask, None for none.
+        notes: Remarks for the manifest.
+        rejected: Why a tile cut from a slide is left out, "" if it is not.
+    """
+
+    item: Item
+    pixels: np.ndarray
+    key: str
+    mask: bytes | None = None
+    notes: tuple[str, ...] = ()
+    rejected: str = ""
+
+
+class Reader:
+    """Reads tiles of one listing, from any number of threads.
+
+    Args:
+        listing: Where they are.
+        tile: Tiles that slides are cut to.
+        check: Given height and width, raises `ItemError` for a tile that cannot be edited.
+        mpp: Scale of slides in microns per pixel, instead of what they state.
+    """
+
+    def __init__(
+        self,
+        listing: Listing,
+        tile: TileSpec,
+        check: Callable[[int, int], None],
+        mpp: float | None = None,
+    ) -> None:
+        self.listing, self.tile, self.check, self.mpp = listing, tile, check, mpp
+        self._tissue = TissueConfig()
+        self._open = threading.local()
+
+    def read(self, item: Item) -> Loaded:
+        """Return a tile.
+
+        Raises:
+            ItemError: It cannot be used; the message says why.
+        """
+        if item.error:
+            raise ItemError(item.error)
+        if self.listing.kind == "numbers":
+            return Loaded(item, np.zeros((0, 0, 3), np.uint8), item.name)
+        if item.file and item.offset < 0:
+            return self._read_slide(item)
+        source = self.listing.root / (item.file or item.name)
+        content = source if item.offset < 0 else _bytes_at(source, item.offset, item.size)
+        pixels, notes = read_picture(content)
+        self.check(*pixels.shape[:2])
+        mask = self._mask(item, notes)
+        return Loaded(item, pixels, pixels_key(pixels), mask, notes)
+
+    def _mask(self, item: Item, notes: tuple[str, ...]) -> bytes | None:
+        if not item.mask:
+            return None
+        if any(note.startswith("turned") for note in notes):
+            raise ItemError("has an EXIF orientation, and a mask that may not have it; turn both")
+        if item.mask_offset >= 0:
+            return _bytes_at(self.listing.root / item.file, item.mask_offset, item.mask_size)
+        file = self.listing.root / item.mask
+        try:
+            if file.stat().st_size > _MAX_MASK_BYTES:
+                raise ItemError(f"has a mask of {file.stat().st_size:,} bytes; check {item.mask}")
+            return file.read_bytes()
+        except OSError as error:
+            raise ItemError(f"has a mask that cannot be read: {error.strerror}") from error
+
+    def _read_slide(self, item: Item) -> Loaded:
+        assert item.x is not None
+        assert item.y is not None
+        try:
+            slide = self._slide(self.listing.root / item.file)
+            reading = slide.plan(self.tile)
+            _check_inside(slide, item.x, item.y, reading.extent_level0)
+            image = slide.read_tile(item.x, item.y, reading)
+        except SlideError as error:
+            raise ItemError(str(error)) from error
+        pixels = np.array(image)
+        rejected = ""
+        if self.listing.kind == "slides":  # a table's tiles were chosen by someone
+            rejected = reason_to_reject(tile_quality(pixels), self._tissue) or ""
+        mask = self._mask(item, ())
+        return Loaded(item, pixels, pixels_key(pixels), mask, rejected=rejected)
+
+    def _slide(self, file: Path) -> Slide:
+        """Return a slide opened by this thread: handles are not shared."""
+        slides: OrderedDict[Path, Slide] | None = getattr(self._open, "slides", None)
+        if slides is None:
+            slides = self._open.slides = OrderedDict()
+        slide = slides.pop(file, None) or Slide(file, self.mpp)
+        slides[file] = slide
+        if len(slides) > _MAX_OPEN_SLIDES:
+            slides.popitem(last=False)[1].close()
+        return slide
+
+
+def _check_inside(slide: Slide, x: int, y: int, extent: int) -> None:
+    width, height = slide.width_level0, slide.height_level0
+    if min(x, y) < 0 or x + extent > width or y + extent > height:
+        raise ItemError(
+            f"lies outside of the slide: {extent} px from x={x} y={y} of level 0, which is "
+            f"{width}x{height} px; correct x and y"
+        )
+
+
+def pixels_key(pixels: np.ndarray) -> str:
+    """Return what `cytosyn_aug.images.tile_key` does, of uint8 [H, W, 3]."""
+    planes = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    header = ",".join(str(n) for n in planes.shape).encode()
+    return hashlib.sha256(header + planes.tobytes()).hexdigest()
+
+
+def _bytes_at(file: Path, offset: int, size: int) -> bytes:
+    try:
+        with file.open("rb") as stream:
+            content = os.pread(stream.fileno(), size, offset)
+    except OSError as error:
+        raise ItemError(f"cannot be read from {file}: {error.strerror}") from error
+    if len(content) != size:
+        raise ItemError(f"is cut off: {file} has {len(content)} of its {size} bytes")
+    return content

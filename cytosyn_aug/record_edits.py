@@ -1,0 +1,60 @@
+"""Edits whose results are records of a cache: variants to look up, or what a model sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from cytosyn_aug.batch_edits import Edit, Edited, stack_tiles
+from cytosyn_aug.encodings import Contents
+from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.misses import THUMBNAIL, thumbnails
+from cytosyn_aug.reading import Loaded
+
+
+def variants_to_records(generator: TileGenerator, edit: Edit, *, is_latent: bool) -> Edit:
+    """Return an edit that adds what `cytosyn_aug.filling.variants_spec` asks for but images.
+
+    Args:
+        generator: The model.
+        edit: What to add to.
+        is_latent: Whether the cache holds latents.
+    """
+
+    def edit_with_fields(batch: Sequence[Loaded]) -> Iterator[Edited]:
+        images = stack_tiles(batch)
+        small = thumbnails(images)
+        for edited in edit(batch):
+            is_edited = (edited.images.cpu() != images).flatten(1).any(1).to(torch.uint8)
+            fields = {"is_edited": is_edited, THUMBNAIL.name: small}
+            if is_latent:
+                fields["latents"] = generator.whiten(generator.encode(edited.images).mean)
+            yield edited._replace(fields=fields)
+
+    return edit_with_fields
+
+
+def moments_edit(generator: TileGenerator, contents: Sequence[Contents]) -> Edit:
+    """Return the edit that leaves tiles alone and computes `cytosyn_aug.encodings.encodings_spec`.
+
+    Args:
+        generator: The model.
+        contents: "moments", "features" or both.
+    """
+
+    def edit(batch: Sequence[Loaded]) -> Iterator[Edited]:
+        images = stack_tiles(batch)
+        fields = {THUMBNAIL.name: thumbnails(images)}
+        if "moments" in contents:
+            fields["moments"] = torch.stack(generator.encode(images), 1)
+        if "features" in contents:
+            fields["cls"] = generator.features(images).cls
+        nothing = torch.full((len(images),), torch.nan)
+        is_tissue = torch.ones(len(images), dtype=torch.bool)
+        seeds = [0] * len(images)
+        names = [""] * len(images)
+        is_finite = is_tissue
+        yield Edited(images, is_tissue, is_finite, seeds, names, None, nothing, nothing, fields)
+
+    return edit

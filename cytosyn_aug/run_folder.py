@@ -1,0 +1,345 @@
+"""A folder that one run fills, with any number of processes, killed at any moment.
+
+    OUT/run.json          what the run is: recipe, input, model; another run is refused
+    OUT/manifest.parquet  one row a result, written when every unit is there
+    OUT/.work/            receipts of finished units, locks and unfinished files; gone at the end
+
+Work is cut into units of a fixed number of tiles, the same ones for every process. A process takes
+a unit by locking it, which the system undoes however the process ends; its receipt, the rows of the
+manifest, is written after everything it vouches for. Units with failed tiles are tried again by the
+next run, and so are those whose files have changed. No torch here.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cytosyn_aug.files import atomic_file, remove_leftovers, write_atomically
+
+FORMAT_VERSION = 1
+RUN_NAME = "run.json"
+MANIFEST_NAME = "manifest.parquet"
+_WORK = ".work"
+_KIND = "cytosyn_aug run"
+_CODED = pa.dictionary(pa.int32(), pa.string())
+ROW_SCHEMA = pa.schema(
+    [
+        ("source", pa.string()),
+        ("variant", pa.int32()),
+        ("status", _CODED),  # edited, blank, rejected or failed
+        ("reason", pa.string()),
+        ("label", _CODED),
+        ("slide", _CODED),
+        ("x", pa.int64()),
+        ("y", pa.int64()),
+        ("output", pa.string()),
+        ("mask", pa.string()),
+        ("key", pa.string()),  # SHA-256 of the source's pixels
+        ("seed", pa.int64()),
+        ("reference", _CODED),
+        ("strength", pa.float32()),
+        ("similarity", pa.float32()),  # cosine of CLS features
+        ("colour_distance", pa.float32()),  # mean distance in CIE Lab, over tissue
+        ("recipe", _CODED),
+        ("model", _CODED),
+        ("unit", pa.int32()),
+    ]
+)
+_GROUP_ROWS = 65_536
+
+
+class Unit(NamedTuple):
+    """A range of a listing: its number, rows from `start` up to `stop`, and their digest."""
+
+    number: int
+    start: int
+    stop: int
+    digest: str
+
+
+class RunFolder:
+    """The output folder of one run.
+
+    Attributes:
+        folder: OUT.
+        work: Where unfinished files are.
+    """
+
+    def __init__(self, folder: Path, handle: BinaryIO) -> None:
+        self.folder, self.work = folder, folder / _WORK
+        self._handle = handle
+        self._manifest = _Manifest(folder / MANIFEST_NAME)
+        self._began = time.time_ns()
+
+    def to_do(self, units: Sequence[Unit]) -> list[Unit]:
+        """Return the units that are not there, or not whole, in their order."""
+        return [unit for unit in units if not self._is_whole(unit)]
+
+    def prepare(self) -> None:
+        """Make the folders that units need.
+
+        Raises:
+            ValueError: A link stands where unfinished files go.
+        """
+        if self.work.is_symlink():
+            raise ValueError(f"{self.work} is a link, expected a folder of this run; remove it")
+        for name in ("receipts", "locks", "files"):
+            (self.work / name).mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def claim(self, unit: Unit) -> Iterator[bool]:
+        """Hold a unit; False if another process has it, or has done it meanwhile."""
+        with (self.work / "locks" / f"{unit.number:07d}").open("ab") as stream:
+            yield _lock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB) and not self._is_new(unit)
+
+    def write_receipt(self, unit: Unit, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Record that a unit is done, with its rows in order."""
+        schema = ROW_SCHEMA.with_metadata({"digest": unit.digest})
+        table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+        with atomic_file(self._receipt(unit)) as stream:
+            pq.write_table(table, stream)
+
+    def finish(self, units: Sequence[Unit]) -> bool:
+        """Write the manifest if every unit is there and no process is at work.
+
+        Whoever ends last does it. Returns False if that is not this process.
+        """
+        fcntl.flock(self._handle, fcntl.LOCK_UN)
+        if not _lock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            return False
+        if any(self._table(unit) is None for unit in units):
+            return False
+        if self.work.exists():
+            self._write_manifest(units)
+            shutil.rmtree(self.work)
+            remove_leftovers(self.folder)
+        return True
+
+    def rows(self, units: Sequence[Unit]) -> Iterator[pa.Table]:
+        """Yield the rows of units that are there."""
+        for unit in units:
+            table = self._table(unit)
+            if table is not None:
+                yield table
+
+    def _receipt(self, unit: Unit) -> Path:
+        return self.work / "receipts" / f"{unit.number:07d}.parquet"
+
+    def _table(self, unit: Unit) -> pa.Table | None:
+        """Return the rows of a unit as it is now; a receipt of this round before the manifest."""
+        file = self._receipt(unit)
+        if file.is_file():
+            table = pq.read_table(file)
+            if (table.schema.metadata or {}).get(b"digest") == unit.digest.encode():
+                return table.replace_schema_metadata(None)
+        return self._manifest.rows(unit)
+
+    def _is_whole(self, unit: Unit) -> bool:
+        if not self._receipt(unit).is_file():
+            return self._manifest.vouches_for(unit) and unit.number not in self._manifest.failed
+        table = self._table(unit)
+        return table is not None and "failed" not in table["status"].to_pylist()
+
+    def _is_new(self, unit: Unit) -> bool:
+        """Return whether a receipt was written since this process began."""
+        try:
+            is_new = self._receipt(unit).stat().st_mtime_ns > self._began
+        except FileNotFoundError:
+            return False
+        return is_new or self._is_whole(unit)
+
+    def _write_manifest(self, units: Sequence[Unit]) -> None:
+        digests = {str(unit.number): unit.digest for unit in units}
+        schema = ROW_SCHEMA.with_metadata({"units": json.dumps(digests)})
+        with (
+            atomic_file(self.folder / MANIFEST_NAME) as stream,
+            pq.ParquetWriter(stream, schema) as writer,
+        ):
+            waiting: list[pa.Table] = []
+            for table in self.rows(units):
+                waiting.append(table)
+                if sum(map(len, waiting)) >= _GROUP_ROWS:
+                    writer.write_table(_joined(waiting, schema))
+                    waiting = []
+            writer.write_table(_joined(waiting, schema))
+
+
+@contextmanager
+def open_run(
+    folder: Path, identity: Mapping[str, Any], software: Mapping[str, Any], *, overwrite: bool
+) -> Iterator[RunFolder]:
+    """Open a run's folder, or begin one.
+
+    Args:
+        folder: OUT; created if missing.
+        identity: What makes it this run, as JSON holds it.
+        software: Versions, recorded but not compared.
+        overwrite: Remove whatever is there first.
+
+    Raises:
+        ValueError: It is another run's, with the differences, or is not empty and nobody's.
+        BlockingIOError: It is to be overwritten and another process is writing it.
+        OSError: It cannot be written or locked.
+    """
+    identity = json.loads(json.dumps(identity))
+    file = folder / RUN_NAME
+    if overwrite and file.is_file():
+        _clear(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder to write")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"{error.strerror}; give a folder that can be made and written"
+        raise OSError(error.errno, reason, str(folder)) from error
+    if not file.is_file():
+        foreign = [f.name for f in folder.iterdir() if not f.name.endswith(".tmp")]
+        if foreign and not file.is_file():
+            raise ValueError(
+                f"{folder} is not empty ({sorted(foreign)[0]} ...) and holds no run of this "
+                "package; choose another folder"
+            )
+        content = {
+            "kind": _KIND,
+            "format_version": FORMAT_VERSION,
+            "identity": identity,
+            "software": dict(software),
+        }
+        _create(file, json.dumps(content, indent=1).encode())
+    with file.open("r+b") as handle:
+        _lock(handle, fcntl.LOCK_SH)  # waits for a process that writes the manifest
+        if not file.is_file() or not os.path.samestat(os.fstat(handle.fileno()), file.stat()):
+            raise BlockingIOError(f"{folder} was overwritten by another process just now")
+        _compare(folder, handle, identity)
+        yield RunFolder(folder, handle)
+
+
+def differences(was: Any, now: Any, path: str = "") -> Iterator[str]:  # Any: JSON
+    """Yield `where: was -> is now` for all that differs between two JSON values."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in sorted(was | now):
+            below = f"{path}.{key}" if path else key
+            yield from differences(was.get(key, "absent"), now.get(key, "absent"), below)
+    elif was != now:
+        whole = ("present" if isinstance(value, dict) else value for value in (was, now))
+        yield f"{path}: {' -> '.join(map(str, whole))}"
+
+
+def _compare(folder: Path, handle: BinaryIO, identity: Mapping[str, Any]) -> None:
+    try:
+        content = json.loads(handle.read())
+        is_ours = content["kind"] == _KIND and content["format_version"] == FORMAT_VERSION
+        found = content["identity"]
+    except (ValueError, KeyError, TypeError):
+        is_ours = False
+    if not is_ours:
+        raise ValueError(
+            f"{folder / RUN_NAME} is damaged or of another version; choose another folder, or "
+            "start anew with --overwrite"
+        )
+    different = list(differences(found, identity))
+    if different:
+        shown = "\n  ".join(different[:8])
+        more = f"\n  and {len(different) - 8} more" if len(different) > 8 else ""
+        raise ValueError(
+            f"{folder} holds another run; was -> is now:\n  {shown}{more}\n"
+            "Choose another folder, restore what changed, or start anew with --overwrite"
+        )
+
+
+def _create(file: Path, content: bytes) -> None:
+    """Write a file unless another process does first; what is there then is compared."""
+    mine = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
+    write_atomically(mine, content)
+    try:
+        os.link(mine, file)  # fails if the name is taken, unlike a rename
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        if not file.exists():
+            mine.replace(file)
+    finally:
+        mine.unlink(missing_ok=True)
+
+
+def _clear(folder: Path) -> None:
+    """Remove a run and all its folder holds, `run.json` last."""
+    with (folder / RUN_NAME).open("r+b") as handle:
+        if not _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            raise BlockingIOError(f"{folder} is being written by another process; wait for it")
+        for entry in folder.iterdir():
+            if entry.name == RUN_NAME:
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+        (folder / RUN_NAME).unlink()
+
+
+def _lock(stream: BinaryIO, how: int) -> bool:
+    try:
+        fcntl.flock(stream, how)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: its file system does not lock files; write to another one",
+            str(stream.name),
+        ) from error
+    return True
+
+
+class _Manifest:
+    """The manifest of an earlier round, by unit.
+
+    Attributes:
+        failed: Units with failed tiles.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._table: pa.Table | None = None
+        self._digests: dict[str, str] = {}
+        self._ranges: dict[int, tuple[int, int]] = {}
+        self.failed: set[int] = set()
+        if not file.is_file():
+            return
+        table = pq.read_table(file, columns=["unit", "status"])
+        self._digests = json.loads((table.schema.metadata or {}).get(b"units", b"{}"))
+        rows = zip(table["unit"].to_pylist(), table["status"].to_pylist(), strict=True)
+        for row, (number, status) in enumerate(rows):
+            start, _ = self._ranges.get(number, (row, row))
+            self._ranges[number] = (start, row + 1)
+            if status == "failed":
+                self.failed.add(number)
+
+    def vouches_for(self, unit: Unit) -> bool:
+        return self._digests.get(str(unit.number)) == unit.digest
+
+    def rows(self, unit: Unit) -> pa.Table | None:
+        if not self.vouches_for(unit):
+            return None
+        if self._table is None:  # large, and most reruns have no use for it
+            self._table = pq.read_table(self._file).replace_schema_metadata(None)
+        start, stop = self._ranges[unit.number]
+        return self._table.slice(start, stop - start)
+
+
+def _joined(tables: Sequence[pa.Table], schema: pa.Schema) -> pa.Table:
+    joined = pa.concat_tables(tables) if tables else ROW_SCHEMA.empty_table()
+    joined = joined.unify_dictionaries().combine_chunks()
+    return joined.replace_schema_metadata(schema.metadata)

@@ -1,0 +1,287 @@
+"""Runs: what a command will do, what it would cost, and doing it.
+
+Any number of processes, on any number of machines that share OUT, may do one run: each takes units
+that nobody holds, of its own shard if it was given one, and whoever ends last writes the manifest.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+import PIL
+import pyarrow as pa
+import torch
+from tqdm import tqdm
+
+from cytosyn_aug.batch_edits import Edit
+from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.image_files import ItemError, check_strictness
+from cytosyn_aug.listing import Item, Listing
+from cytosyn_aug.outputs import Output
+from cytosyn_aug.pipeline import Job, Row, Threads, run_job
+from cytosyn_aug.reading import Loaded
+from cytosyn_aug.run_folder import RUN_NAME, RunFolder, Unit, open_run
+
+_MAX_NAMED = 100
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """How a run is worked on; nothing here changes a byte of it, but for `overwrite`.
+
+    Attributes:
+        shard: Index i and number n: take only units i, i + n, i + 2 n and so on.
+        readers: Threads that decode.
+        writers: Threads that encode and write.
+        overwrite: Remove whatever run OUT holds, and start anew.
+        dry_run: Say what would be done, and write nothing.
+        progress: Show a bar on stderr.
+    """
+
+    shard: tuple[int, int] = (0, 1)
+    readers: int = 4
+    writers: int = 4
+    overwrite: bool = False
+    dry_run: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        index, count = self.shard
+        if not 0 <= index < count:
+            raise ValueError(f"shard is {index}/{count}, expected i/n with 0 <= i < n, as 0/4")
+        if self.overwrite and count > 1:
+            raise ValueError(
+                "--overwrite with --shard would remove what other shards wrote; remove the folder "
+                "once, before the first"
+            )
+        if min(self.readers, self.writers) < 1:
+            raise ValueError("readers and writers are threads, expected at least 1 of each")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a command does, before anything is written.
+
+    Attributes:
+        folder: Where receipts and the manifest go: OUT.
+        identity: What makes it this run, as JSON holds it.
+        generator: The model.
+        listing: The tiles.
+        unit_tiles: Tiles of a work unit.
+        read: See `cytosyn_aug.pipeline.Job`.
+        edit: See `Job`.
+        make_output: Returns where results go, making what must exist.
+        num_variants: Results of a tile.
+        constants: See `Job`.
+        done: See `Job`.
+        result_bytes: Of one result, about.
+    """
+
+    folder: Path
+    identity: Mapping[str, Any]
+    generator: TileGenerator
+    listing: Listing
+    unit_tiles: int
+    read: Callable[[Item], Loaded]
+    edit: Edit
+    make_output: Callable[[RunFolder], Output]
+    num_variants: int
+    constants: Row
+    done: str
+    result_bytes: float
+
+
+class Summary(NamedTuple):
+    """What became of a run, or of one shard of it.
+
+    Attributes:
+        out: Its folder.
+        counts: Rows of the manifest by status, of this shard.
+        failed: Name and reason of tiles that failed, the first hundred.
+        is_complete: Whether the manifest is written.
+        notes: What was left out of the input.
+        estimate: Of a dry run, instead of all this: what it would do, as JSON.
+    """
+
+    out: Path
+    counts: dict[str, int]
+    failed: tuple[tuple[str, str], ...]
+    is_complete: bool
+    notes: tuple[str, ...] = ()
+    estimate: dict[str, Any] | None = None  # Any: JSON
+
+
+def do_run(run: Run, work: Work) -> Summary:
+    """Do a run, or what is left of it, or only say what it would be.
+
+    Raises:
+        ValueError: OUT holds another run, or there is no room for this one.
+        OSError: OUT cannot be written; what is finished stays, and the same call goes on.
+    """
+    check_strictness()
+    units = cut_units(run.listing, run.unit_tiles, work.shard)
+    if work.dry_run:
+        return Summary(run.folder, {}, (), False, run.listing.notes, estimate(run, units, work))
+    everything = units if work.shard[1] == 1 else cut_units(run.listing, run.unit_tiles)
+    with open_run(run.folder, run.identity, software(), overwrite=work.overwrite) as folder:
+        to_do = folder.to_do(units)
+        if to_do:
+            _check_room(run, to_do)
+            _do_units(run, work, folder, units, to_do)
+        counts, failed = _summarise(folder, units)
+        return Summary(run.folder, counts, failed, folder.finish(everything), run.listing.notes)
+
+
+def cut_units(listing: Listing, unit_tiles: int, shard: tuple[int, int] = (0, 1)) -> list[Unit]:
+    """Return the units of a shard: the same ones, whoever asks.
+
+    Args:
+        listing: The tiles.
+        unit_tiles: Tiles of a unit.
+        shard: Index and number of shards.
+    """
+    if unit_tiles < 1:
+        raise ValueError(f"unit_tiles is {unit_tiles}, expected at least 1")
+    units = []
+    for number in range(shard[0], -(-len(listing) // unit_tiles), shard[1]):
+        start, stop = number * unit_tiles, min((number + 1) * unit_tiles, len(listing))
+        units.append(Unit(number, start, stop, listing.digest(start, stop)))
+    return units
+
+
+def estimate(run: Run, units: Sequence[Unit], work: Work) -> dict[str, Any]:
+    """Return what a run would do: counts, bytes, and time by a trial of two batches."""
+    to_do = list(units)
+    if not work.overwrite and (run.folder / RUN_NAME).is_file():
+        with open_run(run.folder, run.identity, software(), overwrite=False) as folder:
+            to_do = folder.to_do(units)
+    num_tiles = sum(unit.stop - unit.start for unit in to_do)
+    rate = _trial(run, to_do)
+    return {
+        "input": run.identity["input"],
+        "notes": run.listing.notes,
+        "unusable_tiles": run.listing.num_errors(),
+        "tiles_with_masks": run.listing.num_masks(),
+        "units": len(units),
+        "units_to_do": len(to_do),
+        "tiles_to_do": num_tiles,
+        "results": num_tiles * run.num_variants,
+        "output_bytes": round(num_tiles * run.num_variants * run.result_bytes),
+        "free_bytes": _free_bytes(run.folder),
+        "tiles_per_s": None if rate is None else round(rate, 2),
+        "hours": None if rate is None else round(num_tiles / rate / 3600, 3),
+    }
+
+
+def software() -> dict[str, str]:
+    """Return the versions that decide pixels and bytes."""
+    versions = {"torch": torch, "pillow": PIL, "numpy": numpy, "pyarrow": pa}
+    return {name: str(module.__version__) for name, module in versions.items()}
+
+
+def _do_units(
+    run: Run, work: Work, folder: RunFolder, units: Sequence[Unit], to_do: Sequence[Unit]
+) -> None:
+    folder.prepare()
+    job = Job(
+        listing=run.listing,
+        read=run.read,
+        edit=run.edit,
+        output=run.make_output(folder),
+        num_variants=run.num_variants,
+        batch_size=run.generator.batch_size,
+        done=run.done,
+        constants=run.constants,
+    )
+    threads = Threads(work.readers, work.writers, read_ahead=4 * job.batch_size)
+    total = sum(unit.stop - unit.start for unit in units)
+    initial = total - sum(unit.stop - unit.start for unit in to_do)
+    with (
+        fixed_shapes(run.generator),
+        tqdm(
+            total=total,
+            initial=initial,
+            unit="tile",
+            disable=not work.progress,
+            mininterval=0.5 if sys.stderr.isatty() else 30.0,
+        ) as bar,
+    ):
+        for _, count in run_job(job, to_do, folder, threads):
+            bar.update(count)
+
+
+@contextmanager
+def fixed_shapes(generator: TileGenerator) -> Iterator[None]:
+    """Pad every batch to one size, so that a tile's bytes do not depend on how many are left."""
+    before = generator.batches.is_static
+    generator.batches.is_static = True
+    try:
+        yield
+    finally:
+        generator.batches.is_static = before
+
+
+def _trial(run: Run, units: Sequence[Unit]) -> float | None:
+    """Return tiles per second of the device, from the first tiles that can be read."""
+    batch: list[Loaded] = []
+    for unit in units[:4]:
+        for item in run.listing.items(unit.start, unit.stop):
+            try:
+                tile = run.read(item)
+            except ItemError:
+                continue
+            if not batch or tile.pixels.shape == batch[0].pixels.shape:
+                batch.append(tile)
+            if len(batch) == run.generator.batch_size:
+                break
+        if len(batch) == run.generator.batch_size:
+            break
+    if not batch:
+        return None
+    with fixed_shapes(run.generator):
+        for _ in range(2):  # the first one warms up
+            began = time.perf_counter()
+            for edited in run.edit(batch):
+                edited.images.cpu()
+    return run.generator.batch_size / (time.perf_counter() - began)
+
+
+def _check_room(run: Run, units: Sequence[Unit]) -> None:
+    num_results = sum(unit.stop - unit.start for unit in units) * run.num_variants
+    needed, free = round(num_results * run.result_bytes), _free_bytes(run.folder)
+    if free < needed:
+        raise ValueError(
+            f"{run.folder} has {free:,} bytes free, {num_results:,} results take about "
+            f"{needed:,}; make room, or choose another folder or --format"
+        )
+
+
+def _free_bytes(folder: Path) -> int:
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _summarise(
+    folder: RunFolder, units: Sequence[Unit]
+) -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
+    counts: Counter[str] = Counter()
+    failed: list[tuple[str, str]] = []
+    for table in folder.rows(units):
+        statuses = table["status"].to_pylist()
+        counts.update(statuses)
+        if "failed" in statuses and len(failed) < _MAX_NAMED:
+            sources, reasons = table["source"].to_pylist(), table["reason"].to_pylist()
+            rows = zip(statuses, sources, reasons, strict=True)
+            failed += [(name, reason) for status, name, reason in rows if status == "failed"]
+    return dict(sorted(counts.items())), tuple(failed[:_MAX_NAMED])

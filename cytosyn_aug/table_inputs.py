@@ -1,0 +1,103 @@
+"""Tables of tiles: .csv or .parquet with a path a row, and any of label, slide, x, y, mask.
+
+A path is that of a tile's image or, with x and y, of a slide: then the tile is cut there, with its
+upper left corner at that pixel of level 0, whatever it shows. Paths are relative to the table's
+folder; results of absolute ones go by what follows their common folder. No image is opened here,
+and no torch.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from cytosyn_aug.listing import Item, Listing, corner, make_listing, output_stem
+
+SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".svslide", ".vms", ".vmu", ".bif")
+_PATH_COLUMNS = ("path", "file", "filename", "image")
+
+
+def list_table(file: Path) -> Listing:
+    """List the tiles of a table, in its order.
+
+    Raises:
+        ValueError: It cannot be read, or lacks a column of paths.
+    """
+    return make_listing("table", file.parent, _items(file.parent, _read_columns(file)))
+
+
+def _items(folder: Path, table: dict[str, list[Any]]) -> Iterator[Item]:  # Any: cells
+    sizes: dict[str, tuple[int, str]] = {}  # of slides, which come in many rows
+    absolute = {os.path.dirname(name) for name in table["path"] if os.path.isabs(name)}
+    shared = os.path.commonpath(absolute) if absolute else ""
+    for row, name in enumerate(table["path"]):
+        stem = output_stem(os.path.relpath(name, shared) if os.path.isabs(name) else name)
+        cells: dict[str, Any] = {n: column[row] for n, column in table.items() if n != "path"}
+        if os.path.splitext(name)[1].lower() in SLIDE_SUFFIXES:
+            if name not in sizes:
+                sizes[name] = _size(folder / name)
+            yield _slide_item(name, stem, cells, *sizes[name])
+            continue
+        slide, x, y = corner(name)
+        size, error = _size(folder / name)
+        item = Item(name, stem, slide=slide, x=x, y=y, size=size, error=error)._replace(**cells)
+        if item.mask and not error and not (folder / item.mask).is_file():
+            item = item._replace(error=f"has a mask that is not there: {item.mask}")
+        yield item
+
+
+def _slide_item(name: str, stem: str, cells: dict[str, Any], size: int, error: str) -> Item:
+    item = Item(name, slide=stem, file=name, size=size, error=error)._replace(**cells)
+    if item.x is None or item.y is None:
+        return item._replace(error=error or "is a slide, and its row lacks x or y")
+    return item._replace(stem=f"{stem}/{item.x}_{item.y}")
+
+
+def _read_columns(file: Path) -> dict[str, list[Any]]:  # Any: cells
+    """Return the columns that are known, paths under `path`, as strings or whole numbers."""
+    try:
+        table = pq.read_table(file) if file.suffix.lower() == ".parquet" else _read_csv(file)
+        path = next((n for n in _PATH_COLUMNS if n in table.column_names), None)
+        if path is None:
+            raise ValueError(
+                f"{file} has columns {', '.join(table.column_names)}, expected one of "
+                f"{', '.join(_PATH_COLUMNS)}"
+            )
+        columns = {"path": pc.fill_null(table[path].cast(pa.string()), "").to_pylist()}
+        for name in ("label", "slide", "mask"):
+            if name in table.column_names:
+                columns[name] = pc.fill_null(table[name].cast(pa.string()), "").to_pylist()
+        for name in ("x", "y"):
+            if name in table.column_names:
+                columns[name] = table[name].cast(pa.int64()).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file} cannot be read as a table: {error}; write it anew") from error
+    return columns
+
+
+def _read_csv(file: Path) -> pa.Table:
+    """Read names and labels as they stand: "01" is no number."""
+    with file.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
+        header = next(csv.reader(stream), [])
+    texts = {n: pa.string() for n in header if n not in ("x", "y")}
+    return pyarrow.csv.read_csv(
+        file,
+        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+        convert_options=pyarrow.csv.ConvertOptions(column_types=texts),
+    )
+
+
+def _size(file: Path) -> tuple[int, str]:
+    try:
+        return file.stat().st_size, ""
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        return -1, f"cannot be opened: {reason}"

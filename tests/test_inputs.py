@@ -1,0 +1,249 @@
+"""What IN may be: each kind, and what each does with bad items."""
+
+import io
+import os
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import damage_tile
+from PIL import Image
+
+from cytosyn_aug.config import TileSpec
+from cytosyn_aug.image_files import ItemError
+from cytosyn_aug.inputs import find_kind, list_inputs
+from cytosyn_aug.reading import Reader
+
+TILE = TileSpec(size_px=64)
+RNG = np.random.default_rng(0)
+
+
+def image(side=64):
+    return Image.fromarray(RNG.integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+def png(side=64):
+    stream = io.BytesIO()
+    image(side).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write(folder, *names):
+    for name in names:
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(png() if file.suffix in (".png", ".tif") else b"text")
+    return folder
+
+
+def items(source, **settings):
+    listing = list_inputs(source, TILE, **settings)
+    return listing.items(0, len(listing))
+
+
+def errors(source, **settings):
+    return {i.name: i.error for i in items(source, **settings) if i.error}
+
+
+def test_a_tree_gives_labels_corners_and_masks(tmp_path):
+    write(
+        tmp_path, "b/s_1_2.png", "a/x y.png", "a/x y_mask.png", "c/7_8.png", "notes.txt", ".h/i.png"
+    )
+    listing = list_inputs(tmp_path, TILE)
+    found = {i.name: (i.label, i.slide, i.x, i.y, i.mask) for i in listing.items(0, len(listing))}
+    assert found == {
+        "a/x y.png": ("a", "", None, None, "a/x y_mask.png"),
+        "b/s_1_2.png": ("b", "s", 1, 2, ""),
+        "c/7_8.png": ("c", "c", 7, 8, ""),
+    }
+    assert listing.notes == ("left out files that are no tiles: 1 .txt",)
+
+
+def test_names_that_cannot_be_kept_apart_or_written_are_errors(tmp_path):
+    long = "n" * 240
+    write(tmp_path, "t.png", "t.tif", f"{long}.png", "lonely_mask.png", "m.png", "m_mask.png")
+    (tmp_path / "m_mask.npy").write_bytes(b"")
+    (tmp_path / "new\nline é.png").write_bytes(png())
+    (tmp_path / os.fsdecode(b"latin\xe9.png")).write_bytes(png())
+    found = errors(tmp_path)
+    assert set(found) == {"t.tif", f"{long}.png", "lonely_mask.png", "latin\\xe9.png", "m.png"}
+    assert found["t.tif"] == "would be written under the same name as t.png; rename one"
+    assert "more than 235 bytes" in found[f"{long}.png"]
+    assert "mask of a tile that is not there" in found["lonely_mask.png"]
+    assert "not UTF-8" in found["latin\\xe9.png"]
+    assert "has 2 masks" in found["m.png"]
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    write(tmp_path, "in/a/1.png", "elsewhere/2.png")
+    (tmp_path / "in" / "b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "a" / "up").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "a" / "gone.png").symlink_to(tmp_path / "absent.png")
+    names = [i.name for i in items(tmp_path / "in")]
+    assert "b/2.png" in names
+    assert "a/gone.png" in names  # reading it fails and names it
+    assert len(names) < 10
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_table_keeps_its_order_and_its_texts(tmp_path, suffix):
+    write(tmp_path, "z/1.png", "a/2.png", "masks/1.png")
+    columns = {
+        "path": ["z/1.png", "a/2.png", "absent.png", "z/1.png", "../out of.png"],
+        "label": ["01", "1", "", "x", "y"],
+        "mask": ["masks/1.png", "", "", "", ""],
+        "x": [5, 6, 7, 8, 9],
+        "y": [1, 2, 3, 4, 5],
+    }
+    file = tmp_path / f"table{suffix}"
+    if suffix == ".csv":
+        lines = zip(*columns.values(), strict=True)
+        text = "\n".join([",".join(columns), *(",".join(map(str, line)) for line in lines)])
+        file.write_text("\ufeff" + text)
+    else:
+        pq.write_table(pa.table(columns), file)
+    found = items(file)
+    assert [i.label for i in found[:2]] == ["01", "1"]
+    assert [(i.x, i.y) for i in found] == list(zip(columns["x"], columns["y"], strict=True))
+    assert found[0].mask == "masks/1.png"
+    assert [bool(i.error) for i in found] == [False, False, True, True, True]
+    assert found[2].error == "cannot be opened: No such file or directory"
+    assert found[3].error == "is listed twice"
+    assert found[4].stem == "out of"  # inside of OUT, whatever the path
+
+
+def test_absolute_paths_go_by_what_follows_their_common_folder(tmp_path):
+    write(tmp_path, "data/a/1.png", "data/b/2.png")
+    file = tmp_path / "lists" / "table.csv"
+    file.parent.mkdir()
+    names = [str(tmp_path / "data" / name) for name in ("a/1.png", "b/2.png")]
+    file.write_text("\n".join(["path", *names]))
+    assert [i.stem for i in items(file)] == ["a/1", "b/2"]
+    assert not errors(file)
+
+
+def test_a_table_without_paths_or_with_damage_is_refused(tmp_path):
+    file = tmp_path / "table.csv"
+    file.write_text("name,label\na,b\n")
+    with pytest.raises(ValueError, match="has columns name, label, expected one of path"):
+        items(file)
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(ValueError, match="cannot be read as a table"):
+        items(tmp_path / "bad.parquet")
+    file.write_text("path,x,y\na.png,left,1\n")
+    with pytest.raises(ValueError, match="cannot be read as a table"):
+        items(file)
+
+
+def add(tar, name, content):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def test_shards_are_read_as_webdataset_reads_them(tmp_path):
+    first, second = png(), png()
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        add(tar, "s/1_2.png", first)
+        add(tar, "s/1_2.cls", b"tumour\n")
+        add(tar, "s/1_2.mask.png", b"mask")
+        add(tar, "dotted.name.png", second)
+        add(tar, "s/1_2.json", b"{}")
+    listing = list_inputs(tmp_path, TILE)
+    found = listing.items(0, len(listing))
+    assert [(i.name, i.stem, i.label, i.slide) for i in found] == [
+        ("0.tar/s/1_2.png", "s/1_2", "tumour", "s"),
+        ("0.tar/dotted.name.png", "dotted.name", "", ""),
+    ]
+    reader = Reader(listing, TILE, lambda height, width: None)
+    loaded = reader.read(found[0])
+    assert loaded.mask == b"mask"
+    assert np.array_equal(loaded.pixels, np.asarray(Image.open(io.BytesIO(first))))
+    assert np.array_equal(reader.read(found[1]).pixels, np.asarray(Image.open(io.BytesIO(second))))
+    assert len(items(tmp_path / "0.tar")) == 2
+
+
+def test_a_truncated_shard_gives_what_it_has_and_is_named(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for k in range(3):
+            add(tar, f"{k}.png", png())
+    whole = (tmp_path / "0.tar").read_bytes()
+    (tmp_path / "0.tar").write_bytes(whole[: len(png()) * 2])
+    found = errors(tmp_path)
+    assert list(found) == ["0.tar"]
+    assert "ends inside" in found["0.tar"]
+    assert [i.name for i in items(tmp_path) if not i.error] == ["0.tar/0.png"]
+    (tmp_path / "0.tar").write_bytes(b"no tar" * 200)
+    assert "is not an uncompressed tar file" in errors(tmp_path)["0.tar"]
+
+
+def test_slides_are_cut_where_training_finds_tissue(tmp_path, synthetic_slide):
+    file = synthetic_slide(grid="##..\n##..", side=256)
+    (file.parent / "broken.svs").write_bytes(b"II*\0" + bytes(50))
+    synthetic_slide("silent.tif", mpp=None, power=None)
+    listing = list_inputs(file.parent, TILE)
+    found = listing.items(0, len(listing))
+    bad = {i.name: i.error for i in found if i.error}
+    assert set(bad) == {"broken.svs", "silent.tif"}
+    assert "truncated or damaged" in bad["broken.svs"]
+    assert "states neither microns/pixel" in bad["silent.tif"]
+    good = [i for i in found if not i.error]
+    assert {(i.x, i.y) for i in good} == {
+        (x, y) for x in range(0, 512, 128) for y in range(0, 512, 128)
+    }
+    assert good[0].stem == "slide/0_0"
+    reader = Reader(listing, TILE, lambda height, width: None)
+    assert reader.read(good[0]).pixels.shape == (64, 64, 3)
+    damage_tile(file, 0)
+    reader = Reader(listing, TILE, lambda height, width: None)  # what is open has it in memory
+    with pytest.raises(ItemError, match="cannot be decoded"):
+        reader.read(good[0])
+    assert not errors(file.parent / "silent.tif", mpp=0.25)
+
+
+def test_a_table_may_name_places_on_slides(tmp_path, synthetic_slide):
+    synthetic_slide(grid="##..\n##..", side=256)
+    file = tmp_path / "places.csv"
+    places = ["0,0", "512,256", "1000,0", "-1,0", ",3"]
+    lines = [f"slides/slide.svs,{place}" for place in places]
+    file.write_text("\n".join(["path,x,y", *lines, "slides/absent.svs,0,0"]))
+    listing = list_inputs(file, TILE)
+    found = listing.items(0, len(listing))
+    assert [i.stem for i in found[:2]] == ["slides/slide/0_0", "slides/slide/512_256"]
+    assert found[0].slide == "slides/slide"
+    assert found[4].error == "is a slide, and its row lacks x or y"
+    assert found[5].error == "cannot be opened: No such file or directory"
+    reader = Reader(listing, TILE, lambda height, width: None)
+    assert reader.read(found[0]).pixels.shape == (64, 64, 3)
+    assert reader.read(found[1]).rejected == ""  # glass, but asked for
+    for item in found[2:4]:
+        with pytest.raises(ItemError, match="lies outside of the slide: 128 px from"):
+            reader.read(item)
+
+
+def test_the_kind_is_seen_or_must_be_said(tmp_path):
+    assert find_kind(write(tmp_path / "tree", "a/1.png")) == "tree"
+    assert find_kind(write(tmp_path / "slides", "1.svs")) == "slides"
+    assert find_kind(write(tmp_path / "shards", "1.tar")) == "shards"
+    with pytest.raises(ValueError, match="several kinds"):
+        find_kind(write(tmp_path / "mixed", "1.svs", "1.png"))
+    with pytest.raises(ValueError, match="holds no tiles"):
+        find_kind(write(tmp_path / "none", "1.txt"))
+    with pytest.raises(ValueError, match="neither a table"):
+        find_kind(tmp_path / "tree" / "a" / "1.png")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        items(tmp_path / "absent")
+
+
+def test_a_listing_knows_its_names_and_its_units_their_files(tmp_path):
+    write(tmp_path, "a/1.png", "a/2.png")
+    before = list_inputs(tmp_path, TILE)
+    (tmp_path / "a" / "2.png").write_bytes(png(32))
+    after = list_inputs(tmp_path, TILE)
+    assert before.identity() == after.identity()
+    assert before.digest(0, 1) == after.digest(0, 1)
+    assert before.digest(1, 2) != after.digest(1, 2)
+    write(tmp_path, "a/3.png")
+    assert list_inputs(tmp_path, TILE).identity() != before.identity()

@@ -1,0 +1,250 @@
+"""Whole data sets: what comes out, how a run resumes and is shared, and how it ends."""
+
+import hashlib
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import SIZE, synthetic_tiles
+from conftest import save_tile as save
+from PIL import Image
+
+import cytosyn_aug
+from cytosyn_aug import offline
+from cytosyn_aug.cache import LatentCache
+from cytosyn_aug.encodings import features_cached
+from cytosyn_aug.images import tile_key
+from cytosyn_aug.running import Work
+from cytosyn_aug.variants import CachedVariants
+
+QUIET = Work(progress=False)
+
+
+def read(file):
+    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+
+
+def digest(folder):
+    """Return every file below a folder with the hash of its bytes."""
+    return {
+        f.relative_to(folder).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in sorted(folder.rglob("*"))
+        if f.is_file()
+    }
+
+
+def rows(out):
+    return pq.read_table(out / "manifest.parquet").to_pylist()
+
+
+def augment(tree, out, small, laboratories, **changes):
+    settings = {"references": laboratories, "variants": 2, "unit_tiles": 3, "work": QUIET}
+    return offline.augment(tree, out, small, **settings | changes)
+
+
+def test_augment_mirrors_the_tree_and_says_how(tree, tmp_path, small, laboratories):
+    out = tmp_path / "out"
+    summary = augment(tree, out, small, laboratories)
+    assert summary.is_complete
+    assert summary.counts == {"blank": 2, "edited": 18}
+    found = rows(out)
+    assert [r["source"] for r in found] == sorted(r["source"] for r in found)
+    files = {f for f in digest(out) if "/" in f}
+    assert files == {r["output"] for r in found} | {r["mask"] for r in found if r["mask"]}
+    row = next(r for r in found if r["source"] == "tumour/slide1_10_1.png" and r["variant"] == 1)
+    assert row["output"] == "tumour/slide1_10_1_v1.png"
+    assert (row["label"], row["slide"], row["x"], row["y"]) == ("tumour", "slide1", 10, 1)
+    assert row["mask"] == "tumour/slide1_10_1_v1_mask.png"
+    source = tree / "tumour" / "slide1_10_1_mask.png"
+    assert (out / row["mask"]).read_bytes() == source.read_bytes()
+    assert row["key"] == tile_key(read(tree / row["source"]))
+    assert row["model"] == small.digest
+    assert row["colour_distance"] > 1
+    assert -1 <= row["similarity"] < 1
+    pair = [r["reference"] for r in found if r["source"] == row["source"]]
+    assert sorted(pair) == ["a", "b"]  # variants take the references in turn
+    blank = next(r for r in found if r["status"] == "blank")
+    assert torch.equal(read(out / blank["output"]), read(tree / blank["source"]))
+
+
+def test_a_tile_is_what_the_transform_makes_of_it(tree, tmp_path, small, laboratories):
+    from cytosyn_aug import StainNormalize, StainReference
+
+    out = tmp_path / "out"
+    offline.normalize(tree, out, small, reference=laboratories[0], work=QUIET)
+    transform = StainNormalize(small, StainReference.fit(small, laboratories[0]))
+    for row in rows(out):
+        expected = transform(read(tree / row["source"])).int()
+        assert row["output"] == row["source"]
+        # Batches of another shape round differently.
+        assert (read(out / row["output"]).int() - expected).abs().max() <= 1
+
+
+def test_a_slide_is_changed_by_its_own_statistics(tree, tmp_path, small, laboratories):
+    from cytosyn_aug import StainNormalize, StainReference
+
+    out = tmp_path / "out"
+    offline.normalize(tree, out, small, reference=laboratories[0], stain_source="slide", work=QUIET)
+    reference = StainReference.fit(small, laboratories[0])
+    of_slide = [r for r in rows(out) if r["slide"] == "slide1"]
+    tiles = torch.stack([read(tree / r["source"]) for r in of_slide])
+    transform = StainNormalize(small, reference, source=StainReference.fit(small, tiles))
+    for row, expected in zip(of_slide, transform(tiles).int(), strict=True):
+        assert (read(out / row["output"]).int() - expected).abs().max() <= 1
+
+
+@pytest.mark.parametrize("method", ["macenko", "reinhard", "transport"])
+def test_classical_methods_do_what_their_transforms_do(tree, tmp_path, small, laboratories, method):
+    kinds = {
+        "macenko": (cytosyn_aug.MacenkoNormalize, cytosyn_aug.MacenkoReference),
+        "reinhard": (cytosyn_aug.ReinhardNormalize, cytosyn_aug.ReinhardReference),
+        "transport": (cytosyn_aug.DensityTransport, cytosyn_aug.DensityReference),
+    }
+    transform, kind = kinds[method]
+    reference = kind.fit(laboratories[0])
+    reference.save(tmp_path / "lab.json")
+    out = tmp_path / "out"
+    settings = {"reference": tmp_path / "lab.json", "method": method, "work": QUIET}
+    summary = offline.normalize(tree, out, small, **settings)
+    assert summary.counts == {"blank": 1, "edited": 9}
+    for row in rows(out):
+        expected = transform(reference)(read(tree / row["source"]))
+        assert torch.equal(read(out / row["output"]), expected)
+    offline.normalize(tree, tmp_path / "by_slide", small, stain_source="slide", **settings)
+    tiles = {r["source"]: read(tree / r["source"]) for r in rows(out) if r["slide"] == "slide2"}
+    by_slide = transform(reference, source=kind.fit(torch.stack(list(tiles.values()))))
+    for name, tile in tiles.items():
+        assert torch.equal(read(tmp_path / "by_slide" / name), by_slide(tile))
+    settings["method"] = "reinhard" if method == "macenko" else "macenko"
+    with pytest.raises(ValueError, match="holds cytosyn_aug"):
+        offline.normalize(tree, tmp_path / "other", small, **settings)
+
+
+def test_a_tile_that_the_networks_fail_on_is_named_and_not_written(tmp_path, small, monkeypatch):
+    real = type(small).decode_pixels
+
+    def decode_pixels(self, latents, **settings):
+        pixels = real(self, latents, **settings)
+        pixels[0, 0, 0, 0] = torch.nan
+        return pixels
+
+    monkeypatch.setattr(type(small), "decode_pixels", decode_pixels)
+    summary = offline.sample(tmp_path / "out", small, n=8, steps=2, work=QUIET)
+    assert summary.counts == {"failed": 2, "generated": 6}
+    assert "not finite" in summary.failed[0][1]
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 6
+
+
+@pytest.mark.parametrize("format", ["png", "webp", "tar", "images"])
+def test_formats_hold_the_same_pixels(tree, tmp_path, small, laboratories, format):
+    augment(tree, tmp_path / "png", small, laboratories)
+    out = tmp_path / "out"
+    augment(tree, out, small, laboratories, format=format)
+    expected = {r["key"]: read(tmp_path / "png" / r["output"]) for r in rows(tmp_path / "png")}
+    last = {r["key"]: r for r in rows(out)}
+    for key, row in last.items():
+        if format == "images":
+            found = LatentCache.open(out).get([key], [row["variant"]]).fields["images"][0]
+        elif format == "tar":
+            import tarfile
+
+            shard, member = row["output"].split("/", 1)
+            with tarfile.open(out / shard) as tar:
+                found = read(tar.extractfile(member))
+                assert (
+                    tar.extractfile(member.replace(".webp", ".cls")).read().decode()
+                    == (row["label"])
+                )
+        else:
+            assert row["output"].endswith(format)
+            found = read(out / row["output"])
+        assert torch.equal(found, expected[key])
+
+
+def test_cached_latents_are_read_by_cached_variants(tree, tmp_path, small, laboratories):
+    out = tmp_path / "out"
+    augment(tree, out, small, laboratories, format="latents")
+    look_up = CachedVariants(LatentCache.open(out), p=1.0)
+    tiles = torch.stack([read(tree / r["source"]) for r in rows(out) if r["variant"] == 0])
+    found = look_up(tiles)
+    assert found.is_variant.sum() == 9  # the blank one stays
+    assert look_up.decode(small, found).shape == tiles.shape
+
+
+def test_cache_holds_what_the_encoder_gives(tree, tmp_path, small):
+    folder = tmp_path / "cache"
+    summary = offline.cache(tree, folder, small, unit_tiles=3, work=QUIET)
+    assert summary.counts == {"cached": 10}
+    cache = LatentCache.open(folder)
+    assert len(cache) == 10
+    tiles = torch.stack([read(tree / r["source"]) for r in rows(summary.out)])
+    found = features_cached(small, tiles, cache, writes=False)
+    assert torch.allclose(found, small.features(tiles).cls, atol=1e-5)
+    assert offline.cache(tree, folder, small, unit_tiles=3, compact=True, work=QUIET).is_complete
+    assert len(LatentCache.open(folder)) == 10
+    assert len(list((folder / "shards").iterdir())) == 1
+
+
+def test_sample_takes_conditions_in_turn(tmp_path, small):
+    features = np.random.default_rng(0).normal(size=(3, 24)).astype(np.float32)
+    np.save(tmp_path / "features.npy", features)
+    summary = offline.sample(
+        tmp_path / "out", small, n=7, conditions=tmp_path / "features.npy", steps=2, work=QUIET
+    )
+    assert summary.counts == {"generated": 7}
+    images = [read(tmp_path / "out" / r["output"]) for r in rows(tmp_path / "out")]
+    assert len({tile_key(image) for image in images}) == 7
+    again = offline.sample(
+        tmp_path / "two", small, n=7, conditions=features, steps=2, unit_tiles=2, work=QUIET
+    )
+    assert again.is_complete
+    for row, image in zip(rows(tmp_path / "two"), images, strict=True):
+        assert torch.equal(read(tmp_path / "two" / row["output"]), image)
+
+
+def test_masks_are_refused_where_structure_moves(tree, tmp_path, small, laboratories):
+    with pytest.raises(ValueError, match="1 tiles have masks"):
+        augment(tree, tmp_path / "out", small, laboratories, preserve="none")
+    with pytest.raises(ValueError, match="1 tiles have masks"):
+        offline.augment(tree, tmp_path / "out", small, mode="resample", work=QUIET)
+    assert not (tmp_path / "out").exists()
+    summary = offline.augment(
+        tree,
+        tmp_path / "out",
+        small,
+        mode="resample",
+        steps=2,
+        allow_geometry_change=True,
+        work=QUIET,
+    )
+    assert summary.counts == {"blank": 1, "edited": 9}
+    assert not any(row["mask"] for row in rows(tmp_path / "out"))
+
+
+def test_variants_that_would_repeat_themselves_are_refused(tree, tmp_path, small, laboratories):
+    with pytest.raises(ValueError, match="would repeat themselves"):
+        augment(tree, tmp_path / "out", small, laboratories, variants=3)
+    summary = augment(tree, tmp_path / "out", small, laboratories, variants=3, strength=(0.5, 1.0))
+    assert summary.counts["edited"] == 27
+    strengths = {r["strength"] for r in rows(tmp_path / "out")}
+    assert len(strengths) == 30
+    assert 0.5 <= min(strengths) < max(strengths) <= 1
+
+
+def test_larger_tiles_keep_their_size(tmp_path, small, laboratories):
+    for k, size in enumerate((SIZE, 150, SIZE, 201)):
+        save(tmp_path / "in" / f"{k}.png", synthetic_tiles(1, seed=k, size=size)[0])
+    summary = augment(tmp_path / "in", tmp_path / "out", small, laboratories)
+    assert summary.counts == {"edited": 8}
+    for row in rows(tmp_path / "out"):
+        source, made = tmp_path / "in" / row["source"], tmp_path / "out" / row["output"]
+        assert read(source).shape == read(made).shape
+
+
+def test_torchvision_finds_the_same_classes_in_out(tree, tmp_path, small, laboratories):
+    from torchvision.datasets import ImageFolder
+
+    augment(tree, tmp_path / "out", small, laboratories)
+    before, after = ImageFolder(tree), ImageFolder(tmp_path / "out")
+    assert before.classes == after.classes

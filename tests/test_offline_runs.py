@@ -1,0 +1,251 @@
+"""Runs: resumed, shared, refused; killed at any moment, on disks that are full or closed."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import replace
+
+import pytest
+from conftest import save_tile as save
+from conftest import synthetic_tiles
+from test_offline import QUIET, augment, digest, rows
+
+from cytosyn_aug.cli import main
+from cytosyn_aug.running import Work
+
+
+def command(tree, out, model_folder, laboratories, *more):
+    return [
+        "augment",
+        *(str(tree), str(out), "--model", str(model_folder), "--batch-size", "2"),
+        *("--variants", "2", "--unit-tiles", "3", "--references", *map(str, laboratories)),
+        *more,
+    ]
+
+
+def test_shards_together_are_the_whole(tree, tmp_path, small, laboratories):
+    augment(tree, tmp_path / "whole", small, laboratories)
+    out = tmp_path / "out"
+    first = augment(tree, out, small, laboratories, work=replace(QUIET, shard=(0, 2)))
+    assert not first.is_complete
+    assert not (out / "manifest.parquet").exists()
+    second = augment(tree, out, small, laboratories, work=Work(shard=(1, 2), readers=1, writers=1))
+    assert second.is_complete
+    assert digest(out) == digest(tmp_path / "whole")
+
+
+def test_a_rerun_does_nothing_and_changes_nothing(tree, tmp_path, small, laboratories):
+    out = tmp_path / "out"
+    augment(tree, out, small, laboratories)
+    before = {f: f.stat().st_mtime_ns for f in out.rglob("*") if f.is_file()}
+    assert augment(tree, out, small, laboratories).counts == {"blank": 2, "edited": 18}
+    assert {f: f.stat().st_mtime_ns for f in out.rglob("*") if f.is_file()} == before
+
+
+def test_dry_run_writes_nothing_and_counts(tree, tmp_path, small, laboratories):
+    out = tmp_path / "out"
+    work = replace(QUIET, dry_run=True)
+    estimate = augment(tree, out, small, laboratories, work=work).estimate
+    assert not out.exists()
+    assert (estimate["tiles_to_do"], estimate["results"], estimate["units"]) == (10, 20, 4)
+    assert estimate["tiles_with_masks"] == 1
+    assert estimate["tiles_per_s"] > 0
+    augment(tree, out, small, laboratories, work=replace(QUIET, shard=(0, 2)))
+    before = digest(out)
+    assert augment(tree, out, small, laboratories, work=work).estimate["units_to_do"] == 2
+    assert digest(out) == before
+
+
+def test_another_recipe_is_refused_with_the_difference(tree, tmp_path, small, laboratories):
+    out = tmp_path / "out"
+    augment(tree, out, small, laboratories)
+    with pytest.raises(ValueError, match=r"recipe\.seed: 0 -> 1"):
+        augment(tree, out, small, laboratories, seed=1)
+    save(tree / "new.png", synthetic_tiles(1, seed=9)[0])
+    with pytest.raises(ValueError, match=r"input\.num_tiles: 10 -> 11"):
+        augment(tree, out, small, laboratories)
+    summary = augment(tree, out, small, laboratories, work=replace(QUIET, overwrite=True))
+    assert summary.counts["edited"] == 20
+    augment(tree, tmp_path / "fresh", small, laboratories)
+    assert digest(out) == digest(tmp_path / "fresh")
+
+
+def test_a_folder_of_something_else_is_refused(tree, tmp_path, small, laboratories):
+    out = tmp_path / "out"
+    (out / "thesis").mkdir(parents=True)
+    for work in (QUIET, replace(QUIET, overwrite=True)):
+        with pytest.raises(ValueError, match="not empty"):
+            augment(tree, out, small, laboratories, work=work)
+
+
+def test_killed_anywhere_and_run_again_it_is_the_same(tree, tmp_path, model_folder, laboratories):
+    assert main(command(tree, tmp_path / "whole", model_folder, laboratories)) == 0
+    out = tmp_path / "out"
+    words = command(tree, out, model_folder, laboratories)
+    draw = random.Random(os.getpid())
+    for _ in range(2):
+        before = len(list(out.rglob("*")))
+        process = subprocess.Popen([sys.executable, "-m", "cytosyn_aug.cli", *words])
+        while len(list(out.rglob("*"))) == before and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert main(words) == 0
+    assert digest(out) == digest(tmp_path / "whole")
+    assert not (out / ".work").exists()
+
+
+class Killed(BaseException):
+    """What stands for a kill: nothing may catch it."""
+
+
+@pytest.mark.parametrize("format", ["png", "tar"])
+def test_ended_at_any_write_and_run_again_it_is_the_same(
+    tree, tmp_path, small, laboratories, monkeypatch, format
+):
+    augment(tree, tmp_path / "whole", small, laboratories, format=format)
+    out = tmp_path / "out"
+    real, left = os.fsync, [0]
+
+    def fsync(descriptor):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        real(descriptor)
+
+    for number in (0, 1, 2, 3, 5, 8, 13, 21):
+        left[0] = number
+        with monkeypatch.context() as patch, suppress(Killed):
+            patch.setattr(os, "fsync", fsync)
+            augment(tree, out, small, laboratories, format=format)
+    assert augment(tree, out, small, laboratories, format=format).is_complete
+    assert digest(out) == digest(tmp_path / "whole")
+
+
+def test_two_processes_share_one_run(tree, tmp_path, model_folder, laboratories):
+    assert main(command(tree, tmp_path / "whole", model_folder, laboratories)) == 0
+    out = tmp_path / "out"
+    words = command(tree, out, model_folder, laboratories)
+    processes = [
+        subprocess.Popen([sys.executable, "-m", "cytosyn_aug.cli", *words]) for _ in range(2)
+    ]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert digest(out) == digest(tmp_path / "whole")
+
+
+def test_a_full_disk_ends_the_run_and_the_next_goes_on(
+    tree,
+    tmp_path,
+    small,
+    laboratories,
+    monkeypatch,
+):
+    augment(tree, tmp_path / "whole", small, laboratories)
+    out, left = tmp_path / "out", [9]
+    real = os.fsync
+
+    def fsync(descriptor):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(OSError, match=r"No space left on device.*out"):
+            augment(tree, out, small, laboratories)
+    augment(tree, out, small, laboratories)
+    assert digest(out) == digest(tmp_path / "whole")
+
+
+def test_a_disk_that_is_too_small_is_refused_before_work(
+    tree,
+    tmp_path,
+    small,
+    laboratories,
+    monkeypatch,
+):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(ValueError, match="has 1,000 bytes free"):
+        augment(tree, tmp_path / "out", small, laboratories)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_closed_folder_is_named(tree, tmp_path, small, laboratories):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    with pytest.raises(PermissionError, match="closed"):
+        augment(tree, tmp_path / "closed" / "out", small, laboratories)
+
+
+def test_links_that_lead_out_are_refused(tree, tmp_path, small, laboratories):
+    out = tmp_path / "out"
+    augment(tree, out, small, laboratories, work=replace(QUIET, shard=(0, 4)))
+    (tmp_path / "elsewhere").mkdir()
+    (out / "tumour").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="leads out of"):
+        augment(tree, out, small, laboratories)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_results_among_their_sources_are_refused(tree, small, laboratories):
+    for out in (tree, tree / "out", tree.parent):
+        with pytest.raises(ValueError, match="lie in each other"):
+            augment(tree, out, small, laboratories)
+
+
+def test_a_changed_file_costs_its_unit_and_a_broken_one_loses_its_results(
+    tree,
+    tmp_path,
+    small,
+    laboratories,
+):
+    out = tmp_path / "out"
+    augment(tree, out, small, laboratories)
+    before = {f: f.stat().st_mtime_ns for f in out.rglob("*.png")}
+    save(tree / "stroma" / "slide0_60_6.png", synthetic_tiles(1, seed=3)[0])
+    (tree / "tumour" / "slide1_10_1.png").write_bytes(b"broken")
+    summary = augment(tree, out, small, laboratories)
+    assert summary.counts == {"blank": 2, "edited": 16, "failed": 1}
+    assert [name for name, _ in summary.failed] == ["tumour/slide1_10_1.png"]
+    files = {f.relative_to(out).as_posix() for f in out.rglob("*.png")}
+    assert files == {p for r in rows(out) for p in (r["output"], r["mask"]) if p}
+    untouched = [f for f in out.rglob("*.png") if f.stat().st_mtime_ns == before[f]]
+    assert untouched  # of units whose files are as they were
+
+
+def test_exit_codes_and_messages(tree, tmp_path, model_folder, laboratories, capsys):
+    out = tmp_path / "out"
+    words = command(tree, out, model_folder, laboratories)
+    (tree / "stroma" / "bro\nken.png").write_bytes(b"nothing")
+    assert main(words) == 1
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"{out}: 2 blank, 18 edited, 1 failed")
+    assert "failed: stroma/bro\\nken.png is damaged or no image" in printed.err
+    assert main([*words, "--seed", "5"]) == 2
+    assert "recipe.seed: 0 -> 5" in capsys.readouterr().err
+    assert main(["augment", str(tmp_path / "absent"), str(out)]) == 2
+    assert main([*words, "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["units_to_do"] == 1  # the failed one
+    save(tree / "stroma" / "bro\nken.png", synthetic_tiles(1, seed=5)[0])
+    assert main(words) == 0
+
+
+def test_slurm_prints_an_array_of_shards(capsys):
+    words = ["augment", "my tiles", "out", "--references", "lab"]
+    assert main(["slurm", "--shards", "3", "--gpus", "0", "--", *words]) == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --array=0-2\n" in script
+    line = "cytosyn-aug augment 'my tiles' out --references lab"
+    assert f'{line} --shard "$SLURM_ARRAY_TASK_ID/3" --quiet\n' in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    assert main(["slurm", "--shards", "3", "--", *words, "--shard", "0/2"]) == 2
+    assert main(["slurm", "--shards", "3", "--", "info"]) == 2

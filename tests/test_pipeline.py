@@ -1,0 +1,115 @@
+"""The pipeline: bounded, in order, and ended by what ends it."""
+
+import threading
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+
+from cytosyn_aug.batch_edits import Edited
+from cytosyn_aug.image_files import ItemError
+from cytosyn_aug.listing import Item, make_listing
+from cytosyn_aug.outputs import Written
+from cytosyn_aug.pipeline import Job, Threads, run_job
+from cytosyn_aug.reading import Loaded
+from cytosyn_aug.run_folder import open_run
+from cytosyn_aug.running import cut_units
+
+
+@dataclass
+class Recorder:
+    """Counts tiles on their way, and stands for model and output."""
+
+    side: int = 8
+    read: list = field(default_factory=list)
+    edited: list = field(default_factory=list)
+    written: list = field(default_factory=list)
+    committed: list = field(default_factory=list)
+    most_waiting: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def load(self, item):
+        if "bad" in item.name:
+            raise ItemError("is bad")
+        with self.lock:
+            self.read.append(item.name)
+            self.most_waiting = max(self.most_waiting, len(self.read) - len(self.edited))
+        return Loaded(item, np.zeros((self.side, self.side, 3), np.uint8), item.name)
+
+    def edit(self, batch):
+        time.sleep(0.002)
+        with self.lock:
+            self.edited += [tile.item.name for tile in batch]
+        images = torch.zeros(len(batch), 3, self.side, self.side, dtype=torch.uint8)
+        some = torch.ones(len(batch))
+        seeds, names = [0] * len(batch), [""] * len(batch)
+        yield Edited(images, some.bool(), some.bool(), seeds, names, None, some, some)
+
+    def write(self, place, item, result):
+        with self.lock:
+            self.written.append(item.name)
+        return Written(item.name)
+
+    def discard(self, place, item):
+        pass
+
+    def commit(self, unit):
+        self.committed.append(unit)
+
+
+def job_of(recorder, names, **changes):
+    listing = make_listing("table", None, [Item(name) for name in names])
+    settings = {"num_variants": 1, "batch_size": 4, "output": recorder}
+    return Job(listing=listing, read=recorder.load, edit=recorder.edit, **settings | changes)
+
+
+def run(job, folder, unit_tiles=10, **threads):
+    units = cut_units(job.listing, unit_tiles)
+    with open_run(folder, {}, {}, overwrite=False) as run_folder:
+        run_folder.prepare()
+        counts = list(run_job(job, units, run_folder, Threads(**threads)))
+        tables = list(run_folder.rows(units))
+    return counts, [row for table in tables for row in table.to_pylist()]
+
+
+def test_every_tile_comes_once_and_in_order(tmp_path):
+    names = [f"{k:03d}{'bad' if k % 7 == 3 else ''}.png" for k in range(45)]
+    recorder = Recorder()
+    counts, rows = run(job_of(recorder, names), tmp_path / "out")
+    assert sum(count for _, count in counts) == 45
+    assert [row["source"] for row in rows] == names
+    failed = [row["source"] for row in rows if row["status"] == "failed"]
+    assert failed == [name for name in names if "bad" in name]
+    assert sorted(recorder.written) == sorted(set(names) - set(failed))
+    assert recorder.committed == [0, 1, 2, 3, 4]
+
+
+def test_tiles_that_wait_are_bounded_in_number_and_in_bytes(tmp_path, monkeypatch):
+    names = [f"{k:03d}.png" for k in range(200)]
+    recorder = Recorder()
+    run(job_of(recorder, names), tmp_path / "a", readers=2, read_ahead=12)
+    assert recorder.most_waiting <= 12 + 4 + 2  # and a batch, and what is in readers' hands
+    monkeypatch.setattr("cytosyn_aug.pipeline._MAX_WAITING_BYTES", 5 * 64 * 64 * 3)
+    recorder = Recorder(side=64)
+    run(job_of(recorder, names), tmp_path / "b", readers=2, read_ahead=64)
+    assert recorder.most_waiting <= 5 + 4 + 2
+
+
+@pytest.mark.parametrize("where", ["edit", "write", "commit"])
+def test_any_other_error_ends_the_run_and_lets_go_of_units(tmp_path, where):
+    class Broken(Recorder):
+        pass
+
+    def fail(*_):
+        raise OSError("broken")
+
+    names = [f"{k:03d}.png" for k in range(40)]
+    broken = Broken()
+    setattr(broken, where, fail)
+    with pytest.raises(OSError, match="broken"):
+        run(job_of(broken, names), tmp_path / "out")
+    recorder = Recorder()
+    _, rows = run(job_of(recorder, names), tmp_path / "out")
+    assert [row["source"] for row in rows] == names
