@@ -112,16 +112,12 @@ class LatentCache:
                 damaged or of another version.
             OSError: The folder cannot be created.
         """
-        folder = Path(folder)
+        folder = Path(folder).absolute()  # this process may change its directory
         if spec is not None and not (folder / CACHE_NAME).is_file():
             create_cache(folder, spec)
         found = read_spec(folder)
-        if spec is not None and found != spec:
-            raise ValueError(
-                f"{folder} is a cache of digest {found.digest} for model {found.model_digest}, "
-                f"asked for is {spec.digest} for model {spec.model_digest}: "
-                f"{'; '.join(spec.differences(found))}; use another folder, or remove this one"
-            )
+        if spec is not None:
+            _check_equal(folder, found, spec)
         return cls(folder, found, max_pending_bytes)
 
     def __len__(self) -> int:
@@ -248,7 +244,16 @@ class LatentCache:
         return names | {"max_pending_bytes": self._max_pending_bytes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(self.open(**state).__dict__)
+        folder, spec = state["folder"], state["spec"]
+        try:
+            found = read_spec(folder)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{folder} is not here, or no longer a cache, as it was where this handle of it "
+                "was pickled; make it reachable under the same path, or open it by yours"
+            ) from error
+        _check_equal(folder, found, spec)
+        self.__init__(folder, spec, state["max_pending_bytes"])  # type: ignore[misc]
 
     def _tags(self, keys: Sequence[str], variants: Sequence[int] | None) -> list[Tag]:
         numbers = [0] * len(keys) if variants is None else [int(v) for v in variants]
@@ -332,3 +337,12 @@ class LatentCache:
         if not self._damaged:  # one warning a handle; `faults` has the rest
             warnings.warn(sentence, stacklevel=2)
         self._damaged.setdefault((shard, row), sentence)
+
+
+def _check_equal(folder: Path, found: CacheSpec, spec: CacheSpec) -> None:
+    if found != spec:
+        raise ValueError(
+            f"{folder} is a cache of digest {found.digest} for model {found.model_digest}, "
+            f"asked for is {spec.digest} for model {spec.model_digest}: "
+            f"{'; '.join(spec.differences(found))}; use another folder, or remove this one"
+        )

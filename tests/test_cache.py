@@ -553,6 +553,32 @@ def test_a_pickled_handle_reads_and_leaves_waiting_records_behind(tmp_path):
     assert len(shards(tmp_path)) == 1
 
 
+def test_a_handle_means_one_folder_wherever_a_process_goes(tmp_path, monkeypatch):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with LatentCache.open("cache", SPEC) as cache:
+        put(cache, [1])
+    packed = pickle.dumps(cache)
+    monkeypatch.chdir(tmp_path / "there")
+    put(cache, [2])
+    cache.flush()
+    assert check(pickle.loads(packed), [1, 2]) == [True, True]
+    assert not list(Path.cwd().iterdir())
+
+
+def test_unpickling_makes_no_cache_and_takes_no_other(tmp_path):
+    folder = tmp_path / "cache"
+    packed = pickle.dumps(fill(folder, [1]))
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match=r"is not here.*was pickled.*same path"):
+        pickle.loads(packed)
+    assert not folder.exists()
+    LatentCache.open(folder, replace(SPEC, recipe='{"seed": 1}'))
+    with pytest.raises(ValueError, match=r"recipe\.seed 1 for None"):
+        pickle.loads(packed)
+
+
 def test_a_forked_handle_does_not_write_its_parents_records(tmp_path):
     cache = LatentCache.open(tmp_path, SPEC)
     put(cache, [1])
