@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,10 +45,40 @@ def describe_edits(
     return {"edits": named, "seed": seed, "recipe": recipe}
 
 
-def run_edit(edit: TileTransform | Edit, images: Tensor, seeds: list[int]) -> Tensor:
-    """Return what an edit makes of images [B, 3, H, W], all of them edited, by one seed a tile."""
+class Made(NamedTuple):
+    """What an edit made of tiles: images or latents, and bool [B], which its networks failed on."""
+
+    results: Tensor
+    is_failed: Tensor
+
+
+def run_edit(edit: TileTransform | Edit, images: Tensor, seeds: list[int]) -> Made:
+    """Edit all of some images uint8 [B, 3, H, W], by one seed a tile."""
     if not isinstance(edit, TileTransform):
-        return edit(images, seeds)
+        results = edit(images, seeds)
+        if results.dtype == torch.uint8 or len(results) != len(images):
+            return Made(results, torch.zeros(len(images), dtype=torch.bool))
+        return Made(results, ~results.isfinite().flatten(1).all(1).cpu())
+    params = _draw(edit, images, seeds)
+    num_failed = edit.num_failed
+    results = edit.transform(images, params)
+    if not isinstance(results, Tensor):
+        raise TypeError(
+            f"{type(edit).__name__} gives {type(results).__name__} for a batch, expected a tensor; "
+            "give transforms that edit one image to one"
+        )
+    is_failed = torch.zeros(len(images), dtype=torch.bool)
+    if edit.num_failed > num_failed:
+        # It says how many. They came back unchanged, and so did tiles that it refused.
+        for row in (results == images).flatten(1).all(1).nonzero()[:, 0].tolist():
+            num_failed = edit.num_failed
+            edit.transform(images[row : row + 1], {k: v[row : row + 1] for k, v in params.items()})
+            is_failed[row] = edit.num_failed > num_failed
+    return Made(results, is_failed)
+
+
+def _draw(edit: TileTransform, images: Tensor, seeds: list[int]) -> dict[str, list[object]]:
+    """Draw for every tile from its own seed, and let torch's generator be as it was."""
     drawing = copy.copy(edit)
     drawing.p = 1.0
     params: dict[str, list[object]] = {}
@@ -60,7 +91,7 @@ def run_edit(edit: TileTransform | Edit, images: Tensor, seeds: list[int]) -> Te
                 params.setdefault(name, []).extend(values)
     finally:
         torch.set_rng_state(state)
-    return edit.transform(images, params)
+    return params
 
 
 def _describe(number: int, edit: TileTransform | Edit, has_recipe: bool) -> dict[str, object]:

@@ -7,8 +7,9 @@ either way, because what was computed is rounded to the stored dtype before it i
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,13 @@ from cytosyn_aug.images import tile_key
 from cytosyn_aug.misses import THUMBNAIL, thumbnails
 
 Contents = Literal["moments", "features"]
+
+
+class Filled(NamedTuple):
+    """What filling did: records put, and records not put because a network failed on the tile."""
+
+    num_filled: int
+    num_failed: int
 
 
 def encodings_spec(
@@ -101,7 +109,8 @@ def features_cached(
         generator: The model.
         images: uint8 [B, 3, size, size].
         cache: Made with `encodings_spec`.
-        writes: Put what was missing into the cache; False for a cache that is only read.
+        writes: Put what was missing into the cache; False for a cache that is only read. What is
+            not finite is returned, for transforms to count, but never put.
 
     Raises:
         ValueError: The cache is of another model or holds no features.
@@ -122,8 +131,10 @@ def features_cached(
     return _complete(generator, images, cache, "cls", writes).to(generator.device)
 
 
-def fill_encodings(generator: TileGenerator, images: Tensor, cache: LatentCache) -> int:
-    """Put whatever is missing of tiles into a cache made with `encodings_spec`; return how many.
+def fill_encodings(generator: TileGenerator, images: Tensor, cache: LatentCache) -> Filled:
+    """Put whatever is missing of tiles into a cache made with `encodings_spec`.
+
+    Tiles that a network fails on are named in a warning, counted and not put.
 
     Args:
         generator: The model.
@@ -136,7 +147,10 @@ def fill_encodings(generator: TileGenerator, images: Tensor, cache: LatentCache)
     check_filler(generator, cache)
     generator.check_images(images)
     keys = [tile_key(image) for image in images]
-    return len(_fill_missing(generator, images, cache, keys, cache.get(keys), writes=True))
+    made = _fill_missing(generator, images, cache, keys, cache.get(keys), writes=True)
+    failed = [key for key, fields in made.items() if not _is_finite(fields)]
+    warn_of_failed(failed)
+    return Filled(len(made) - len(failed), len(failed))
 
 
 def check_model(generator: TileGenerator, cache: LatentCache) -> None:
@@ -157,6 +171,19 @@ def check_filler(generator: TileGenerator, cache: LatentCache) -> None:
         raise ValueError(
             f"{cache.folder} is of networks in {found}, this generator computes in "
             f"{generator.dtype}; load it with that dtype, or fill a cache in another folder"
+        )
+
+
+def warn_of_failed(keys: list[str]) -> None:
+    """Name tiles that a network failed on."""
+    if keys:
+        named = ", ".join(key[:16] for key in keys[:3]) + ", ..." * (len(keys) > 3)
+        warnings.warn(
+            f"the network's output for {len(keys)} tiles is not finite, so they were not cached: "
+            f"{named} (the first digits of their tile_key); load the model in float32 or bfloat16, "
+            "or look at the tiles",
+            RuntimeWarning,
+            stacklevel=3,
         )
 
 
@@ -212,6 +239,12 @@ def _fill_missing(
         fields["moments"] = torch.stack(generator.encode(missing), 1).cpu()
     if "cls" in cache.spec.names:
         fields["cls"] = generator.features(missing).cls.cpu()
-    if writes:
-        cache.put([keys[row] for row in rows], fields)
-    return {keys[row]: {k: v[n] for k, v in fields.items()} for n, row in enumerate(rows)}
+    made = {keys[row]: {k: v[n] for k, v in fields.items()} for n, row in enumerate(rows)}
+    kept = [n for n, one in enumerate(made.values()) if _is_finite(one)]
+    if writes and kept:
+        cache.put([keys[rows[n]] for n in kept], {k: v[kept] for k, v in fields.items()})
+    return made
+
+
+def _is_finite(fields: dict[str, Tensor]) -> bool:
+    return all(bool(value.isfinite().all()) for value in fields.values())

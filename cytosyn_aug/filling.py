@@ -13,10 +13,11 @@ from torch import Tensor
 from cytosyn_aug.cache import LatentCache
 from cytosyn_aug.cache_spec import CacheSpec, Field
 from cytosyn_aug.edits import Edit, describe_edits, run_edit
-from cytosyn_aug.encodings import check_filler, first_rows, write_recipe
+from cytosyn_aug.encodings import Filled, check_filler, first_rows, warn_of_failed, write_recipe
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import tile_key
 from cytosyn_aug.misses import THUMBNAIL, thumbnails
+from cytosyn_aug.stain import MIN_TISSUE, tissue_moments
 from cytosyn_aug.tile_transform import TileTransform
 
 Payload = Literal["latents", "images"]
@@ -102,8 +103,13 @@ def fill_variants(
     images: Tensor,
     cache: LatentCache,
     edits: Sequence[TileTransform | Edit],
-) -> int:
-    """Put whatever is missing of tiles' variants into a cache; return how many records.
+) -> Filled:
+    """Put whatever is missing of tiles' variants into a cache.
+
+    Blank tiles are not given to the edits: they are marked as left alone, as are those whose pixels
+    an edit did not change, and never decoded. Tiles that a network fails on are named in a warning,
+    counted, and not put, so that filling again tries them again; to train without them, look up
+    with `on_miss="keep"`.
 
     Args:
         generator: The model.
@@ -111,8 +117,7 @@ def fill_variants(
         cache: Made with `variants_spec`; flush or close it at the end.
         edits: Those of the specification. Transforms edit every tile, whatever their `p`, and draw
             from a seed of the tile and variant; functions take images and seeds, and return edited
-            images, or whitened latents for a cache of latents. Tiles whose pixels an edit left
-            alone, such as blank ones, are marked, and are never decoded.
+            images, or whitened latents for a cache of latents.
 
     Raises:
         ValueError: Another model, other edits than the specification's (each difference named),
@@ -123,17 +128,21 @@ def fill_variants(
     generator.check_images(images)
     seed = _check_edits(generator, cache, edits)
     keys = [tile_key(image) for image in images]
-    num_filled = 0
+    num_filled, failed = 0, []
     for variant, edit in enumerate(edits):
         is_found = cache.get(keys, [variant] * len(keys)).is_found
         rows = first_rows(keys, is_found)
         if not rows:
             continue
         seeds = [derive_seed(keys[row], variant, seed) for row in rows]
-        fields = _edited_fields(generator, images[rows], edit, seeds, cache.spec)
-        cache.put([keys[row] for row in rows], fields, [variant] * len(rows))
-        num_filled += len(rows)
-    return num_filled
+        fields, is_finite = _edited_fields(generator, images[rows], edit, seeds, cache.spec)
+        made = list(zip(rows, is_finite.tolist(), strict=True))
+        kept = [keys[row] for row, is_kept in made if is_kept]
+        cache.put(kept, {k: v[is_finite] for k, v in fields.items()}, [variant] * len(kept))
+        num_filled += len(kept)
+        failed += [keys[row] for row, is_kept in made if not is_kept]
+    warn_of_failed(list(dict.fromkeys(failed)))
+    return Filled(num_filled, len(failed))
 
 
 def derive_seed(key: str, variant: int, seed: int) -> int:
@@ -178,18 +187,36 @@ def _edited_fields(
     edit: TileTransform | Edit,
     seeds: list[int],
     spec: CacheSpec,
-) -> dict[str, Tensor]:
-    made = run_edit(edit, images, seeds)
-    is_edited = torch.ones(len(images), dtype=torch.uint8)
-    if made.dtype == torch.uint8:
-        if made.shape != images.shape:
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the fields of records, on the CPU, and which of them are to be kept, bool [n]."""
+    is_latent = "latents" in spec.names
+    is_edited = torch.zeros(len(images), dtype=torch.bool)
+    is_finite = torch.ones(len(images), dtype=torch.bool)
+    payload = images.cpu().clone()
+    if is_latent:
+        payload = torch.zeros(len(images), *generator.latent_shape)
+    rows = (tissue_moments(images).tissue >= MIN_TISSUE).nonzero()[:, 0].tolist()
+    if rows:
+        tissue = images[rows]
+        made, is_failed = run_edit(edit, tissue, [seeds[row] for row in rows])
+        is_edited[rows] = True
+        if made.dtype == torch.uint8:
+            if made.shape != tissue.shape:
+                raise ValueError(
+                    f"an edit gave {list(made.shape)} for {list(tissue.shape)}, expected the same"
+                )
+            is_edited[rows] = (made.cpu() != tissue.cpu()).flatten(1).any(1)
+            if is_latent:
+                made = generator.whiten(generator.encode(made).mean)
+        shape = (len(rows), *payload.shape[1:])
+        if made.shape != shape or made.is_floating_point() != is_latent:
             raise ValueError(
-                f"an edit gave {list(made.shape)} for {list(images.shape)}, expected the same"
+                f"an edit gave {made.dtype} {list(made.shape)} for {len(rows)} tiles, the cache "
+                f"holds {spec.names[0]} {list(payload.shape[1:])}"
             )
-        is_edited = (made.cpu() != images.cpu()).flatten(1).any(1).to(torch.uint8)
-    fields = {"is_edited": is_edited, THUMBNAIL.name: thumbnails(images)}
-    if "images" in spec.names:
-        return fields | {"images": made}
-    if made.dtype == torch.uint8:
-        made = generator.whiten(generator.encode(made).mean)
-    return fields | {"latents": made}
+        payload[rows] = made.to(payload)
+        is_finite[rows] = ~is_failed
+    is_finite &= payload.isfinite().flatten(1).all(1)
+    fields = {"latents" if is_latent else "images": payload}
+    fields |= {"is_edited": is_edited.to(torch.uint8), THUMBNAIL.name: thumbnails(images)}
+    return fields, is_finite

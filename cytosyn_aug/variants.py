@@ -17,7 +17,7 @@ from cytosyn_aug.cache import LatentCache
 from cytosyn_aug.encodings import check_model
 from cytosyn_aug.facts import NO_FACTS, Facts
 from cytosyn_aug.generator import TileGenerator
-from cytosyn_aug.images import num_tiles, open_tiles, tile_key
+from cytosyn_aug.images import num_tiles, open_tiles, pixels_to_images, tile_key
 from cytosyn_aug.misses import explain_miss
 from cytosyn_aug.schedules import Probability
 from cytosyn_aug.shared import SharedCount
@@ -66,7 +66,7 @@ class CachedVariants(TileTransform):
         ...     tempfile.mkdtemp(), variants_spec(generator, "images", edits)
         ... ) as cache:
         ...     fill_variants(generator, tiles, cache, edits)
-        2
+        Filled(num_filled=2, num_failed=0)
         >>> torch.equal(CachedVariants(cache, p=1.0)(tiles), edits[0](tiles))
         True
     """
@@ -178,7 +178,8 @@ class CachedVariants(TileTransform):
             is_few_step: Use the model's small decoder, if it has one.
 
         Returns:
-            Shape and dtype of `batch.image`, on the generator's device.
+            Shape and dtype of `batch.image`, on the generator's device. Tiles whose decoded
+            variant is not finite are `batch.image`'s own; `num_failed` counts them.
 
         Raises:
             ValueError: The generator is another model than that of the cache.
@@ -190,9 +191,12 @@ class CachedVariants(TileTransform):
         rows = batch.is_variant.flatten().nonzero()[:, 0]
         latents = batch.latents.reshape(-1, *batch.latents.shape[-3:])
         latents = latents[rows.to(latents.device)]
-        made = generator.decode(latents.float(), is_few_step=is_few_step)
+        pixels = generator.decode_pixels(latents.float(), is_few_step=is_few_step)
+        is_finite = pixels.isfinite().flatten(1).all(1)
+        rows = rows.to(image.device)
         out = image.reshape(-1, *image.shape[-3:]).clone()
-        if image.dtype.is_floating_point:
-            made = made.float() / 255.0
-        out[rows.to(out.device)] = made.to(out)
+        is_float = image.dtype.is_floating_point
+        self._count_failed(out[rows] * (255.0 if is_float else 1), ~is_finite)
+        made = pixels_to_images(pixels[is_finite])
+        out[rows[is_finite]] = (made.float() / 255.0 if is_float else made).to(out)
         return out.view(image.shape)

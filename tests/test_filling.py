@@ -98,9 +98,9 @@ def test_a_cache_that_is_only_read_is_not_written(generator, cache, tiles):
 
 
 def test_filling_counts_what_was_missing_and_resumes(generator, cache, tiles):
-    assert fill_encodings(generator, tiles[:3], cache) == 3
+    assert fill_encodings(generator, tiles[:3], cache).num_filled == 3
     cache.flush()
-    assert fill_encodings(generator, tiles, LatentCache.open(cache.folder)) == 1
+    assert fill_encodings(generator, tiles, LatentCache.open(cache.folder)).num_filled == 1
 
 
 def test_a_full_disk_stops_filling_and_the_rest_is_filled_later(generator, cache, tiles):
@@ -116,7 +116,7 @@ def test_a_full_disk_stops_filling_and_the_rest_is_filled_later(generator, cache
         with pytest.raises(OSError, match="2 records were not cached"):
             cache.flush()
     again = LatentCache.open(cache.folder)
-    assert fill_encodings(generator, tiles, again) == 2
+    assert fill_encodings(generator, tiles, again).num_filled == 2
 
 
 def test_transforms_take_cached_features(generator, cache, tiles):
@@ -212,8 +212,8 @@ def test_variants_are_made_once_and_flagged_where_nothing_changed(generator, tmp
 
     spec = variants_spec(generator, "images", [darker], recipe="darker")
     with LatentCache.open(tmp_path / "variants", spec) as cache:
-        assert fill_variants(generator, tiles, cache, [darker]) == 4
-        assert fill_variants(generator, tiles, cache, [darker]) == 0
+        assert fill_variants(generator, tiles, cache, [darker]).num_filled == 4
+        assert fill_variants(generator, tiles, cache, [darker]).num_filled == 0
     found = cache.get([tile_key(tile) for tile in tiles])
     assert torch.equal(found.fields["images"], tiles // 2)
     assert found.fields["is_edited"].tolist() == [1, 0, 1, 1]
@@ -286,6 +286,116 @@ def test_a_read_only_cache_of_features_says_so_at_the_first_miss(
     assert torch.equal(features_cached(generator, tiles, handle, writes=False), expected)
 
 
+# Tiles that are blank, and tiles that networks fail on
+
+
+def failing(real, is_bad):
+    """Return a function of images whose results are NaN where `is_bad` says so of a tile."""
+
+    def compute(images):
+        results = real(images)
+        for row, image in enumerate(images):
+            if is_bad(image):
+                for tensor in results:
+                    tensor[row] = torch.nan
+        return results
+
+    return compute
+
+
+def is_tile(tile):
+    return lambda image: torch.equal(image, tile)
+
+
+@pytest.mark.parametrize("payload", ["images", "latents"])
+def test_blank_tiles_are_not_edited(generator, tmp_path, tiles, payload):
+    tiles[2] = 243
+    given = []
+
+    def draw(images, seeds):
+        given.append(len(images))
+        if payload == "images":
+            return 255 - images
+        return torch.ones(len(images), *generator.latent_shape)
+
+    spec = variants_spec(generator, payload, [draw], recipe="latents whatever the tile")
+    with LatentCache.open(tmp_path, spec) as cache:
+        assert fill_variants(generator, tiles, cache, [draw]) == (4, 0)
+    assert given == [3]
+    found = cache.get([tile_key(tile) for tile in tiles]).fields
+    assert found["is_edited"].tolist() == [1, 1, 0, 1]
+    assert torch.equal(
+        found[payload][2], tiles[2] if payload == "images" else found[payload][2] * 0
+    )
+
+
+@pytest.mark.parametrize("kind", ["latents", "encoder"])
+def test_a_failing_tile_is_named_and_not_cached(generator, tmp_path, tiles, monkeypatch, kind):
+    def draw(images, seeds):
+        if kind == "encoder":
+            return 255 - images
+        rows = [torch.nan if torch.equal(image, tiles[1]) else 1.0 for image in images]
+        return torch.tensor(rows)[:, None, None, None].expand(-1, *generator.latent_shape)
+
+    if kind == "encoder":
+        broken = failing(generator.encode, is_tile(255 - tiles[1]))
+        monkeypatch.setattr(generator, "encode", broken)
+    spec = variants_spec(generator, "latents", [draw], recipe="fails on one")
+    with (
+        LatentCache.open(tmp_path, spec) as cache,
+        pytest.warns(RuntimeWarning, match=rf"for 1 tiles.*{tile_key(tiles[1])[:16]}"),
+    ):
+        assert fill_variants(generator, tiles, cache, [draw]) == (3, 1)
+    is_found = cache.get([tile_key(tile) for tile in tiles]).is_found
+    assert is_found.tolist() == [True, False, True, True]
+    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() if kind == "encoder" else pytest.warns(RuntimeWarning):
+        again = fill_variants(generator, tiles, cache, [draw])
+    assert again == ((1, 0) if kind == "encoder" else (0, 1))
+
+
+def test_tiles_that_a_transform_failed_on_are_not_cached_but_refused_ones_are(
+    generator, tmp_path, tiles, references, monkeypatch
+):
+    edits = [ConditionedResample(generator, steps=2, min_similarity=1.0)]  # refuses the others
+    real = generator.features
+    monkeypatch.setattr(generator, "features", failing(real, is_tile(tiles[1])))
+    with (
+        opened(generator, tmp_path, edits) as cache,
+        pytest.warns(RuntimeWarning, match="for 1 tiles"),
+    ):
+        assert fill_variants(generator, tiles, cache, edits) == (3, 1)
+    found = cache.get([tile_key(tile) for tile in tiles])
+    assert found.is_found.tolist() == [True, False, True, True]
+    assert not found.fields["is_edited"].any()
+
+
+def test_features_that_are_not_finite_are_returned_counted_and_not_cached(
+    generator, tmp_path, tiles, references, monkeypatch
+):
+    cache = LatentCache.open(tmp_path, encodings_spec(generator, BOTH))
+    expected = StainNormalize(generator, references[0])(tiles)
+    monkeypatch.setattr(generator, "features", failing(generator.features, is_tile(tiles[1])))
+    features = partial(features_cached, generator, cache=cache)
+    for make in (
+        partial(StainTransfer, generator, references[:1], p=1.0),
+        partial(ConditionedResample, generator, p=1.0, steps=2),
+    ):
+        transform = make(features=features)
+        with pytest.warns(RuntimeWarning, match=tile_key(tiles[1])[:16]):
+            out = transform(tiles)
+        is_same = (out == tiles).flatten(1).all(1).tolist()
+        assert is_same == [False, True, False, False]
+        assert transform.num_failed == 1
+        if isinstance(transform, StainTransfer):
+            assert torch.equal(out[2:], expected[2:])
+    with pytest.warns(RuntimeWarning, match="for 1 tiles"):
+        assert fill_encodings(generator, tiles, cache) == (0, 1)
+    assert cache.get([tile_key(tile) for tile in tiles]).is_found.tolist() == [
+        True, False, True, True,
+    ]  # fmt: skip
+
+
 # Transforms as edits
 
 
@@ -342,7 +452,9 @@ def test_filling_with_other_edits_is_refused_naming_the_difference(
             fill_variants(generator, tiles, cache, other)
         with pytest.raises(ValueError, match=message):
             opened(generator, cache.folder, other, recipe="so that a function may be given")
-    assert fill_variants(generator, tiles, cache, change(generator, references)[0][0]) == 3
+    assert (
+        fill_variants(generator, tiles, cache, change(generator, references)[0][0]).num_filled == 3
+    )
 
 
 def test_opening_with_another_seed_is_refused(generator, tmp_path, references):

@@ -18,7 +18,7 @@ from cytosyn_aug import CachedVariants, LatentCache, Ramp
 from cytosyn_aug.cache_spec import SHARD_FOLDER
 from cytosyn_aug.encodings import encodings_spec
 from cytosyn_aug.filling import fill_variants, variants_spec
-from cytosyn_aug.images import open_tiles
+from cytosyn_aug.images import open_tiles, tile_key
 from cytosyn_aug.misses import explain_miss
 
 EDITS = [lambda images, _: images // 2, lambda images, _: 255 - images]
@@ -170,13 +170,13 @@ def test_latents_of_workers_are_decoded_after_collation(
     ((batch, index),) = DataLoader(Tiles(given, transform), batch_size=NUM, num_workers=1)
     assert batch.is_variant.any()
     assert not batch.is_variant.all()
-    decoded_batches, real = [], generator.decode
+    decoded_batches, real = [], generator.decode_pixels
 
     def decode(latents, **options):
         decoded_batches.append(len(latents))
         return real(latents, **options)
 
-    monkeypatch.setattr(generator, "decode", decode)
+    monkeypatch.setattr(generator, "decode_pixels", decode)
     images = transform.decode(generator, batch)
     assert (images.shape, images.dtype) == (given.shape, given.dtype)
     assert decoded_batches == [int(batch.is_variant.sum())]
@@ -185,7 +185,7 @@ def test_latents_of_workers_are_decoded_after_collation(
             assert torch.equal(images[row], tile)
             continue
         edits = [edit(tiles[index[row]][None], None) for edit in EDITS]
-        expected = [real(generator.whiten(generator.encode(e).mean))[0] for e in edits]
+        expected = [generator.decode(generator.whiten(generator.encode(e).mean))[0] for e in edits]
         levels = images[row] * 255 if is_float else images[row].float()
         # Latents were rounded to float16.
         assert min((levels - e.float()).abs().max() for e in expected) <= 2
@@ -199,6 +199,29 @@ def test_latents_of_a_single_image_are_of_a_single_image(generator, latents_cach
     assert record.latents.shape == generator.latent_shape
     assert record.is_variant.shape == ()
     assert transform.decode(generator, record).shape == tiles[0].shape
+
+
+@pytest.mark.parametrize("is_float", [False, True])
+def test_tiles_whose_variant_cannot_be_decoded_stay_and_are_counted(
+    generator, latents_cache, tiles, monkeypatch, is_float
+):
+    transform = CachedVariants(latents_cache, p=1.0)
+    batch = transform(tiles.float() / 255 if is_float else tiles)
+    expected = transform.decode(generator, batch)
+    real = generator.decode_pixels
+
+    def decode(latents, **options):
+        pixels = real(latents, **options)
+        pixels[1] = torch.inf
+        return pixels
+
+    monkeypatch.setattr(generator, "decode_pixels", decode)
+    with pytest.warns(RuntimeWarning, match=tile_key(tiles[1])[:16]):
+        images = transform.decode(generator, batch)
+    assert torch.equal(images[1], batch.image[1])
+    others = torch.arange(len(images)) != 1
+    assert torch.equal(images[others], expected[others])
+    assert transform.num_failed == 1
 
 
 def test_decoding_with_another_model_is_refused(generator, latents_cache, tiles, monkeypatch):
