@@ -322,6 +322,22 @@ def test_masks_pass_or_are_refused(generator, reference, image):
         resample(image=image, mask=mask)
 
 
+@pytest.mark.parametrize(
+    "p",
+    [
+        {"kind": 0.5, "b": 1.0},
+        {np.int64(3): 0.5},
+        {("slide", 1): 0.25, "kind": Ramp(0.0, 1.0, 3)},
+        {True: np.float64(0.5)},
+    ],
+)
+def test_classes_of_any_name_are_written_and_read(generator, reference, p):
+    transform = caa.StainTransfer(generator, [reference], p=p)
+    assert transform.inner.p == p
+    again = alb.from_dict(json.loads(json.dumps(alb.to_dict(transform))))
+    assert again.inner.p == p
+
+
 def test_grey_scale_is_refused(generator, reference):
     transform = caa.StainNormalize(generator, reference)
     with pytest.raises(ValueError, match=r"expected \[H, W, 3\]"):
