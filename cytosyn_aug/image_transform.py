@@ -25,11 +25,11 @@ except ImportError as error:
         "cytosyn_aug.albumentations needs albumentations 2.0.8; "
         'pip install "cytosyn-aug[albumentations]"'
     ) from error
-if not albumentations.__version__.startswith("2.0."):
-    # AlbumentationsX has the same import name, and refuses classes with the hooks of 2.0.8.
+if albumentations.__version__ != "2.0.8":
+    # AlbumentationsX has the same import name and goes on from 2.0.9, under another licence.
     raise ImportError(
         f"found albumentations {albumentations.__version__}, expected 2.0.8, the last release "
-        "under the MIT licence; AlbumentationsX calls transforms in another way. Use the "
+        "under the MIT licence and the one this is tested with; AlbumentationsX is not. Use the "
         "torchvision transforms of cytosyn_aug beside it (tensors and PIL images), or "
         '`pip uninstall albumentationsx` and `pip install "cytosyn-aug[albumentations]"`'
     )

@@ -304,7 +304,7 @@ def _edited(pipeline, image):
     return pipeline(image=image)["image"]
 
 
-@pytest.mark.parametrize("version", ["2.5.1", "1.4.24"])
+@pytest.mark.parametrize("version", ["2.5.1", "1.4.24", "2.0.9", "2.0.14", "2.0.20"])
 def test_another_albumentations_gets_one_clear_error(version, monkeypatch):
     monkeypatch.setattr(alb, "__version__", version)
     for name in ("cytosyn_aug.image_transform", "cytosyn_aug.albumentations"):
