@@ -338,6 +338,21 @@ def test_classes_of_any_name_are_written_and_read(generator, reference, p):
     assert again.inner.p == p
 
 
+@pytest.mark.parametrize("p", [1.5, -1, "x", {"a": 2.0}, {}])
+def test_bad_probabilities_are_refused(generator, reference, variants, p):
+    with pytest.raises(ValueError, match=r"^p (is|of)"):
+        caa.StainTransfer(generator, [reference], p=p)
+    with pytest.raises(ValueError, match=r"^p (is|of)"):
+        caa.StainNormalize(generator, reference, p=p)
+    with pytest.raises(ValueError, match=r"^p (is|of)"):
+        caa.CachedVariants(variants, p=p)
+
+
+def test_probabilities_by_class_are_refused_where_nothing_is_drawn(generator, reference):
+    with pytest.raises(ValueError, match="p of StainNormalize is by class"):
+        caa.StainNormalize(generator, reference, p={"tumour": 1.0, "stroma": 0.0})
+
+
 def test_grey_scale_is_refused(generator, reference):
     transform = caa.StainNormalize(generator, reference)
     with pytest.raises(ValueError, match=r"expected \[H, W, 3\]"):
