@@ -1,14 +1,14 @@
-"""The transforms for albumentations (2.0.8); same names, arguments and results.
+"""The transforms for albumentations (2.0.8); same names, arguments and, to a grey level, results.
 
 Thin: each draws its parameters and calls the torchvision transform of the same name; see
 `cytosyn_aug.image_transform`. `StainViews` has no twin: an albumentations pipeline returns one
-image.
+image. References are pooled, so that a written or replayed pipeline holds a few kilobytes of each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -45,7 +45,7 @@ class StainTransfer(TileImageTransform):
         seed: Of the draws of mode "slide".
         recipe: How the model edits.
         features: Gives CLS vectors of tiles, such as a `FeatureTable`; None asks the encoder. A
-            transform with features cannot be written by `to_dict`.
+            transform with features cannot be saved as JSON.
         allow_geometry_change: Accept masks and boxes although structure may move.
     """
 
@@ -69,8 +69,9 @@ class StainTransfer(TileImageTransform):
         p = read_argument(p)
         arguments = {
             "generator": read_argument(generator),
-            "references": read_argument(references),
-            "source": read_argument(source),
+            # Pooled here and not when written, so that what is replayed is the very same.
+            "references": [r.pooled() for r in read_argument(references)],
+            "source": _pooled(source),
             "strength": read_argument(strength),
             "preserve": preserve,
             "mpp": mpp,
@@ -120,8 +121,8 @@ class StainNormalize(TileImageTransform):
     ) -> None:
         arguments = {
             "generator": read_argument(generator),
-            "reference": read_argument(reference),
-            "source": read_argument(source),
+            "reference": _pooled(reference),
+            "source": _pooled(source),
             "strength": read_argument(strength),
             "preserve": preserve,
             "mpp": mpp,
@@ -301,3 +302,8 @@ class DensityTransport(TileImageTransform):
         }
         inner = classical.DensityTransport(**arguments, p=p if isinstance(p, Mapping) else 1.0)
         super().__init__(inner, p, arguments)
+
+
+def _pooled(reference: Any) -> StainReference | None:  # Any: a reference, written or not
+    read: StainReference | None = read_argument(reference)
+    return None if read is None else read.pooled()

@@ -2,8 +2,9 @@
 
 For albumentations 2.0.8, the last release under the MIT licence. Draws come from torch's generator,
 which DataLoader seeds differently in every worker and epoch; albumentations 2.0.8 would repeat its
-own in all of them. What is drawn can be written as JSON, and so can the transforms: `to_dict` keeps
-where a model came from instead of its weights.
+own in all of them. So `torch.manual_seed` repeats draws, and `A.Compose(seed=...)` has no effect.
+What is drawn can be written as JSON, and so can the transforms: `to_dict` keeps where a model came
+from instead of its weights.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cytosyn_aug.editing import EditRecipe
 from cytosyn_aug.schedules import Probability, Ramp, check_probability, value_at
 from cytosyn_aug.tile_transform import TileTransform
 from cytosyn_aug.written import write_argument
@@ -116,9 +118,25 @@ class TileImageTransform(albumentations.ImageOnlyTransform):
         edited = self.inner.transform(_to_tensor(img), drawn)
         return np.ascontiguousarray(edited.permute(1, 2, 0).numpy())
 
+    def __repr__(self) -> str:
+        """Show plain settings, and of all others what they are."""
+        shown = [f"p={self._scheduled if self.p == 1.0 else self.p!r}"]
+        for name, value in self._arguments.items():
+            if isinstance(value, list | tuple):
+                shown.append(f"{name}=[{len(value)}]")
+            elif value is None or isinstance(value, str | int | float | Ramp | EditRecipe):
+                shown.append(f"{name}={value!r}")
+            else:
+                shown.append(f"{name}=<{type(value).__name__}>")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
     def get_transform_init_args(self) -> dict[str, Any]:
-        """Return the arguments as JSON holds them, for `to_dict` and ReplayCompose."""
-        return {k: write_argument(v) for k, v in self._arguments.items()}
+        """Return the arguments as JSON holds them, for `to_dict` and ReplayCompose.
+
+        All but functions (`features`), which stay what they are: albumentations asks also to show
+        or to replay a pipeline, which does not need JSON, and saving one raises for them.
+        """
+        return {k: v if callable(v) else write_argument(v) for k, v in self._arguments.items()}
 
     def get_base_init_args(self) -> dict[str, Any]:
         """Return p as JSON holds it."""

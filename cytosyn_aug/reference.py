@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from cytosyn_aug.conditions import Conditions, check_finite, read_conditions
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.files import write_atomically
 from cytosyn_aug.generator import TileGenerator
-from cytosyn_aug.stain import MIN_TISSUE, DensityMoments, tissue_moments
+from cytosyn_aug.stain import MIN_TISSUE, DensityMoments, pool_moments, tissue_moments
 from cytosyn_aug.tile_sets import MAX_TILES, read_tiles
 
 FORMAT_VERSION = 1
@@ -94,6 +94,16 @@ class StainReference:
             moments=DensityMoments(*(m[has_tissue].cpu() for m in moments)),
             laboratory=laboratory,
         )
+
+    def pooled(self) -> StainReference:
+        """Return the reference as if of a single tile, a few kilobytes: all that restaining reads.
+
+        The stain probe is linear, so features may be averaged before it; results change by less
+        than a grey level. Pooling twice changes nothing.
+        """
+        cls = self.cls.double().mean(0, keepdim=True).float()
+        moments = pool_moments(DensityMoments(*self.moments))
+        return replace(self, cls=cls, moments=moments)
 
     def save(self, file: Path | str) -> None:
         """Write `<name>.json` and `<name>.safetensors`; the JSON file comes last.

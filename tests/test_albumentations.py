@@ -156,15 +156,19 @@ def test_another_process_reads_it_without_this_ones_model(generator, reference, 
     assert done.returncode == 0, done.stderr
 
 
-def test_features_cannot_be_written_and_say_so(generator, reference, tiles):
-    table = FeatureTable(tiles, generator.features(tiles).cls, width=24)
+def test_features_are_replayed_but_cannot_be_saved(generator, reference, image):
+    tile = torch.from_numpy(image).permute(2, 0, 1)[None]
+    table = FeatureTable(tile, generator.features(tile).cls, width=24)
     for transform in (
-        caa.ConditionedResample(generator, features=table),
-        caa.StainTransfer(generator, [reference], features=table),
+        caa.ConditionedResample(generator, features=table, p=1.0, steps=2),
+        caa.StainTransfer(generator, [reference], features=table, p=1.0),
         caa.StainNormalize(generator, reference, features=table),
     ):
-        with pytest.raises(TypeError, match="FeatureTable cannot be written as JSON"):
-            alb.to_dict(transform)
+        with pytest.raises(TypeError, match="FeatureTable is not JSON serializable"):
+            json.dumps(alb.to_dict(transform))
+        first = alb.ReplayCompose([transform])(image=image)
+        again = alb.ReplayCompose.replay(first["replay"], image=image)["image"]
+        np.testing.assert_array_equal(again, first["image"])
 
 
 def test_given_features_are_used_instead_of_the_encoder(generator, reference, image, monkeypatch):
@@ -322,6 +326,21 @@ def test_masks_pass_or_are_refused(generator, reference, image):
         resample(image=image, mask=mask)
 
 
+@pytest.mark.parametrize("p", [1.5, -1, "x", {"a": 2.0}, {}])
+def test_bad_probabilities_are_refused(generator, reference, variants, p):
+    with pytest.raises(ValueError, match=r"^p (is|of)"):
+        caa.StainTransfer(generator, [reference], p=p)
+    with pytest.raises(ValueError, match=r"^p (is|of)"):
+        caa.StainNormalize(generator, reference, p=p)
+    with pytest.raises(ValueError, match=r"^p (is|of)"):
+        caa.CachedVariants(variants, p=p)
+
+
+def test_probabilities_by_class_are_refused_where_nothing_is_drawn(generator, reference):
+    with pytest.raises(ValueError, match="p of StainNormalize is by class"):
+        caa.StainNormalize(generator, reference, p={"tumour": 1.0, "stroma": 0.0})
+
+
 @pytest.mark.parametrize(
     "p",
     [
@@ -338,19 +357,39 @@ def test_classes_of_any_name_are_written_and_read(generator, reference, p):
     assert again.inner.p == p
 
 
-@pytest.mark.parametrize("p", [1.5, -1, "x", {"a": 2.0}, {}])
-def test_bad_probabilities_are_refused(generator, reference, variants, p):
-    with pytest.raises(ValueError, match=r"^p (is|of)"):
-        caa.StainTransfer(generator, [reference], p=p)
-    with pytest.raises(ValueError, match=r"^p (is|of)"):
-        caa.StainNormalize(generator, reference, p=p)
-    with pytest.raises(ValueError, match=r"^p (is|of)"):
-        caa.CachedVariants(variants, p=p)
+def test_what_is_shown_is_short(generator, reference, tiles):
+    table = FeatureTable(tiles, generator.features(tiles).cls, width=24)
+    transform = caa.StainTransfer(generator, [reference] * 3, p=0.4, features=table)
+    for shown in (repr(transform), repr(alb.Compose([transform]))):
+        assert len(shown) < 1000
+        assert "StainTransfer(p=0.4, generator=<TileGenerator>, references=[3]" in shown
+        assert "features=<FeatureTable>" in shown
 
 
-def test_probabilities_by_class_are_refused_where_nothing_is_drawn(generator, reference):
-    with pytest.raises(ValueError, match="p of StainNormalize is by class"):
-        caa.StainNormalize(generator, reference, p={"tumour": 1.0, "stroma": 0.0})
+def test_a_written_reference_is_small_and_the_same(generator, image):
+    many = StainReference.fit(generator, synthetic_tiles(40, seed=5))
+    transform = caa.StainNormalize(generator, many, source=many)
+    content = json.dumps(alb.to_dict(transform))
+    assert len(content) < 5000 < len(json.dumps(many.to_dict()))
+    got = transform(image=image)["image"].astype(int)
+    want = transform.inner.__class__(generator, many, source=many)(
+        torch.from_numpy(image).permute(2, 0, 1)
+    )
+    assert np.abs(got - want.permute(1, 2, 0).numpy()).max() <= 1
+    again = many.pooled().pooled()
+    assert torch.equal(again.cls, many.pooled().cls)
+    for a, b in zip(again.moments, many.pooled().moments, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_seed_of_compose_is_not_theirs(generator, image):
+    # torch's generator is, which DataLoader seeds in every worker; README says so.
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        pipeline = alb.Compose([caa.ConditionedResample(generator, steps=2, p=0.5)], seed=5)
+        drawn.append([pipeline.transforms[0].should_apply() for _ in range(40)])
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_grey_scale_is_refused(generator, reference):
