@@ -66,6 +66,15 @@ class CacheSpec:
             of references, seeds and the dtype of the networks.
         num_variants: Records there may be for one tile, numbered from 0.
         keeps_structure: Whether masks and boxes of the tile are true of its variants too.
+
+    Example:
+        >>> from cytosyn_aug.config import TileSpec
+        >>> fields = (Field("cls", (768,), "float32"),)
+        >>> spec = CacheSpec(tile=TileSpec(), fields=fields, model_digest="0123456789abcdef")
+        >>> spec.record_bytes
+        3118
+        >>> CacheSpec.from_json(spec.to_json()) == spec
+        True
     """
 
     tile: TileSpec

@@ -48,6 +48,11 @@ def encodings_spec(
 
     Raises:
         ValueError: Unknown contents, or features of a model without an encoder.
+
+    Example:
+        >>> spec = encodings_spec(TileGenerator.from_pretrained(), ["moments", "features"])
+        >>> {field.name: (field.shape, field.dtype) for field in spec.fields[:2]}
+        {'moments': ((2, 4, 28, 28), 'float16'), 'cls': ((192,), 'float32')}
     """
     unknown = set(contents) - {"moments", "features"}
     if unknown or not contents:
@@ -143,6 +148,15 @@ def fill_encodings(generator: TileGenerator, images: Tensor, cache: LatentCache)
 
     Raises:
         ValueError, OSError: See `encode_cached`.
+
+    Example:
+        >>> import tempfile
+        >>> generator = TileGenerator.from_pretrained()
+        >>> tiles = generator.sample(per_condition=2, steps=2)
+        >>> spec = encodings_spec(generator, ["features"])
+        >>> with LatentCache.open(tempfile.mkdtemp(), spec) as cache:
+        ...     fill_encodings(generator, tiles, cache)
+        Filled(num_filled=2, num_failed=0)
     """
     check_filler(generator, cache)
     generator.check_images(images)

@@ -49,6 +49,17 @@ def variants_spec(
     Raises:
         ValueError: Unknown payload, no edits, or one that depends on epochs or slides.
         TypeError: Functions without a recipe, or a recipe that JSON cannot hold.
+
+    Example:
+        >>> generator = TileGenerator.from_pretrained()
+        >>> tiles = generator.sample(per_condition=2, steps=2)
+        >>> edits = [MacenkoNormalize(MacenkoReference.fit(tiles))]
+        >>> variants_spec(generator, "images", edits, seed=1).names
+        ('images', 'is_edited', 'thumbnail')
+        >>> variants_spec(generator, "images", [lambda images, seeds: 255 - images])
+        Traceback (most recent call last):
+        ...
+        TypeError: edit 0 is a function, whose settings nobody could compare later; ...
     """
     if keeps_structure is None:
         keeps_structure = all(isinstance(e, TileTransform) and e.keeps_structure for e in edits)
@@ -123,6 +134,18 @@ def fill_variants(
         ValueError: Another model, other edits than the specification's (each difference named),
             or a cache of something else.
         OSError: The cache cannot be written; see `LatentCache.flush`.
+
+    Example:
+        >>> import tempfile
+        >>> generator = TileGenerator.from_pretrained()
+        >>> tiles = generator.sample(per_condition=2, steps=2)
+        >>> edits = [ConditionedResample(generator, steps=2)] * 2  # two new tiles of each
+        >>> spec = variants_spec(generator, "latents", edits)
+        >>> with LatentCache.open(tempfile.mkdtemp(), spec) as cache:
+        ...     fill_variants(generator, tiles, cache, edits)
+        ...     fill_variants(generator, tiles, cache, edits)
+        Filled(num_filled=4, num_failed=0)
+        Filled(num_filled=0, num_failed=0)
     """
     check_filler(generator, cache)
     generator.check_images(images)

@@ -31,6 +31,19 @@ class LatentVariant(NamedTuple):
         image: uint8 or float [..., 3, H, W], the tile as it came; a PIL image as uint8.
         latents: float16 [..., C, h, w], whitened; zeros where no variant was drawn.
         is_variant: bool [...], whether the latents replace the image.
+
+    Example:
+        >>> import tempfile
+        >>> from torch.utils.data import DataLoader
+        >>> generator = TileGenerator.from_pretrained()
+        >>> tiles = generator.sample(per_condition=2, steps=2, seed=0)
+        >>> edits = [ConditionedResample(generator, steps=2)]
+        >>> cache = LatentCache.open(tempfile.mkdtemp(), variants_spec(generator, "latents", edits))
+        >>> filled = fill_variants(generator, tiles, cache, edits)
+        >>> variants = CachedVariants(cache, p=0.5)
+        >>> loader = DataLoader([variants(tile) for tile in tiles], batch_size=2)
+        >>> [variants.decode(generator, batch).shape for batch in loader]
+        [torch.Size([2, 3, 224, 224])]
     """
 
     image: Tensor
@@ -58,7 +71,6 @@ class CachedVariants(TileTransform):
 
     Example:
         >>> import tempfile
-        >>> from cytosyn_aug.filling import fill_variants, variants_spec
         >>> generator = TileGenerator.from_pretrained()
         >>> tiles = generator.sample(per_condition=2, steps=2, seed=0)
         >>> edits = [StainNormalize(generator, StainReference.fit(generator, tiles[:1]))]

@@ -191,6 +191,32 @@ def test_latents_of_workers_are_decoded_after_collation(
         assert min((levels - e.float()).abs().max() for e in expected) <= 2
 
 
+def test_only_chosen_samples_are_looked_up_and_reach_the_network(
+    generator, latents_cache, tiles, monkeypatch
+):
+    transform = CachedVariants(latents_cache, p={"a": 1.0, "b": 0.0})
+    looked_up, drawn = [], []
+    find, decode = latents_cache.get, generator.decode_pixels
+
+    def get(keys, variants):
+        looked_up.extend(keys)
+        return find(keys, variants)
+
+    def decode_pixels(latents, **options):
+        drawn.append(latents)
+        return decode(latents, **options)
+
+    monkeypatch.setattr(latents_cache, "get", get)
+    monkeypatch.setattr(generator, "decode_pixels", decode_pixels)
+    monkeypatch.setattr(generator, "encode", None)
+    monkeypatch.setattr(generator, "features", None)
+    batch = transform({"image": tiles, "label": list("abbaab")})["image"]
+    transform.decode(generator, batch)
+    chosen = [0, 3, 4]
+    assert looked_up == [tile_key(tiles[row]) for row in chosen]
+    assert torch.equal(torch.cat(drawn), batch.latents[chosen].float())
+
+
 def test_latents_of_a_single_image_are_of_a_single_image(generator, latents_cache, tiles):
     image = PIL.Image.fromarray(tiles[0].permute(1, 2, 0).numpy())
     transform = CachedVariants(latents_cache, p=1.0)
