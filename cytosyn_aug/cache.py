@@ -188,8 +188,10 @@ class LatentCache:
         """
         tags = self._tags(keys, variants)
         arrays = self._checked(fields, len(tags))
+        if self._waiting.is_old:
+            self.flush()
         for n, tag in enumerate(tags):
-            if self._waiting.is_full or self._waiting.is_old:
+            if self._waiting.is_full:
                 self.flush()
             self._waiting.add(tag, {name: array[n] for name, array in arrays.items()})
 
