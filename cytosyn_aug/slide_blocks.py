@@ -16,7 +16,7 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from cytosyn_aug.colour_table import ColourTable
-from cytosyn_aug.seams import Bands, SeamMeter, tile_bands
+from cytosyn_aug.seams import SeamMeter, TileLines, tile_lines
 from cytosyn_aug.slide_view import SlideView
 from cytosyn_aug.slide_writer import TILE_PX, Codec, halve
 from cytosyn_aug.slides import Slide, SlideError
@@ -32,7 +32,7 @@ class Block(NamedTuple):
         encoded: Its new pixels, compressed.
         half: Its new pixels, by `cytosyn_aug.slide_writer.halve`.
         tissue: Sum of the tissue weights of its pixels.
-        bands: For seams, before and after; None of a block that is cut off by the slide's edge.
+        lines: For seams, before and after; None of a block that is cut off by the slide's edge.
         digest: SHA-256 of its new pixels.
         is_damaged: Whether it could not be decoded, and is black.
     """
@@ -42,7 +42,7 @@ class Block(NamedTuple):
     encoded: bytes
     half: np.ndarray
     tissue: float
-    bands: tuple[Bands, Bands] | None
+    lines: tuple[TileLines, TileLines] | None
     digest: bytes
     is_damaged: bool
 
@@ -90,19 +90,19 @@ class BlockMaker:
         if pixels is None:
             height = min(TILE_PX, self.view.height - row * TILE_PX)
             width = min(TILE_PX, self.view.width - column * TILE_PX)
-            recoloured, tissue, bands = np.zeros((height, width, 3), np.uint8), 0.0, None
+            recoloured, tissue, lines = np.zeros((height, width, 3), np.uint8), 0.0, None
         else:
             recoloured, weight = self.table.look_up(pixels)
-            tissue, bands = float(weight.sum(dtype=np.int64)) / 255, None
+            tissue, lines = float(weight.sum(dtype=np.int64)) / 255, None
             if pixels.shape[:2] == (TILE_PX, TILE_PX):
-                bands = tile_bands(pixels, weight), tile_bands(recoloured, weight)
+                lines = tile_lines(pixels, weight), tile_lines(recoloured, weight)
         return Block(
             row,
             column,
             self.codec.encode_tile(recoloured),
             halve(recoloured),
             tissue,
-            bands,
+            lines,
             hashlib.sha256(recoloured.tobytes()).digest(),
             pixels is None,
         )
@@ -159,9 +159,9 @@ class BlockTotals:
         self.num_blocks += 1
         self.tissue += block.tissue
         self._hash.update(block.digest)
-        if block.bands is not None:
-            self.before.add(block.row, block.column, block.bands[0])
-            self.after.add(block.row, block.column, block.bands[1])
+        if block.lines is not None:
+            self.before.add(block.row, block.column, block.lines[0])
+            self.after.add(block.row, block.column, block.lines[1])
         if block.is_damaged:
             self.damaged.append((block.row, block.column))
 

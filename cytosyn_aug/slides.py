@@ -171,6 +171,7 @@ class Slide:
         height_level0: Height in level-0 pixels.
         downsamples: Downsample of each level.
         identity: OpenSlide's hash of the coarsest level, "" where there is none.
+        comment: What its first image is described with, "" for nothing.
         has_colour_profile: Whether it comes with an ICC profile.
 
     Raises:
@@ -191,6 +192,7 @@ class Slide:
         self.width_level0, self.height_level0 = handle.dimensions
         self.downsamples: tuple[float, ...] = handle.level_downsamples
         self.identity: str = properties.get("openslide.quickhash-1", "")
+        self.comment: str = properties.get("openslide.comment", "")
         self.has_colour_profile = "openslide.icc-size" in properties
         self._background = "#" + properties.get("openslide.background-color", "ffffff")
 

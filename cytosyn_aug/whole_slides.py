@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import glob
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
+from xml.sax.saxutils import unescape
 
 import numpy as np
 from PIL import Image
@@ -51,7 +53,7 @@ from cytosyn_aug.slide_writer import (
     PyramidWriter,
     level_sizes,
 )
-from cytosyn_aug.slides import Slide
+from cytosyn_aug.slides import Slide, SlideError
 from cytosyn_aug.threads import in_order
 from cytosyn_aug.tile_sets import MAX_TILES, read_slide_tiles
 
@@ -175,8 +177,8 @@ def normalize_slide(
         progress: Called with the number of blocks done and of all blocks.
 
     Raises:
-        SlideError: The slide or a block of it cannot be read, states no scale, is too coarse, or
-            the region is outside.
+        SlideError: The slide or a block of it cannot be read, states no scale, is too coarse,
+            does not tell its stain, or the region is outside.
         FileExistsError: `out` exists.
         ValueError: `out` is the slide, or the arguments do not fit each other.
         OSError: The disk is full, or will be.
@@ -191,12 +193,9 @@ def normalize_slide(
         thumbnail = opened.scanner_thumbnail() if recipe.keeps_thumbnail else None
         notes = _notes(opened, recipe, recolour is None, thumbnail is None)
     maker = _block_maker(file, view, ColourTable(recolour), recipe)
-    provenance = {
+    provenance = _request(opened, reference, recipe) | {
         "software": f"{SOFTWARE} {version('cytosyn-aug')}",
-        "method": method_of(reference) if recolour is not None else "none: no tissue",
-        "reference_digest": reference_digest(reference),
-        "recipe": asdict(recipe),
-        "source_digest": opened.identity,
+        "status": "no_tissue" if recolour is None else "normalized",
         "change_digest": maker.table.digest,
     }
     totals, num_bytes = _write(maker, out, provenance, thumbnail, num_threads, progress)
@@ -220,6 +219,29 @@ def normalize_slide(
         pixels_digest=totals.digest,
         seconds=time.perf_counter() - began,
     )
+
+
+def is_made(out: Path | str, slide: Path | str, reference: Reference, recipe: SlideRecipe) -> bool:
+    """Return whether a file is what `normalize_slide` makes of these, by what it says of itself.
+
+    Raises:
+        SlideError: The slide cannot be opened, or the file is no slide.
+    """
+    with Slide(out, mpp=1.0) as written, Slide(slide, recipe.slide_mpp) as opened:
+        found = re.search(r"<Description>(\{.*\})</Description>", written.comment, re.DOTALL)
+        wanted = json.loads(json.dumps(_request(opened, reference, recipe)))
+    said = {} if found is None else json.loads(unescape(found[1]))
+    return {k: said.get(k) for k in wanted} == wanted
+
+
+def _request(slide: Slide, reference: Reference, recipe: SlideRecipe) -> dict[str, Any]:
+    """Return what a result is a function of."""
+    return {
+        "source_digest": slide.identity,
+        "method": method_of(reference),
+        "reference_digest": reference_digest(reference),
+        "recipe": asdict(recipe),
+    }
 
 
 def _write(
@@ -270,7 +292,7 @@ def _recolour(
         try:
             source = fit_reference(method, tiles, generator)
         except ValueError as error:
-            raise ValueError(f"{slide.file.name}: {error}") from error
+            raise SlideError(f"{slide.file.name}: {error}") from error
     return recolour_to(
         reference, source, generator=generator, edit=recipe.edit, strength=recipe.strength
     )

@@ -34,7 +34,7 @@ ROWS = [
     {"whole_slides"},
     {"views", "written"},
     {"image_transform"},
-    {"albumentations", "demo"},
+    {"albumentations", "demo", "slide_command"},
     {"cli"},
 ]
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "misc", "common", "core", "base"}
