@@ -15,7 +15,13 @@ from torch import Tensor
 
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.slides import Slide, SlideError, grid_positions
-from cytosyn_aug.tissue import TissueConfig, TissueMask, tissue_pixels
+from cytosyn_aug.tissue import (
+    TissueConfig,
+    TissueMask,
+    reason_to_reject,
+    tile_quality,
+    tissue_pixels,
+)
 
 TILE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".tif", ".tiff")
 MAX_TILES = 64
@@ -70,10 +76,13 @@ def read_slide_tiles(
 ) -> Tensor:
     """Return evenly spaced tiles of a slide that are half tissue.
 
+    Tiles that are blank or blurred to `cytosyn_aug.tissue` are left out, unless all are: a tile of
+    dust among 63 turned Macenko's eosin by 15 degrees.
+
     Args:
         slide: An open slide.
         tile: Size and scale of the tiles.
-        max_tiles: So many at most.
+        max_tiles: Read so many at most.
         skips_damaged: Leave out tiles that cannot be decoded, instead of raising.
 
     Returns:
@@ -89,14 +98,17 @@ def read_slide_tiles(
     extent = reading.extent_level0
     positions = grid_positions(slide.width_level0, slide.height_level0, extent)
     positions = positions[mask.fractions(positions, extent) >= _MIN_TISSUE_OF_SLIDE_TILES]
-    read = [np.zeros((0, 3, tile.size_px, tile.size_px), np.uint8)]
+    read = []
     for x, y in positions[_evenly(len(positions), max_tiles)].tolist():
         try:
-            read.append(np.asarray(slide.read_tile(x, y, reading)).transpose(2, 0, 1)[None])
+            read.append(np.asarray(slide.read_tile(x, y, reading)))
         except SlideError:
             if not skips_damaged:
                 raise
-    return torch.from_numpy(np.concatenate(read))
+    sound = [x for x in read if reason_to_reject(tile_quality(x), config) is None] or read
+    if not sound:
+        return torch.zeros((0, 3, tile.size_px, tile.size_px), dtype=torch.uint8)
+    return torch.from_numpy(np.stack(sound)).permute(0, 3, 1, 2)
 
 
 def _read_slide(file: Path, tile: TileSpec, max_tiles: int) -> Tensor:
