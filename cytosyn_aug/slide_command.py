@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from cytosyn_aug.whole_slides import SlideReport
 
 AddCommand = Callable[[str, Callable[..., int], str, str], argparse.ArgumentParser]
-SLIDE_SUFFIXES = (
-    ".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".svslide", ".czi",
-)  # fmt: skip
 
 
 def add_command(add: AddCommand) -> None:
@@ -117,6 +114,8 @@ class _Progress:
 
 def _pairs(source: Path, out: Path) -> Iterable[tuple[Path, Path]]:
     """Yield each slide and where it goes."""
+    from cytosyn_aug.slides import SLIDE_SUFFIXES
+
     if not source.is_dir():
         yield source, out
         return

@@ -1,14 +1,14 @@
 """Pyramids of tiles in one TIFF file, written in one pass with bounded memory.
 
 Tiles of the finest level come in row by row; coarser levels are averages of 2x2 pixels, and wait in
-a strip a level until a row of their tiles is full. A TIFF keeps its directories wherever it
-says, so they come last, and no level has to be held back for another.
+a strip a level until a row of their tiles is full: 1.5 KB of memory a pixel of width. A TIFF keeps
+its directories wherever it says, so they come last, and no level is held back for another.
 
 The file is a BigTIFF that two families of readers open with all levels and the scale. OpenSlide,
-and tools built on it, walk the chain of directories and read the resolution tags. Bio-Formats, and
-what is built on that (QuPath, Fiji, OMERO), reads OME-XML in the first directory and
-follows its SubIFDs. Here both ways lead to the same directories. `tifffile`
-could write either of these, needs `imagecodecs` for JPEG, and writes one level after the other.
+and what is built on it, walks the chain of directories and reads the resolution tags. Bio-Formats,
+and what is built on that (QuPath, Fiji, OMERO), reads OME-XML in the first directory and follows
+its SubIFDs. Here both ways lead to the same directories. `tifffile` writes either of these, but one
+level after the other, and needs `imagecodecs` for JPEG.
 
 This module refuses to know stains and slides: it gets pixels.
 

@@ -25,6 +25,10 @@ from cytosyn_aug.config import TileSpec
 Grid = Literal["exact", "deepzoom"]
 ScaleSource = Literal["user", "properties", "aperio", "tiff", "power"]
 
+SLIDE_SUFFIXES = (
+    *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".svslide", ".bif", ".vms", ".vmu"),
+    ".czi",
+)
 MIN_OPENSLIDE = (4, 0, 1)  # earlier: CVE-2026-48977, CVE-2026-54604
 MAX_REGION_PX = 8192 * 8192  # OpenSlide allocates four bytes a pixel of whatever is asked
 MAX_ENLARGEMENT = 1.05  # "20x" scanners differ from 0.5 microns/pixel by as much
