@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 from xml.sax.saxutils import unescape
@@ -194,7 +194,7 @@ def normalize_slide(
         notes = _notes(opened, recipe, recolour is None, thumbnail is None)
     maker = _block_maker(file, view, ColourTable(recolour), recipe)
     provenance = _request(opened, reference, recipe) | {
-        "software": f"{SOFTWARE} {version('cytosyn-aug')}",
+        "software": _software(),
         "status": "no_tissue" if recolour is None else "normalized",
         "change_digest": maker.table.digest,
     }
@@ -232,6 +232,13 @@ def is_made(out: Path | str, slide: Path | str, reference: Reference, recipe: Sl
         wanted = json.loads(json.dumps(_request(opened, reference, recipe)))
     said = {} if found is None else json.loads(unescape(found[1]))
     return {k: said.get(k) for k in wanted} == wanted
+
+
+def _software() -> str:
+    try:
+        return f"{SOFTWARE} {version('cytosyn-aug')}"
+    except PackageNotFoundError:  # run from a checkout
+        return SOFTWARE
 
 
 def _request(slide: Slide, reference: Reference, recipe: SlideRecipe) -> dict[str, Any]:
