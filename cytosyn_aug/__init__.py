@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from cytosyn_aug.transforms import StainNormalize, StainTransfer
     from cytosyn_aug.variants import CachedVariants, LatentVariant
     from cytosyn_aug.views import StainViews
+    from cytosyn_aug.whole_slides import SlideRecipe, SlideReport, normalize_slide
 
 _HOMES = {
     "CacheSpec": "cache_spec",
@@ -56,6 +57,8 @@ _HOMES = {
     "ReinhardNormalize": "classical",
     "ReinhardReference": "reinhard",
     "ReplayBank": "replay",
+    "SlideRecipe": "whole_slides",
+    "SlideReport": "whole_slides",
     "StainNormalize": "transforms",
     "StainReference": "reference",
     "StainTransfer": "transforms",
@@ -66,6 +69,7 @@ _HOMES = {
     "fill_moments": "filling",
     "fill_variants": "filling",
     "moments_spec": "filling",
+    "normalize_slide": "whole_slides",
     "variants_spec": "filling",
 }
 
@@ -86,6 +90,8 @@ __all__ = [
     "ReinhardNormalize",
     "ReinhardReference",
     "ReplayBank",
+    "SlideRecipe",
+    "SlideReport",
     "StainNormalize",
     "StainReference",
     "StainTransfer",
@@ -96,6 +102,7 @@ __all__ = [
     "fill_moments",
     "fill_variants",
     "moments_spec",
+    "normalize_slide",
     "variants_spec",
 ]
 

@@ -43,7 +43,7 @@ from cytosyn_aug.stain import (
     tissue_moments,
     tissue_weight,
 )
-from cytosyn_aug.tile_sets import MAX_TILES, read_tiles
+from cytosyn_aug.tile_sets import MAX_TILES, TileSource, read_tiles
 from cytosyn_aug.tile_transform import Edit, TileTransform
 
 _CHUNK = 2
@@ -66,7 +66,7 @@ class DensityReference:
     @classmethod
     def fit(
         cls,
-        tiles: Tensor | Path | str,
+        tiles: TileSource,
         *,
         tile: TileSpec | None = None,
         max_tiles: int = MAX_TILES,

@@ -19,7 +19,7 @@ from cytosyn_aug.config import TileSpec, Triple
 from cytosyn_aug.images import optical_density
 from cytosyn_aug.json_files import load_record, save_record
 from cytosyn_aug.stain import MAX_GAIN, MIN_TISSUE, tissue_weight
-from cytosyn_aug.tile_sets import MAX_TILES, read_tiles
+from cytosyn_aug.tile_sets import MAX_TILES, TileSource, read_tiles
 
 _XYZ_FROM_RGB = (
     (0.412453, 0.357580, 0.180423),
@@ -62,7 +62,7 @@ class ReinhardReference:
     @classmethod
     def fit(
         cls,
-        tiles: Tensor | Path | str,
+        tiles: TileSource,
         *,
         tile: TileSpec | None = None,
         max_tiles: int = MAX_TILES,

@@ -58,6 +58,15 @@ def test_a_slide_is_fitted_to_its_tissue(synthetic_slide):
     np.testing.assert_allclose(few.mean, reference.mean, atol=0.02)
 
 
+def test_blurred_tiles_of_a_slide_do_not_count_unless_all_are(synthetic_slide):
+    pytest.importorskip("tifffile", reason="fitting to slides is not tested")
+    facts = {"side": 224, "mpp": "0.5", "power": "20"}
+    some = synthetic_slide("some.svs", grid="####\n#b##", **facts)
+    assert DensityReference.fit(some).num_tiles == 7
+    every = synthetic_slide("all.svs", grid="bb\nbb", **facts)
+    assert DensityReference.fit(every).num_tiles == 4
+
+
 def test_a_slide_without_tissue_is_refused(synthetic_slide):
     pytest.importorskip("tifffile", reason="fitting to slides is not tested")
     slide = synthetic_slide(grid="..\n..", side=256, mpp="0.5", power="20")

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 ROWS = [
     {"config", "schedules", "shared"},
     {"images", "flow", "weights", "differences", "compvis", "hub", "files", "slurm"},
+    {"seams", "slide_writer", "threads"},
     {"draws", "json_files", "facts", "tensor_files", "cache_spec"},
     {"tar_files", "image_files", "listing", "run_folder"},
     {"tile_transform", "records"},
@@ -22,7 +23,8 @@ ROWS = [
     {"slide_tiles"},
     {"reading", "table_inputs"},
     {"inputs"},
-    {"tile_sets"},
+    {"tile_sets", "colour_table", "slide_view"},
+    {"slide_blocks"},
     {"macenko", "reinhard"},
     {"classical", "colour"},
     {"drafts"},
@@ -32,7 +34,8 @@ ROWS = [
     {"generator"},
     {"reference", "info", "doctor", "filling"},
     {"editing", "variants", "replay", "memory"},
-    {"transforms", "resampling"},
+    {"transforms", "resampling", "slide_stain"},
+    {"whole_slides"},
     {"views", "written"},
     {"image_transform"},
     {"offline_recipes"},
@@ -41,7 +44,7 @@ ROWS = [
     {"running"},
     {"plans"},
     {"offline"},
-    {"albumentations", "demo", "offline_command"},
+    {"albumentations", "demo", "offline_command", "slide_command"},
     {"cli"},
 ]
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "misc", "common", "core", "base"}
