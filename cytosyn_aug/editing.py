@@ -23,6 +23,7 @@ from cytosyn_aug.config import TileSpec
 from cytosyn_aug.flow import interpolate
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import pixels_to_images
+from cytosyn_aug.precision import own_precision
 from cytosyn_aug.reference import StainReference
 from cytosyn_aug.sampling import sample_noise
 from cytosyn_aug.stain import (
@@ -131,6 +132,7 @@ def central_tiles(grey: Tensor, mpp: float, tile: TileSpec) -> Tensor:
     return crop.round().clamp(0, 255).to(torch.uint8)
 
 
+@own_precision()
 @torch.no_grad()
 def stain_change(
     generator: TileGenerator,
@@ -164,6 +166,7 @@ def stain_change(
     return StainChange(change, estimate.is_tissue, estimate.is_finite)
 
 
+@own_precision()
 @torch.no_grad()
 def estimate_stain(
     generator: TileGenerator,
@@ -189,6 +192,7 @@ def estimate_stain(
     return StainEstimate(statistics, own.tissue >= MIN_TISSUE, statistics.isfinite().all(1))
 
 
+@own_precision()
 @torch.no_grad()
 def reference_statistics(
     generator: TileGenerator, reference: StainReference, recipe: EditRecipe
@@ -224,6 +228,7 @@ class Redrawn(NamedTuple):
     is_finite: Tensor
 
 
+@own_precision()
 @torch.no_grad()
 def redraw(
     generator: TileGenerator, images: Tensor, recipe: EditRecipe, seeds: Sequence[int]
@@ -244,6 +249,7 @@ def redraw(
     return _decode(generator, redraw_latents(generator, images, recipe, seeds))
 
 
+@own_precision()
 @torch.no_grad()
 def redraw_latents(
     generator: TileGenerator, images: Tensor, recipe: EditRecipe, seeds: Sequence[int]
@@ -282,6 +288,7 @@ class Resampled(NamedTuple):
     is_finite: Tensor
 
 
+@own_precision()
 @torch.no_grad()
 def resample(
     generator: TileGenerator,

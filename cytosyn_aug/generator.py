@@ -2,13 +2,14 @@
 
 It holds no policy about what to edit and draws no randomness of its own: seeds come in.
 Everything runs under `torch.no_grad()`, not inference mode, so that results can enter the
-backward pass of a user's own model.
+backward pass of a user's own model; and in the networks' own dtype, also under a user's autocast.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -27,7 +28,11 @@ from cytosyn_aug.drawing import (
 from cytosyn_aug.encoder import Features
 from cytosyn_aug.images import check_images, images_to_pixels, pixels_to_images
 from cytosyn_aug.loaded import LoadedModel
+from cytosyn_aug.precision import own_precision
 from cytosyn_aug.sampling import sample_noise
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class Moments(NamedTuple):
@@ -35,6 +40,19 @@ class Moments(NamedTuple):
 
     mean: Tensor
     std: Tensor
+
+
+def _at_border(
+    method: Callable[Concatenate[TileGenerator, _P], _R],
+) -> Callable[Concatenate[TileGenerator, _P], _R]:
+    """Keep out what callers have switched on: gradients and autocast."""
+
+    @functools.wraps(method)
+    def run(self: TileGenerator, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with torch.no_grad(), own_precision():
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class TileGenerator(LoadedModel):
@@ -62,7 +80,7 @@ class TileGenerator(LoadedModel):
         torch.Size([2, 3, 224, 224])
     """
 
-    @torch.no_grad()
+    @_at_border
     def encode(self, images: Tensor) -> Moments:
         """Return the posterior moments of uint8 images [B, 3, size, size]."""
         self.check_images(images)
@@ -73,11 +91,12 @@ class TileGenerator(LoadedModel):
         posterior = self.vae.encode(pixels).latent_dist  # type: ignore[union-attr]
         return posterior.mean.float(), posterior.std.float()
 
+    @_at_border
     def whiten(self, latents: Tensor) -> Tensor:
         """Translate VAE latents to the whitened ones that samplers work on, float32."""
         return self.transformer.whiten(latents.float())
 
-    @torch.no_grad()
+    @_at_border
     def decode(self, latents: Tensor, *, is_few_step: bool = False) -> Tensor:
         """Return uint8 images of whitened latents.
 
@@ -100,7 +119,7 @@ class TileGenerator(LoadedModel):
             )
         return pixels_to_images(pixels)
 
-    @torch.no_grad()
+    @_at_border
     def decode_pixels(self, latents: Tensor, *, is_few_step: bool = False) -> Tensor:
         """Return float32 pixels [B, 3, size, size], not clipped; see `decode`."""
         own, name = _own_decoder(self.vae), "vae_decoder"
@@ -114,7 +133,7 @@ class TileGenerator(LoadedModel):
 
         return self.batches.map(decode, latents)[0]
 
-    @torch.no_grad()
+    @_at_border
     def features(self, images: Tensor) -> Features:
         """Return the encoder's features of uint8 images [B, 3, size, size], float32.
 
@@ -134,7 +153,7 @@ class TileGenerator(LoadedModel):
         found = self.encoder(images)
         return found.cls.float(), found.patches.float()
 
-    @torch.no_grad()
+    @_at_border
     def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """Return the transformer's velocity at whitened latents.
 
@@ -148,7 +167,7 @@ class TileGenerator(LoadedModel):
         """
         return self.transformer(x, t, condition)
 
-    @torch.no_grad()
+    @_at_border
     def draw(
         self,
         start: Tensor,
@@ -209,7 +228,7 @@ class TileGenerator(LoadedModel):
 
         return self.batches.map(draw, start, condition, rows)[0]
 
-    @torch.no_grad()
+    @_at_border
     def sample(
         self,
         cls: Conditions | None = None,

@@ -21,6 +21,7 @@ from cytosyn_aug.conditions import Conditions, read_conditions
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.files import write_atomically
 from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.precision import own_precision
 from cytosyn_aug.stain import MIN_TISSUE, DensityMoments, tissue_moments
 from cytosyn_aug.tile_sets import MAX_TILES, read_tiles
 
@@ -53,6 +54,7 @@ class StainReference:
     laboratory: str = ""
 
     @classmethod
+    @own_precision()
     def fit(
         cls,
         generator: TileGenerator,

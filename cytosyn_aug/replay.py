@@ -24,6 +24,7 @@ from torch import Tensor
 
 from cytosyn_aug.filling import Edit
 from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.precision import own_precision
 
 _MAX_SEED = 2**62
 
@@ -105,6 +106,7 @@ class ReplayBank:
         """What was made, reused and kept so far."""
         return ReplayCounts(*self._counts.tolist())
 
+    @own_precision()
     @torch.no_grad()
     def __call__(self, images: Tensor, index: Tensor) -> Tensor:
         """Return a batch with the drawn tiles replaced; draws from torch's generator.

@@ -2,9 +2,10 @@
 
 `make_params` draws everything random, for every tile of the sample, from torch's generator;
 `transform` is pure. PIL images, uint8 and float tensors and tv_tensors come out as they went in;
-tiles that are not edited keep their very bits. Masks, boxes, key points and everything else pass by
-identity, or are refused by an edit that would make masks wrong. As in torchvision, of several plain
-tensors only the first is an image, and none where the sample holds a PIL image or `Image`.
+tiles that are not edited keep their very bits, and autocast around a call changes nothing. Masks,
+boxes, key points and everything else pass by identity, or are refused by an edit that would make
+masks wrong. As in torchvision, of several plain tensors only the first is an image, and none where
+the sample holds a PIL image or `Image`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torchvision.transforms import v2
 from cytosyn_aug.draws import MAX_SEED
 from cytosyn_aug.facts import NO_FACTS, Facts, read_labels
 from cytosyn_aug.images import is_image_tensor, num_tiles, open_image, tile_key
+from cytosyn_aug.precision import own_precision
 from cytosyn_aug.schedules import Probability, Ramp, check_probability, probabilities
 from cytosyn_aug.shared import SharedCount, SharedEpoch
 
@@ -84,6 +86,7 @@ class TileTransform(v2.Transform):
                 shown.append(f"{name}={len(value)}")
         return ", ".join(s for s in shown if not s.startswith(("_", "training=")))
 
+    @own_precision()
     def forward(self, *inputs: Any) -> Any:
         """Edit the images of a sample.
 
@@ -147,6 +150,7 @@ class TileTransform(v2.Transform):
         seeds = torch.randint(0, MAX_SEED, (num,))
         return {"chosen": chosen.tolist(), "seeds": seeds.tolist()}
 
+    @own_precision()
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Edit an image as drawn; the same image and params give the same result."""
         index = [k for k, is_chosen in enumerate(params["chosen"]) if is_chosen]

@@ -2,7 +2,9 @@ import pytest
 import torch
 from conftest import SIZE, random_parts, synthetic_tiles
 
+from cytosyn_aug import EditRecipe, StainReference
 from cytosyn_aug.checkpoint import load_model
+from cytosyn_aug.editing import redraw
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.sampling import bind_student, flow_map, sample_noise
 
@@ -102,6 +104,25 @@ def test_bfloat16_networks_stay_close_to_float32(model_folder, tiles):
     assert short.dtype == torch.float32
     # bfloat16 keeps 8 bits: about 1 % after a dozen layers.
     assert (exact - short).norm() / exact.norm() < 0.05
+
+
+def test_nothing_changes_under_autocast(generator, tiles):
+    def compute():
+        latents = generator.whiten(generator.encode(tiles).mean)
+        cls = generator.features(tiles).cls
+        reference = StainReference.fit(generator, tiles)
+        return (
+            latents, cls, generator.decode(latents), generator.sample(cls, steps=2),
+            redraw(generator, tiles, EditRecipe(steps=2), [1, 2, 3, 4]).images,
+            reference.cls, *reference.moments,
+        )  # fmt: skip
+
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = compute()
+        assert torch.is_autocast_enabled("cpu")
+    for a, b in zip(inside, compute(), strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(
