@@ -10,7 +10,7 @@ A result depends on pixels, recipe, seed and weights only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ from cytosyn_aug.stain import (
     MIN_TISSUE,
     DensityMap,
     DensityMoments,
+    is_tissue,
     match_moments,
     moment_statistics,
     moments_from_statistics,
@@ -140,7 +141,7 @@ def stain_change(
     reference: StainReference,
     source: StainReference | None,
     recipe: EditRecipe,
-    cls: Conditions | None = None,
+    features: Callable[[Tensor], Conditions] | None = None,
 ) -> StainChange:
     """Estimate how tiles change colour under the stain of a reference.
 
@@ -155,12 +156,12 @@ def stain_change(
         reference: Where to go.
         source: Statistics of the slide the tiles come from; None for each tile's own.
         recipe: See `EditRecipe`.
-        cls: Precomputed features of the tiles; None asks the encoder, if they are needed.
+        features: Gives CLS vectors of tiles with tissue, if they are needed; None asks the encoder.
 
     Returns:
         Maps and tissue gate, on the device of `images`.
     """
-    estimate = estimate_stain(generator, images, source, recipe, cls)
+    estimate = estimate_stain(generator, images, source, recipe, features)
     targets = reference_statistics(generator, reference, recipe).to(images.device)
     change = match_statistics(estimate, targets)
     return StainChange(change, estimate.is_tissue, estimate.is_finite)
@@ -173,23 +174,23 @@ def estimate_stain(
     images: Tensor,
     source: StainReference | None,
     recipe: EditRecipe,
-    cls: Conditions | None = None,
+    features: Callable[[Tensor], Conditions] | None = None,
 ) -> StainEstimate:
     """Return the stain of tiles: steps 1 and 2 of `stain_change`, on the device of `images`."""
     generator.check_images(images)
     own = tissue_moments(images)
+    has_tissue = own.tissue >= MIN_TISSUE
     if source is not None:
         statistics = reference_statistics(generator, source, recipe).expand(len(images), -1)
     else:
+        statistics = moment_statistics(own.mean, own.covariance)
+        rows = has_tissue.nonzero()[:, 0]
         # Only the probe needs features; a model without one restains without an encoder too.
-        found: Tensor | None = None
-        if cls is not None:
-            found = read_conditions(cls, len(generator.null_condition), len(images))
-        elif generator.stain_probe is not None:
-            found = generator.features(images).cls
-        statistics = _blend(generator, moment_statistics(own.mean, own.covariance), found, recipe)
+        if generator.stain_probe is not None and len(rows):
+            cls = _describe(generator, images[rows], features)
+            statistics[rows] = _blend(generator, statistics[rows], cls, recipe)
     statistics = statistics.to(images.device)
-    return StainEstimate(statistics, own.tissue >= MIN_TISSUE, statistics.isfinite().all(1))
+    return StainEstimate(statistics, has_tissue, statistics.isfinite().all(1))
 
 
 @own_precision()
@@ -242,11 +243,19 @@ def redraw(
         seeds: One seed a tile, for its noise.
 
     Returns:
-        uint8 [B, 3, size, size] on the generator's device, and which are to be used.
+        uint8 [B, 3, size, size] on the generator's device, and which are to be used. Blank tiles
+        are those that came in.
 
     Source: Meng et al. (2022), SDEdit.
     """
-    return _decode(generator, redraw_latents(generator, images, recipe, seeds))
+    generator.check_images(images)
+    out = images.to(generator.device, copy=True)
+    is_finite = torch.ones(len(out), dtype=torch.bool, device=out.device)
+    rows = is_tissue(images).nonzero()[:, 0].tolist()
+    if rows:
+        latents = redraw_latents(generator, images[rows], recipe, [seeds[k] for k in rows])
+        out[rows], is_finite[rows] = _decode(generator, latents)
+    return Redrawn(out, is_finite)
 
 
 @own_precision()
@@ -256,7 +265,8 @@ def redraw_latents(
 ) -> Tensor:
     """Return the whitened latents [B, C, h, w] of `redraw`, on the generator's device.
 
-    For stores of latents: a `ReplayBank`, or a cache of variants.
+    For stores of latents: a `ReplayBank`, or a cache of variants. Blank tiles are drawn too; leave
+    them out (`cytosyn_aug.stain.is_tissue`), as those stores do.
     """
     cls = generator.features(images).cls
     latents = generator.whiten(generator.encode(images).mean)
@@ -275,10 +285,10 @@ class Resampled(NamedTuple):
     """Result of `resample`: new tiles, and what there is to say of them.
 
     Attributes:
-        images: uint8 [B, 3, size, size].
-        similarity: float32 [B], cosine of the features of new and old tile; NaN without an
-            encoder, which alone could tell it.
-        is_tissue: bool [B]; False where the old tile is blank and must be returned as it is.
+        images: uint8 [B, 3, size, size]; blank tiles are those that came in.
+        similarity: float32 [B], cosine of the features of new and old tile; NaN for blank tiles,
+            and without an encoder, which alone could tell it.
+        is_tissue: bool [B]; False where the old tile is blank.
         is_finite: bool [B]; False where the networks failed and the old tile must be returned.
     """
 
@@ -297,7 +307,7 @@ def resample(
     *,
     steps: int | None = None,
     guidance_scale: float = 1.0,
-    cls: Conditions | None = None,
+    features: Callable[[Tensor], Conditions] | None = None,
 ) -> Resampled:
     """Generate a new tile from the features of each old one.
 
@@ -307,26 +317,40 @@ def resample(
         seeds: One seed a tile.
         steps: Forwards; None for 4 of a student, or 16 of the transformer of a model without.
         guidance_scale: Classifier-free guidance in t <= 0.75 (1 = noise); 1 for none.
-        cls: Precomputed features of the tiles; None asks the encoder.
+        features: Gives CLS vectors of the tiles with tissue; None asks the encoder.
 
     Returns:
         On the generator's device; see `Resampled`.
     """
     generator.check_images(images)
-    if cls is None:
-        cls = generator.features(images).cls
-    else:
-        width = len(generator.null_condition)
-        cls = read_conditions(cls, width, len(images)).to(generator.device)
-    noise = sample_noise(seeds, generator.latent_shape)
-    latents = generator.draw(noise, cls, steps=steps, guidance_scale=guidance_scale, seeds=seeds)
-    made, is_finite = _decode(generator, latents)
-    similarity = torch.full((len(made),), torch.nan, device=made.device)
+    out = images.to(generator.device, copy=True)
+    has_tissue = is_tissue(images).to(out.device)
+    is_finite = torch.ones_like(has_tissue)
+    similarity = torch.full((len(out),), torch.nan, dtype=torch.float32, device=out.device)
+    rows = has_tissue.nonzero()[:, 0].tolist()
+    if not rows:
+        return Resampled(out, similarity, has_tissue, is_finite)
+    chosen = [seeds[k] for k in rows]
+    cls = _describe(generator, images[rows], features).to(out.device)
+    noise = sample_noise(chosen, generator.latent_shape)
+    latents = generator.draw(noise, cls, steps=steps, guidance_scale=guidance_scale, seeds=chosen)
+    made = _decode(generator, latents)
+    out[rows], is_finite[rows] = made
     if generator.encoder is not None:
-        similarity = torch.cosine_similarity(cls, generator.features(made).cls)
-        is_finite = is_finite & similarity.isfinite()
-    is_tissue = tissue_moments(images).tissue >= MIN_TISSUE
-    return Resampled(made, similarity, is_tissue.to(made.device), is_finite)
+        similarity[rows] = torch.cosine_similarity(cls, generator.features(made.images).cls)
+        is_finite &= similarity.isfinite() | ~has_tissue
+    return Resampled(out, similarity, has_tissue, is_finite)
+
+
+def _describe(
+    generator: TileGenerator,
+    images: Tensor,
+    features: Callable[[Tensor], Conditions] | None,
+) -> Tensor:
+    """Return CLS vectors [B, D] of tiles, from whoever is to tell them."""
+    if features is None:
+        return generator.features(images).cls
+    return read_conditions(features(images), len(generator.null_condition), len(images))
 
 
 def _decode(generator: TileGenerator, latents: Tensor) -> Redrawn:

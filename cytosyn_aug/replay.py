@@ -25,6 +25,7 @@ from torch import Tensor
 from cytosyn_aug.filling import Edit
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.precision import own_precision
+from cytosyn_aug.stain import is_tissue
 
 _MAX_SEED = 2**62
 
@@ -35,7 +36,8 @@ class ReplayCounts(NamedTuple):
     Attributes:
         num_made: Variants made.
         num_reused: Variants taken from earlier steps.
-        num_kept: Drawn tiles that the edit left as they were, such as blank ones.
+        num_kept: Drawn tiles that stay as they are: blank ones, which are not given to the edit,
+            and those that it left alone.
     """
 
     num_made: int
@@ -52,8 +54,8 @@ class ReplayBank:
 
     Args:
         generator: The model.
-        edit: Makes variants, from uint8 images [n, 3, size, size] and one seed a tile to uint8
-            images, or to whitened latents [n, C, h, w] of the model.
+        edit: Makes variants, from uint8 images [n, 3, size, size] with tissue and one seed a tile
+            to uint8 images, or to whitened latents [n, C, h, w] of the model.
         num_tiles: Tiles of the data set; positions in a batch's `index` are below it.
         p: Probability that a tile is replaced.
         reuse: Times that a variant is used before it is made anew.
@@ -129,6 +131,9 @@ class ReplayBank:
         self._step += 1
         if not rows:
             return images
+        has_tissue = is_tissue(images[rows]).tolist()
+        self._counts[2] += has_tissue.count(False)
+        rows = [row for row, shows in zip(rows, has_tissue, strict=True) if shows]
         spent = self._spent(slots)
         # A tile that is in the batch twice is made once.
         making = list({slots[row]: row for row in rows if spent[row]}.values())

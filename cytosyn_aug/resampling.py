@@ -95,7 +95,7 @@ class ConditionedResample(TileTransform):
             params["seeds"],
             steps=self.steps,
             guidance_scale=self.guidance_scale,
-            cls=None if self.features is None else self.features(tiles),
+            features=self.features,
         )
         is_usable = result.is_tissue & result.is_finite
         self._count_failed(grey, result.is_tissue & ~result.is_finite)

@@ -79,7 +79,8 @@ class StainTransfer(TileTransform):
         seed: Of the draws of mode "slide", which do not depend on torch's generator.
         recipe: How the model edits.
         features: Gives CLS vectors [B, D] of uint8 tiles at the model's size and scale, such as
-            `features_cached`; None asks the encoder. Not asked where `source` is given.
+            `features_cached`; None asks the encoder. Asked for tiles with tissue, and not where
+            `source` is given.
         allow_geometry_change: Accept masks and boxes although structure may move.
 
     Raises:
@@ -216,8 +217,7 @@ class StainTransfer(TileTransform):
             self.generator.check_images(grey.round().to(torch.uint8))
         tiles = central_tiles(grey, self.mpp, self.generator.tile)
         ask = self.features if self.source is None else None
-        cls = None if ask is None else ask(tiles)
-        estimate = estimate_stain(self.generator, tiles, self.source, self.recipe, cls)
+        estimate = estimate_stain(self.generator, tiles, self.source, self.recipe, ask)
         self._count_failed(grey, estimate.is_tissue & ~estimate.is_finite)
         return estimate
 
@@ -231,12 +231,21 @@ class StainTransfer(TileTransform):
         recoloured = apply_density_map(grey, change)
         is_edited = estimate.is_tissue & estimate.is_finite & (strength > 0)
         if self.preserve == "none":
-            tiles = recoloured.round().to(torch.uint8)
-            made = redraw(self.generator, tiles, self.recipe, params["seeds"])
-            is_drawn = made.is_finite.to(grey.device)
+            is_drawn = self._redraw(recoloured, is_edited, params["seeds"])
             self._count_failed(grey, is_edited & ~is_drawn)
-            recoloured, is_edited = made.images, is_edited & is_drawn
+            is_edited = is_drawn
         return Edit(recoloured, is_edited)
+
+    def _redraw(self, recoloured: Tensor, is_edited: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Draw edited tiles anew, in place; return which of them came out well, bool [n]."""
+        is_drawn = torch.zeros_like(is_edited)
+        rows = is_edited.nonzero()[:, 0].tolist()
+        if rows:
+            tiles = recoloured[rows].round().to(torch.uint8)
+            made = redraw(self.generator, tiles, self.recipe, [seeds[k] for k in rows])
+            recoloured[rows] = made.images.to(recoloured)
+            is_drawn[rows] = made.is_finite.to(is_drawn.device)
+        return is_drawn
 
     def _reference_statistics(self) -> Tensor:
         """Return the stain of all references [R, 9], on the CPU, computed at first use."""

@@ -109,6 +109,18 @@ def test_tiles_that_the_edit_left_alone_keep_their_bits(generator, tiles):
     assert torch.equal(images[:1], generator.decode(moved, is_few_step=True))
 
 
+def test_blank_tiles_are_kept_and_never_given_to_the_edit(generator, tiles):
+    mixed = tiles.clone()
+    mixed[[0, 2]] = 243
+    bank, edits = bank_of(generator, reuse=2)
+    for _ in range(2):
+        images = bank(mixed, torch.arange(4))
+        assert torch.equal(images[::2], mixed[::2])
+        assert (images[1::2] != mixed[1::2]).flatten(1).any(1).all()
+    assert edits.sizes == [2]
+    assert bank.counts == ReplayCounts(num_made=2, num_reused=2, num_kept=4)
+
+
 def test_latents_in_a_file_are_those_in_memory(generator, tiles, tmp_path):
     seen = []
     for folder in (None, tmp_path / "bank"):
