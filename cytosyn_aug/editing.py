@@ -22,7 +22,7 @@ from cytosyn_aug.conditions import Conditions, read_conditions
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.flow import interpolate
 from cytosyn_aug.generator import TileGenerator
-from cytosyn_aug.images import pixels_to_images
+from cytosyn_aug.images import FiniteImages, finite_images
 from cytosyn_aug.precision import own_precision
 from cytosyn_aug.reference import StainReference
 from cytosyn_aug.sampling import sample_noise
@@ -222,18 +222,11 @@ def match_statistics(estimate: StainEstimate, targets: Tensor) -> DensityMap:
     return match_moments(moments_from_statistics(start), moments_from_statistics(targets))
 
 
-class Redrawn(NamedTuple):
-    """Result of `redraw`: uint8 tiles, and bool [B], False where the networks failed."""
-
-    images: Tensor
-    is_finite: Tensor
-
-
 @own_precision()
 @torch.no_grad()
 def redraw(
     generator: TileGenerator, images: Tensor, recipe: EditRecipe, seeds: Sequence[int]
-) -> Redrawn:
+) -> FiniteImages:
     """Noise the latents of tiles to `recipe.noise_level` and draw them anew from their features.
 
     Args:
@@ -255,7 +248,7 @@ def redraw(
     if rows:
         latents = redraw_latents(generator, images[rows], recipe, [seeds[k] for k in rows])
         out[rows], is_finite[rows] = _decode(generator, latents)
-    return Redrawn(out, is_finite)
+    return FiniteImages(out, is_finite)
 
 
 @own_precision()
@@ -353,11 +346,8 @@ def _describe(
     return read_conditions(features(images), len(generator.null_condition), len(images))
 
 
-def _decode(generator: TileGenerator, latents: Tensor) -> Redrawn:
-    """Decode without raising: one tile that fails must not cost the others of its batch."""
-    pixels = generator.decode_pixels(latents, is_few_step=True)
-    is_finite = pixels.isfinite().all(3).all(2).all(1)
-    return Redrawn(pixels_to_images(pixels.nan_to_num()), is_finite)
+def _decode(generator: TileGenerator, latents: Tensor) -> FiniteImages:
+    return finite_images(generator.decode_pixels(latents, is_few_step=True))
 
 
 def _blend(

@@ -15,6 +15,8 @@ them by heart.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from cytosyn_aug.filling import Edit
 from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.images import finite_images
 from cytosyn_aug.precision import own_precision
 from cytosyn_aug.stain import is_tissue
 
@@ -34,15 +37,25 @@ class ReplayCounts(NamedTuple):
     """What a bank has done so far.
 
     Attributes:
-        num_made: Variants made.
-        num_reused: Variants taken from earlier steps.
+        num_made: Tiles given to the edit.
+        num_reused: Tiles replaced by variants that were made for earlier uses.
         num_kept: Drawn tiles that stay as they are: blank ones, which are not given to the edit,
             and those that it left alone.
+        num_failed: Drawn tiles that stay as they are because their variant, or what it decodes to,
+            is not finite. They are tried again when they are drawn next.
     """
 
     num_made: int
     num_reused: int
     num_kept: int
+    num_failed: int
+
+
+class _Lost(NamedTuple):
+    """Slots that an edit left empty: it left the tile alone, or what it gave is not finite."""
+
+    left_alone: set[int]
+    failed: set[int]
 
 
 class ReplayBank:
@@ -74,7 +87,7 @@ class ReplayBank:
         >>> for _ in range(4):
         ...     images = bank(tiles, torch.arange(4))
         >>> bank.counts
-        ReplayCounts(num_made=8, num_reused=8, num_kept=0)
+        ReplayCounts(num_made=8, num_reused=8, num_kept=0, num_failed=0)
     """
 
     def __init__(
@@ -101,11 +114,12 @@ class ReplayBank:
         self._uses = np.zeros(num_tiles, np.int32)  # of what is in the slot; 0 for an empty one
         self._made_at = np.zeros(num_tiles, np.int64)
         self._step = 0
-        self._counts = np.zeros(3, np.int64)
+        self._counts = np.zeros(4, np.int64)
+        self._has_warned = False
 
     @property
     def counts(self) -> ReplayCounts:
-        """What was made, reused and kept so far."""
+        """What was made, reused and kept so far, and what failed."""
         return ReplayCounts(*self._counts.tolist())
 
     @own_precision()
@@ -131,26 +145,11 @@ class ReplayBank:
         self._step += 1
         if not rows:
             return images
-        has_tissue = is_tissue(images[rows]).tolist()
-        self._counts[2] += has_tissue.count(False)
-        rows = [row for row, shows in zip(rows, has_tissue, strict=True) if shows]
-        spent = self._spent(slots)
-        # A tile that is in the batch twice is made once.
-        making = list({slots[row]: row for row in rows if spent[row]}.values())
-        is_edited = np.ones(len(slots), bool)
-        if making:
-            is_edited = self._make(images, slots, making, seeds)
-        changed = [row for row in rows if is_edited[row]]
-        self._counts += (len(making), len(rows) - len(making), len(rows) - len(changed))
-        if not changed:
-            return images
-        used = [slots[row] for row in changed]
-        np.add.at(self._uses, used, 1)
-        latents = torch.from_numpy(self._latents[used]).float()
-        made = self.generator.decode(latents, is_few_step=True)
-        out = images.clone()
-        out[torch.tensor(changed, device=out.device)] = made.to(out.device)
-        return out
+        shows_tissue = is_tissue(images[rows]).tolist()
+        tissue = [row for row, shows in zip(rows, shows_tissue, strict=True) if shows]
+        self._count(num_kept=len(rows) - len(tissue))
+        taken = self._take(images, slots, tissue, seeds)
+        return self._replaced(images, slots, taken) if taken else images
 
     def seconds_per_step(self, batch_size: int, make: float, decode: float) -> float:
         """Return what a step costs once all tiles have been seen; see the module.
@@ -180,11 +179,34 @@ class ReplayBank:
             spent |= self._step - self._made_at[slots] > self.max_age
         return spent
 
-    def _make(
+    def _take(
         self, images: Tensor, slots: list[int], rows: list[int], seeds: list[int]
-    ) -> np.ndarray:
-        """Fill slots anew; return which rows of the batch have a variant, bool [B]."""
+    ) -> dict[int, np.ndarray]:
+        """Return the latents of a variant for each row that has one, and count their uses."""
+        spent = self._spent(slots)
+        first: dict[int, int] = {}  # a tile that is in the batch twice is made once
+        for row in rows:
+            if spent[row]:
+                first.setdefault(slots[row], row)
+        making = list(first.values())
+        lost = self._make(images, slots, making, seeds) if making else _Lost(set(), set())
+        taken: dict[int, np.ndarray] = {}
+        for row in rows:
+            slot = slots[row]
+            if slot in lost.failed:
+                self._count(num_failed=1)
+            elif slot in lost.left_alone:
+                self._count(num_kept=1)
+            else:
+                taken[row] = self._latents[slot].copy()
+                self._uses[slot] += 1
+                self._count(num_reused=int(row not in making))
+        return taken
+
+    def _make(self, images: Tensor, slots: list[int], rows: list[int], seeds: list[int]) -> _Lost:
+        """Fill the slots of rows anew; return those that are empty still, to be asked again."""
         chosen = images[torch.tensor(rows, device=images.device)]
+        places = [slots[row] for row in rows]
         made = self.edit(chosen, [seeds[row] for row in rows])
         is_edited = torch.ones(len(rows), dtype=torch.bool)
         if made.dtype == torch.uint8:
@@ -200,13 +222,45 @@ class ReplayBank:
                 f"the edit gave latents {list(made.shape)}, expected "
                 f"{[num_edited, *self.generator.latent_shape]}"
             )
-        pairs = list(zip((slots[row] for row in rows), is_edited.tolist(), strict=True))
-        places = [slot for slot, is_new in pairs if is_new]
-        self._latents[places] = made.half().cpu().numpy()
+        stored = made.half().cpu()
+        is_finite = stored.isfinite().flatten(1).all(1).tolist()
+        edited = [place for place, is_new in zip(places, is_edited.tolist(), strict=True) if is_new]
+        self._latents[edited] = stored.numpy()
         self._uses[places], self._made_at[places] = 0, self._step
-        # A tile that was left alone has no variant: its slot stays empty, and is asked again.
-        left_alone = {slot for slot, is_new in pairs if not is_new}
-        return np.array([slot not in left_alone for slot in slots])
+        self._count(num_made=len(rows))
+        failed = {place for place, is_fine in zip(edited, is_finite, strict=True) if not is_fine}
+        self._warn_of(failed)
+        return _Lost(set(places) - set(edited), failed)
+
+    def _replaced(self, images: Tensor, slots: list[int], taken: dict[int, np.ndarray]) -> Tensor:
+        """Return the batch with rows replaced by what their latents decode to."""
+        rows = torch.tensor(list(taken))
+        latents = torch.from_numpy(np.stack(list(taken.values()))).float()
+        pixels = self.generator.decode_pixels(latents, is_few_step=True)
+        made, is_finite = finite_images(pixels)
+        failed = [slots[row] for row in rows[~is_finite.cpu()].tolist()]
+        self._uses[failed] = 0
+        self._count(num_failed=len(failed), num_reused=-len(failed))
+        self._warn_of(failed)
+        out = images.clone()
+        out[rows[is_finite.cpu()].to(out.device)] = made[is_finite].to(out.device)
+        return out
+
+    def _warn_of(self, failed: Collection[int]) -> None:
+        """Name the first tile that failed, once."""
+        if failed and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"the variant of tile {min(failed)} of the data set is not finite, so the tile "
+                "comes back unchanged; counts.num_failed counts such tiles. Load the model in "
+                "float32 or bfloat16, or look at the tile",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _count(self, **numbers: int) -> None:
+        for name, number in numbers.items():
+            self._counts[ReplayCounts._fields.index(name)] += number
 
     def _encode(self, images: Tensor) -> Tensor:
         if not len(images):

@@ -1,5 +1,7 @@
 """ReplayBank: variants are made when they must be, used as often as said, and cost as said."""
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -39,7 +41,7 @@ def test_a_variant_is_used_reuse_times_and_then_made_anew(generator, tiles):
     assert torch.equal(seen[0], seen[2])
     assert not torch.equal(seen[2], seen[3])
     assert torch.equal(seen[3], seen[5])
-    assert bank.counts == ReplayCounts(num_made=6, num_reused=8, num_kept=0)
+    assert bank.counts == ReplayCounts(num_made=6, num_reused=8, num_kept=0, num_failed=0)
 
 
 def test_what_is_reused_is_what_was_made(generator, tiles):
@@ -104,9 +106,53 @@ def test_tiles_that_the_edit_left_alone_keep_their_bits(generator, tiles):
     images = bank(tiles[:3], torch.arange(3))
     assert not torch.equal(images[0], tiles[0])
     assert torch.equal(images[1:], tiles[1:3])
-    assert bank.counts == ReplayCounts(num_made=3, num_reused=0, num_kept=2)
+    assert bank.counts == ReplayCounts(num_made=3, num_reused=0, num_kept=2, num_failed=0)
     moved = generator.whiten(generator.encode(255 - tiles[:1]).mean).half().float()
     assert torch.equal(images[:1], generator.decode(moved, is_few_step=True))
+
+
+def test_a_tile_that_fails_comes_back_counted_named_once_and_is_tried_again(generator, tiles):
+    calls = []
+
+    def fail_on_the_second(images, seeds):
+        latents = torch.zeros(len(images), *generator.latent_shape)
+        latents[1:2] = (float("nan"), 1e6)[len(calls) % 2]  # 1e6 is no float16
+        calls.append(len(images))
+        return latents
+
+    bank = ReplayBank(generator, fail_on_the_second, num_tiles=4, p=1.0, reuse=2)
+    with pytest.warns(RuntimeWarning, match="tile 1 of the data set is not finite"):
+        images = bank(tiles[:3], torch.arange(3))
+    assert torch.equal(images[1], tiles[1])
+    assert (images[::2] != tiles[:3:2]).flatten(1).any(1).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bank(tiles[:3], torch.arange(3))
+    assert calls == [3, 1]
+    # Alone in the second call, it is the first of its batch and does not fail.
+    assert bank.counts == ReplayCounts(num_made=4, num_reused=2, num_kept=0, num_failed=1)
+
+
+def test_a_variant_that_cannot_be_decoded_empties_its_slot(model_folder, tiles, monkeypatch):
+    generator = TileGenerator.from_pretrained(model_folder, batch_size=3)
+    bank, edits = bank_of(generator, reuse=9)
+    bank(tiles[:2], torch.arange(2))
+    decode = generator.decode_pixels
+
+    def broken(latents, **options):
+        pixels = decode(latents, **options)
+        pixels[1] = float("inf")
+        return pixels
+
+    monkeypatch.setattr(generator, "decode_pixels", broken)
+    with pytest.warns(RuntimeWarning, match="tile 1 of"):
+        images = bank(tiles[:2], torch.arange(2))
+    assert torch.equal(images[1], tiles[1])
+    assert not torch.equal(images[0], tiles[0])
+    monkeypatch.undo()
+    bank(tiles[:2], torch.arange(2))
+    assert edits.sizes == [2, 1]
+    assert bank.counts == ReplayCounts(num_made=3, num_reused=2, num_kept=0, num_failed=1)
 
 
 def test_blank_tiles_are_kept_and_never_given_to_the_edit(generator, tiles):
@@ -118,7 +164,7 @@ def test_blank_tiles_are_kept_and_never_given_to_the_edit(generator, tiles):
         assert torch.equal(images[::2], mixed[::2])
         assert (images[1::2] != mixed[1::2]).flatten(1).any(1).all()
     assert edits.sizes == [2]
-    assert bank.counts == ReplayCounts(num_made=2, num_reused=2, num_kept=4)
+    assert bank.counts == ReplayCounts(num_made=2, num_reused=2, num_kept=4, num_failed=0)
 
 
 def test_latents_in_a_file_are_those_in_memory(generator, tiles, tmp_path):
