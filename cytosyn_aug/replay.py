@@ -5,16 +5,31 @@ takes what is in its slot, until that has been used `reuse` times or is older th
 then a new one is made from the tile at hand, in one batch with all others of the step that need
 one. A step of B tiles, of which a share p is drawn, so costs about
 
-    p B (make / reuse + decode)
+    p B (make / uses + decode)
 
 once every tile has been seen, where making a variant anew every time would cost p B (make +
 decode). `make` is the edit, in which the network draws; `decode` is the small decoder where the
-model has one. Reused variants are those of earlier steps: if `reuse` is too large, a model learns
-them by heart.
+model has one. Without `max_age`, `uses` is `reuse`. With it, a tile that comes by every T = N / B
+steps has K = floor(max_age / T) chances of using a variant again before that is too old, each with
+probability p:
+
+    uses = 1 + E[min(reuse - 1, Binomial(K, p))]
+
+exactly so for an order that is the same in every epoch, about so for a shuffled one. Reused
+variants are those of earlier steps: if `reuse` is too large, a model learns them by heart.
+
+A bank is of one process. `DistributedSampler` gives a rank other tiles in every epoch, so that of
+W ranks each sees a tile once in W epochs, and variants wait, and grow old, W times as long. Give
+every rank the same tiles in all epochs instead, and a bank of those:
+
+    share = Subset(dataset, range(rank, len(dataset), world_size))
+    loader = DataLoader(share, batch_size, shuffle=True)  # index: position in the share
+    bank = ReplayBank(generator, edit, num_tiles=len(share))
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -63,7 +78,7 @@ class ReplayBank:
 
     Call it on batches as they come from a loader, before crops and flips: a slot belongs to a tile
     as it was when its variant was made. It does not support several processes: give each rank its
-    own, over its own share of the tiles.
+    own, over its own share of the tiles (see the module).
 
     Args:
         generator: The model.
@@ -71,7 +86,8 @@ class ReplayBank:
             to uint8 images, or to whitened latents [n, C, h, w] of the model.
         num_tiles: Tiles of the data set; positions in a batch's `index` are below it.
         p: Probability that a tile is replaced.
-        reuse: Times that a variant is used before it is made anew.
+        reuse: Times that a variant is used before it is made anew, also within a batch that holds
+            a tile several times.
         max_age: Steps after which a variant is made anew even so; None for never.
         folder: Where latents are kept in a file that the system maps, 6.3 kB a tile of CytoSyn;
             None for memory. What is there is not read again: variants are of one run.
@@ -159,7 +175,19 @@ class ReplayBank:
             make: Seconds that the edit of one tile takes.
             decode: Seconds that decoding one tile takes.
         """
-        return self.p * batch_size * (make / self.reuse + decode)
+        return self.p * batch_size * (make / self._expected_uses(batch_size) + decode)
+
+    def _expected_uses(self, batch_size: int) -> float:
+        """Return how often a variant is used on average; see the module."""
+        if self.max_age is None:
+            return float(self.reuse)
+        chances = self.max_age * batch_size // len(self._uses)
+        more = 0.0  # E[min(r - 1, X)] is the sum of P(X >= k) for k from 1 to r - 1
+        for k in range(1, min(self.reuse - 1, chances) + 1):
+            more += 1 - sum(
+                math.comb(chances, n) * self.p**n * (1 - self.p) ** (chances - n) for n in range(k)
+            )
+        return 1 + more
 
     def _checked(self, index: Tensor, num: int) -> list[int]:
         slots: list[int] = index.tolist()
@@ -183,24 +211,29 @@ class ReplayBank:
         self, images: Tensor, slots: list[int], rows: list[int], seeds: list[int]
     ) -> dict[int, np.ndarray]:
         """Return the latents of a variant for each row that has one, and count their uses."""
-        spent = self._spent(slots)
-        first: dict[int, int] = {}  # a tile that is in the batch twice is made once
-        for row in rows:
-            if spent[row]:
-                first.setdefault(slots[row], row)
-        making = list(first.values())
-        lost = self._make(images, slots, making, seeds) if making else _Lost(set(), set())
         taken: dict[int, np.ndarray] = {}
-        for row in rows:
-            slot = slots[row]
-            if slot in lost.failed:
-                self._count(num_failed=1)
-            elif slot in lost.left_alone:
-                self._count(num_kept=1)
-            else:
-                taken[row] = self._latents[slot].copy()
-                self._uses[slot] += 1
-                self._count(num_reused=int(row not in making))
+        while rows:
+            spent = self._spent(slots)
+            first: dict[int, int] = {}  # a tile that is in the batch twice is made once
+            for row in rows:
+                if spent[row]:
+                    first.setdefault(slots[row], row)
+            making = list(first.values())
+            lost = self._make(images, slots, making, seeds) if making else _Lost(set(), set())
+            waiting = []
+            for row in rows:
+                slot = slots[row]
+                if slot in lost.failed:
+                    self._count(num_failed=1)
+                elif slot in lost.left_alone:
+                    self._count(num_kept=1)
+                elif self._uses[slot] >= self.reuse:
+                    waiting.append(row)  # those before it in the batch have used it up
+                else:
+                    taken[row] = self._latents[slot].copy()
+                    self._uses[slot] += 1
+                    self._count(num_reused=int(row not in making))
+            rows = waiting
         return taken
 
     def _make(self, images: Tensor, slots: list[int], rows: list[int], seeds: list[int]) -> _Lost:

@@ -70,6 +70,18 @@ def test_a_tile_twice_in_a_batch_is_made_once_and_used_twice(generator, tiles):
     assert edits.sizes == [1, 1]
 
 
+def test_no_variant_is_used_more_often_than_said_within_a_batch_either(generator, tiles):
+    bank, edits = bank_of(generator, reuse=2)
+    images = bank(tiles[:1].repeat(5, 1, 1, 1), torch.zeros(5, dtype=torch.int64))
+    assert edits.sizes == [1, 1, 1]
+    assert torch.equal(images[0], images[1])
+    assert not torch.equal(images[1], images[2])
+    assert torch.equal(images[2], images[3])
+    bank(tiles[:1].repeat(2, 1, 1, 1), torch.zeros(2, dtype=torch.int64))
+    assert edits.sizes == [1, 1, 1, 1]  # one use of the third was left
+    assert bank.counts == ReplayCounts(num_made=4, num_reused=3, num_kept=0, num_failed=0)
+
+
 @settings(deadline=None, max_examples=10)
 @given(st.integers(1, 5), st.floats(0, 1), st.integers(0, 2**31))
 def test_tiles_that_are_not_drawn_come_back_and_the_counts_add_up(reuse, p, seed):
@@ -185,6 +197,24 @@ def test_the_cost_of_a_step_is_what_was_counted(generator, tiles):
     made, decoded = sum(edits.sizes) / 8, 4
     assert bank.seconds_per_step(4, make=1.0, decode=0.0) == made
     assert bank.seconds_per_step(4, make=0.0, decode=1.0) == decoded
+
+
+@pytest.mark.parametrize(
+    ("p", "reuse", "max_age", "within"),
+    [(1.0, 4, 2, 0), (1.0, 4, 10, 0), (1.0, 9, 11, 0), (0.5, 4, None, 0.15), (0.5, 8, 12, 0.15)],
+)
+def test_age_makes_a_step_dearer_as_the_formula_says(generator, tiles, p, reuse, max_age, within):
+    """A tile comes every 4 steps, so a variant of age 10 has seen two chances of being reused."""
+    bank, edits = bank_of(generator, num_tiles=8, p=p, reuse=reuse, max_age=max_age)
+    torch.manual_seed(0)
+    num_steps = 0
+    for _ in range(36):
+        for step in range(4):
+            bank(tiles[:2], torch.tensor([2 * step, 2 * step + 1]))
+            num_steps += 1
+    expected = bank.seconds_per_step(2, make=1.0, decode=0.0)
+    assert sum(edits.sizes) / num_steps == pytest.approx(expected, rel=within + 1e-6)
+    assert bank.seconds_per_step(2, make=0.0, decode=1.0) == p * 2
 
 
 @pytest.mark.parametrize(
