@@ -30,6 +30,8 @@ every rank the same tiles in all epochs instead, and a bank of those:
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -89,12 +91,12 @@ class ReplayBank:
         reuse: Times that a variant is used before it is made anew, also within a batch that holds
             a tile several times.
         max_age: Steps after which a variant is made anew even so; None for never.
-        folder: Where latents are kept in a file that the system maps, 6.3 kB a tile of CytoSyn;
-            None for memory. What is there is not read again: variants are of one run.
+        folder: Where latents are kept in a nameless file that the system maps, 6.3 kB a tile of
+            CytoSyn; None for memory. It lives as long as the bank: variants are of one run.
 
     Raises:
         ValueError: Numbers out of range.
-        OSError: The folder cannot be written, or the disk is full.
+        OSError: The folder cannot be written, or has no room for all latents.
 
     Example:
         >>> generator = TileGenerator.from_pretrained()
@@ -307,4 +309,19 @@ def _storage(generator: TileGenerator, num_tiles: int, folder: Path | str | None
         return np.zeros(shape, np.float16)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    return np.memmap(folder / "latents.bin", np.float16, "w+", shape=shape)
+    num_bytes = 2 * math.prod(shape)
+    # Its name is gone at once, so that nobody else opens it, and the system takes the space back
+    # when the process ends, however it ends.
+    with tempfile.NamedTemporaryFile(prefix="replay-", suffix=".latents", dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):  # or a full disk would kill the process later on
+            try:
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
+            except OSError as error:
+                raise OSError(
+                    error.errno,
+                    f"{folder} has no room for the latents of {num_tiles} tiles ({num_bytes:,} "
+                    f"bytes): {error.strerror}; free some, or choose another folder",
+                ) from error
+        else:
+            file.truncate(num_bytes)
+        return np.memmap(file, np.float16, "r+", shape=shape)

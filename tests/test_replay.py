@@ -1,5 +1,7 @@
 """ReplayBank: variants are made when they must be, used as often as said, and cost as said."""
 
+import errno
+import os
 import warnings
 
 import pytest
@@ -185,8 +187,33 @@ def test_latents_in_a_file_are_those_in_memory(generator, tiles, tmp_path):
         bank, _ = bank_of(generator, folder=folder)
         seen.append([bank(tiles[:2], torch.tensor([0, 3])) for _ in range(2)])
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
-    size = 4 * 2 * torch.Size(generator.latent_shape).numel()
-    assert (tmp_path / "bank" / "latents.bin").stat().st_size == size
+
+
+def test_banks_of_one_folder_do_not_touch_each_other_and_leave_nothing(
+    generator, tiles, tmp_path, monkeypatch
+):
+    reserved = []
+    fallocate = os.posix_fallocate
+    monkeypatch.setattr(
+        os, "posix_fallocate", lambda *given: reserved.append(given[1:]) or fallocate(*given)
+    )
+    banks = [bank_of(generator, folder=tmp_path)[0] for _ in range(2)]
+    assert reserved == 2 * [(0, 4 * 2 * torch.Size(generator.latent_shape).numel())]
+    first = banks[0](tiles[:1], torch.tensor([0]))
+    banks[1].edit = lambda images, seeds: torch.full((1, *generator.latent_shape), -2.0)
+    assert not torch.equal(banks[1](tiles[:1], torch.tensor([0])), first)
+    assert torch.equal(banks[0](tiles[:1], torch.tensor([0])), first)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_an_error_at_once(generator, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"no room for the latents of 4 tiles \(.* bytes\)"):
+        bank_of(generator, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_cost_of_a_step_is_what_was_counted(generator, tiles):
