@@ -30,6 +30,7 @@ from cytosyn_aug.images import check_images, images_to_pixels, pixels_to_images
 from cytosyn_aug.loaded import LoadedModel
 from cytosyn_aug.precision import own_precision
 from cytosyn_aug.sampling import sample_noise
+from cytosyn_aug.static_graphs import compile_forward, compile_rows
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -289,17 +290,18 @@ class TileGenerator(LoadedModel):
     def compile(self) -> None:
         """Compile the networks, whole, for batches that are padded to `batch_size`.
 
-        The first batch then takes minutes. Results move by rounding, less than a grey level.
+        The first batch then takes minutes, and so does the first with guidance, whose two halves
+        are one batch, and the first after memory ran out. Results move by rounding, less than a
+        grey level.
         """
         self.batches.is_static = True
-        parts: dict[str, Callable[..., Tensor]] = {"vae_decoder": _own_decoder(self.vae)}
-        for name in ("ab2", "euler_maruyama"):
-            parts[name] = self.transformer.forward_modulated
+        forward = compile_forward(self.transformer)
+        self._compiled = {"ab2": forward, "euler_maruyama": forward}
+        self._compiled["vae_decoder"] = compile_rows(_own_decoder(self.vae))
         if self.student is not None:
-            parts["student"] = self.student.forward_modulated
+            self._compiled["student"] = compile_forward(self.student)
         if self.decoder is not None:
-            parts["decoder"] = self.decoder
-        self._compiled = {k: torch.compile(v, fullgraph=True) for k, v in parts.items()}
+            self._compiled["decoder"] = compile_rows(self.decoder)
 
     def _sampler(self, given: Sampler | None) -> Sampler:
         if given is None:

@@ -22,7 +22,7 @@ ROWS = [
     {"macenko", "reinhard"},
     {"classical"},
     {"drafts"},
-    {"checkpoint"},
+    {"checkpoint", "static_graphs"},
     {"convert", "origin"},
     {"loaded"},
     {"generator"},
