@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from cytosyn_aug.generator import TileGenerator
     from cytosyn_aug.macenko import MacenkoReference
+    from cytosyn_aug.memory import MemoryPlan, plan_memory
     from cytosyn_aug.reference import StainReference
     from cytosyn_aug.reinhard import ReinhardReference
     from cytosyn_aug.replay import ReplayBank
@@ -52,6 +53,7 @@ _HOMES = {
     "LatentVariant": "variants",
     "MacenkoNormalize": "classical",
     "MacenkoReference": "macenko",
+    "MemoryPlan": "memory",
     "Ramp": "schedules",
     "ReinhardNormalize": "classical",
     "ReinhardReference": "reinhard",
@@ -66,6 +68,7 @@ _HOMES = {
     "fill_moments": "filling",
     "fill_variants": "filling",
     "moments_spec": "filling",
+    "plan_memory": "memory",
     "variants_spec": "filling",
 }
 
@@ -82,6 +85,7 @@ __all__ = [
     "LatentVariant",
     "MacenkoNormalize",
     "MacenkoReference",
+    "MemoryPlan",
     "Ramp",
     "ReinhardNormalize",
     "ReinhardReference",
@@ -96,6 +100,7 @@ __all__ = [
     "fill_moments",
     "fill_variants",
     "moments_spec",
+    "plan_memory",
     "variants_spec",
 ]
 

@@ -261,7 +261,7 @@ def redraw_latents(
     For stores of latents: a `ReplayBank`, or a cache of variants. Blank tiles are drawn too; leave
     them out (`cytosyn_aug.stain.is_tissue`), as those stores do.
     """
-    cls = generator.features(images).cls
+    cls = generator.cls_features(images)
     latents = generator.whiten(generator.encode(images).mean)
     noise = sample_noise(seeds, generator.latent_shape).to(latents)
     return generator.draw(
@@ -330,7 +330,7 @@ def resample(
     made = _decode(generator, latents)
     out[rows], is_finite[rows] = made
     if generator.encoder is not None:
-        similarity[rows] = torch.cosine_similarity(cls, generator.features(made.images).cls)
+        similarity[rows] = torch.cosine_similarity(cls, generator.cls_features(made.images))
         is_finite &= similarity.isfinite() | ~has_tissue
     return Resampled(out, similarity, has_tissue, is_finite)
 
@@ -342,7 +342,7 @@ def _describe(
 ) -> Tensor:
     """Return CLS vectors [B, D] of tiles, from whoever is to tell them."""
     if features is None:
-        return generator.features(images).cls
+        return generator.cls_features(images)
     return read_conditions(features(images), len(generator.null_condition), len(images))
 
 

@@ -25,7 +25,7 @@ from cytosyn_aug.drawing import (
     draw_latents,
     time_grid,
 )
-from cytosyn_aug.encoder import Features
+from cytosyn_aug.encoder import Features, TileEncoder
 from cytosyn_aug.images import check_images, images_to_pixels, pixels_to_images
 from cytosyn_aug.loaded import LoadedModel
 from cytosyn_aug.precision import own_precision
@@ -141,18 +141,36 @@ class TileGenerator(LoadedModel):
         Raises:
             ValueError: The model was loaded without an encoder, or the images do not fit it.
         """
+        encoder = self._encoder_for(images)
+
+        def encode(part: Tensor) -> tuple[Tensor, Tensor]:
+            found = encoder(part)
+            return found.cls.float(), found.patches.float()
+
+        return Features(*self.batches.map(encode, images))
+
+    @_at_border
+    def cls_features(self, images: Tensor) -> Tensor:
+        """Return `features(images).cls`, without keeping those of patches, 256 times as many.
+
+        Raises:
+            ValueError: See `features`.
+        """
+        encoder = self._encoder_for(images)
+
+        def encode(part: Tensor) -> tuple[Tensor]:
+            return (encoder(part).cls.to(torch.float32, copy=True),)  # no view of all tokens
+
+        return self.batches.map(encode, images)[0]
+
+    def _encoder_for(self, images: Tensor) -> TileEncoder:
         if self.encoder is None:
             raise ValueError(
                 "this model was loaded without an encoder, so features must be given: pass "
                 'precomputed CLS vectors, or load it with encoder="bioptimus/H0-mini"'
             )
         self.check_images(images)
-        return Features(*self.batches.map(self._features, images))
-
-    def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.encoder is not None
-        found = self.encoder(images)
-        return found.cls.float(), found.patches.float()
+        return self.encoder
 
     @_at_border
     def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ class OpenImage(NamedTuple):
 
     Attributes:
         grey: float32 [B, 3, H, W] in 0 to 255, on the image's device; B = 1 without leading
-            dimensions.
+            dimensions. A copy, which may be written to.
         close: Takes edited grey levels [B, 3, H, W] and bool [B], which tiles were edited, and
             returns what the user gave, in type, shape, dtype and device. The other tiles keep
             their very bits; without any edited one the user's object itself comes back.

@@ -196,7 +196,7 @@ def _features(generator: TileGenerator, images: Tensor, given: Conditions | None
     if given is None:
         if generator.encoder is None:
             return torch.zeros(len(images), 0)
-        cls = generator.features(images).cls.cpu()
+        cls = generator.cls_features(images).cpu()
         if not cls.isfinite().all():
             raise ValueError(
                 f"the encoder's features of the tiles are not finite in {generator.dtype}; load "

@@ -157,16 +157,19 @@ class TileTransform(v2.Transform):
         if not index:
             return inpt
         grey, close = open_image(inpt)
-        if len(index) == len(grey):
-            edit = self._edit(grey, params)
-            return close(edit.grey.to(grey), edit.is_edited)
-        rows = torch.tensor(index, device=grey.device)
-        edit = self._edit(grey[rows], {k: _pick(v, index) for k, v in params.items()})
         is_edited = torch.zeros(len(grey), dtype=torch.bool, device=grey.device)
-        is_edited[rows] = edit.is_edited.to(grey.device)
-        edited = grey.clone()
-        edited[rows] = edit.grey.to(grey)
-        return close(edited, is_edited)
+        size = self._tiles_at_once(grey)
+        for start in range(0, len(index), size):
+            part = index[start : start + size]
+            rows = torch.tensor(part, device=grey.device)
+            edit = self._edit(grey[rows], {k: _pick(v, part) for k, v in params.items()})
+            is_edited[rows] = edit.is_edited.to(grey.device)
+            grey[rows] = edit.grey.to(grey)
+        return close(grey, is_edited)
+
+    def _tiles_at_once(self, grey: Tensor) -> int:
+        """Return how many tiles are edited at once: intermediate results of all may not fit."""
+        return len(grey)
 
     def _edit(self, grey: Tensor, params: dict[str, Any]) -> Edit:
         """Edit the chosen tiles, float32 grey levels [n, 3, H, W], 0 to 255; params are theirs."""

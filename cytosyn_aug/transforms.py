@@ -203,10 +203,20 @@ class StainTransfer(TileTransform):
         if self.source is not None:
             own = measured_statistics(self.source).expand(num, -1)
         else:
-            tiles = central_tiles(open_image(image).grey, self.mpp, self.generator.tile)
-            moments = tissue_moments(tiles)
-            own = moment_statistics(moments.mean, moments.covariance)
+            own = torch.cat(
+                [
+                    self._measured(part)
+                    for part in open_image(image).grey.split(self.generator.batch_size)
+                ]
+            )
         return farthest_references(own.cpu(), targets, count)
+
+    def _measured(self, grey: Tensor) -> Tensor:
+        moments = tissue_moments(central_tiles(grey, self.mpp, self.generator.tile))
+        return moment_statistics(moments.mean, moments.covariance)
+
+    def _tiles_at_once(self, grey: Tensor) -> int:
+        return self.generator.batch_size
 
     def _edit(self, grey: Tensor, params: dict[str, Any]) -> Edit:
         return self._restain(grey, self._estimate(grey), params["references"], params)

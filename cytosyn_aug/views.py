@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
@@ -96,12 +97,20 @@ class StainViews(StainTransfer):
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Return the versions of one image, a tuple."""
         grey, close = open_image(inpt)
-        estimate = self._estimate(grey)  # once for all views
-        versions = [inpt] if self.has_original else []
-        for view in range(self.views - self.has_original):
-            drawn = [references[view] for references in params["references"]]
-            versions.append(close(*self._restain(grey, estimate, drawn, params)))
-        return tuple(versions)
+        num_made = self.views - self.has_original
+        made = [torch.empty_like(grey) for _ in range(num_made)]
+        is_edited = torch.zeros(num_made, len(grey), dtype=torch.bool, device=grey.device)
+        size = self._tiles_at_once(grey)
+        for start in range(0, len(grey), size):
+            part = slice(start, start + size)
+            own = {k: v[part] for k, v in params.items()}
+            estimate = self._estimate(grey[part])  # once for all views
+            for view in range(num_made):
+                drawn = [references[view] for references in own["references"]]
+                edit = self._restain(grey[part], estimate, drawn, own)
+                made[view][part], is_edited[view, part] = edit
+        edited = [close(*pair) for pair in zip(made, is_edited, strict=True)]
+        return (inpt, *edited) if self.has_original else tuple(edited)
 
     def _assemble(self, done: list[Any], is_image: list[bool], spec: TreeSpec) -> Any:
         columns = [

@@ -76,7 +76,7 @@ def test_networks_never_see_blank_tiles(generator, tiles, function, monkeypatch)
     mixed = tiles.clone()
     mixed[[0, 2]] = 243
     seen = []
-    for name in ("features", "draw", "decode_pixels"):
+    for name in ("cls_features", "draw", "decode_pixels"):
         original = getattr(generator, name)
         monkeypatch.setattr(
             generator, name, lambda x, *a, _f=original, **k: seen.append(len(x)) or _f(x, *a, **k)
