@@ -50,18 +50,25 @@ def draw_references(
 
 
 def without_laboratory(
-    groups: Sequence[Sequence[int]], names: Sequence[str], own: Hashable
+    groups: Sequence[Sequence[int]], names: Sequence[str], own: Hashable, count: int = 1
 ) -> list[Sequence[int]]:
     """Return the laboratories but one.
 
     Raises:
-        ValueError: None is left.
+        ValueError: Fewer than `count` references are left.
     """
     left = [group for group in groups if names[group[0]] != own]
     if not left:
         raise ValueError(
             f"all references are of laboratory {own!r}, the sample's own, which "
             "sampling='own_excluded' leaves out; add references of another laboratory"
+        )
+    num_left = sum(map(len, left))
+    if num_left < count:
+        raise ValueError(
+            f"{count} views of a tile need as many references, or some would be alike; only "
+            f"{num_left} reference(s) are of other laboratories than {own!r}, the sample's own, "
+            "which sampling='own_excluded' leaves out; add some, or ask for fewer views"
         )
     return left
 

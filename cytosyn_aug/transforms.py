@@ -193,7 +193,7 @@ class StainTransfer(TileTransform):
     ) -> list[int]:
         groups: Sequence[Sequence[int]] = self._groups
         if self.sampling == "own_excluded":
-            groups = without_laboratory(groups, self._laboratories, own)
+            groups = without_laboratory(groups, self._laboratories, own, count)
         return draw_references(groups, count, generator)
 
     @own_precision()

@@ -34,13 +34,13 @@ class StainViews(StainTransfer):
 
     Args:
         generator: The model.
-        references: Laboratories to choose from.
+        references: Laboratories to choose from, at least one for each restained view.
         views: Number of versions, at least 2.
         has_original: Whether the first version is the sample itself.
         source: Statistics of the slide the tiles come from; None for each tile's own.
         strength: 1 goes to the reference, 0 stays; or a `Ramp` over epochs.
         mpp: Scale of the images in microns per pixel.
-        sampling: See `StainTransfer`.
+        sampling: See `StainTransfer`; "own_excluded" must leave a reference for every view.
         mode: See `StainTransfer`.
         seed: See `StainTransfer`.
         recipe: How the model edits.
@@ -73,6 +73,13 @@ class StainViews(StainTransfer):
     ) -> None:
         if views < 2:
             raise ValueError(f"views is {views}, expected at least 2; StainTransfer gives one")
+        num_made = views - has_original
+        if 0 < len(references) < num_made:
+            raise ValueError(
+                f"{num_made} restained views of a tile need as many references, or some would be "
+                f"alike; got {len(references)} references. Add some, ask for fewer views, or set "
+                "has_original=True"
+            )
         super().__init__(
             generator,
             references,

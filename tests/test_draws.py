@@ -316,6 +316,17 @@ def test_views_collate_to_one_batch_a_view(generator, references, tiles):
     assert labels.tolist() == [1] * 4
 
 
+def test_views_that_would_be_alike_are_refused(generator, references, tiles):
+    with pytest.raises(ValueError, match=r"3 restained views .* 2 references"):
+        StainViews(generator, references[:2], views=3)
+    StainViews(generator, references[:2], views=3, has_original=True)
+    views = StainViews(generator, references[:4], views=2, sampling="own_excluded", recipe=FAST)
+    with pytest.raises(ValueError, match=r"2 .* 1 reference.* of other laboratories than 'a'"):
+        views({"image": tiles[0], "laboratory": "a"})
+    first, second = views({"image": tiles[0], "laboratory": "b"})
+    assert not torch.equal(first["image"], second["image"])
+
+
 def test_one_view_is_refused(generator, references):
     with pytest.raises(ValueError, match="views is 1"):
         StainViews(generator, references, views=1)
