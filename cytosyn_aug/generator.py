@@ -15,7 +15,6 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
-from cytosyn_aug.batching import seed_rows
 from cytosyn_aug.conditions import Conditions, read_conditions
 from cytosyn_aug.drawing import (
     DEFAULT_STEPS,
@@ -46,10 +45,11 @@ class Moments(NamedTuple):
 def _at_border(
     method: Callable[Concatenate[TileGenerator, _P], _R],
 ) -> Callable[Concatenate[TileGenerator, _P], _R]:
-    """Keep out what callers have switched on: gradients and autocast."""
+    """Keep out what callers have switched on, gradients and autocast, and processes without it."""
 
     @functools.wraps(method)
     def run(self: TileGenerator, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        self.check_process()
         with torch.no_grad(), own_precision():
             return method(self, *args, **kwargs)
 
@@ -225,12 +225,12 @@ class TileGenerator(LoadedModel):
             taught = self.student.config["taught_guidance"]
         guidance = choose_guidance(guidance_scale, guidance_low, guidance_high, taught)
         times = time_grid(chosen, DEFAULT_STEPS[chosen] if steps is None else steps, start_time)
-        rows = seed_rows(range(len(start)) if seeds is None else seeds)
+        rows = range(len(start)) if seeds is None else seeds
         network = self.student if chosen == "student" else self.transformer
         assert network is not None
         forward: Forward = self._compiled.get(chosen, network.forward_modulated)
 
-        def draw(start: Tensor, condition: Tensor, seeds: Tensor) -> tuple[Tensor]:
+        def draw(start: Tensor, condition: Tensor, seeds: Sequence[int]) -> tuple[Tensor]:
             is_stochastic = chosen == "euler_maruyama"
             latents = draw_latents(
                 network,
@@ -240,7 +240,7 @@ class TileGenerator(LoadedModel):
                 self.null_condition,
                 sampler=chosen,
                 guidance=guidance,
-                step_noise=self._step_noise(seeds.tolist()) if is_stochastic else None,
+                step_noise=self._step_noise(seeds) if is_stochastic else None,
                 forward=forward,
             )
             return (latents.float(),)
@@ -269,8 +269,9 @@ class TileGenerator(LoadedModel):
             steps: Evaluations of the network; None for 4 with "student", 16 with "ab2" and 250
                 with "euler_maruyama".
             sampler: "student" (few jumps, for models that have one), "ab2" (few steps of the
-                transformer) or "euler_maruyama" (the reference); the first two are deterministic.
-                None for "student" if there is one, else "ab2".
+                transformer) or "euler_maruyama" (the reference, for comparison: its noise is drawn
+                on the host in every step); the first two are deterministic. None for "student" if
+                there is one, else "ab2".
             guidance_scale: Classifier-free guidance; 1 for none. A student costs the same with it.
             guidance_low: Lower end of the guidance interval in t (1 = noise); None for 0, or for
                 what the student was taught.
