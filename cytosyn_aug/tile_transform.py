@@ -1,11 +1,11 @@
 """What all transforms share: the grammar of torchvision v2, for single tiles, batches and samples.
 
-`make_params` draws everything random, for every tile of the sample, from torch's generator;
-`transform` is pure. PIL images, uint8 and float tensors and tv_tensors come out as they went in;
-tiles that are not edited keep their very bits, and autocast around a call changes nothing. Masks,
-boxes, key points and everything else pass by identity, or are refused by an edit that would make
-masks wrong. As in torchvision, of several plain tensors only the first is an image, and none where
-the sample holds a PIL image or `Image`.
+`make_params` draws everything random, for every tile of the sample, from torch's generator, which
+the ranks of a job must seed differently, or they draw alike; `transform` is pure. PIL images, uint8
+and float tensors and tv_tensors come out as they went in; tiles that are not edited keep their very
+bits, and autocast around a call changes nothing. Masks, boxes, key points and everything else pass
+by identity, or are refused by an edit that would make masks wrong. As in torchvision, of several
+plain tensors only the first is an image, and none where the sample holds a PIL image or `Image`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class TileTransform(v2.Transform):
     def __init__(self, *, p: Probability, keeps_structure: bool) -> None:
         super().__init__()
         check_probability(p)
-        self.p = p
+        self.p = p if isinstance(p, Mapping | Ramp) else float(p)
         self.keeps_structure = keeps_structure
         self._epoch = SharedEpoch()
         self._failed = SharedCount()

@@ -6,6 +6,7 @@ see `cytosyn_aug.editing`. The grammar is that of `cytosyn_aug.tile_transform`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ from cytosyn_aug.images import num_tiles, open_image
 from cytosyn_aug.precision import own_precision
 from cytosyn_aug.reference import StainReference
 from cytosyn_aug.schedules import Probability, Scheduled, check_scheduled, probabilities, value_at
+from cytosyn_aug.shared import SharedCount
 from cytosyn_aug.stain import (
     apply_density_map,
     blend_with_identity,
@@ -141,6 +143,7 @@ class StainTransfer(TileTransform):
         self._laboratories = [r.laboratory for r in self.references]
         self._groups = group_by_laboratory(self._laboratories)
         self._targets: Tensor | None = None
+        self._warned = {kind: SharedCount() for kind in ("epoch", "laboratory")}
 
     def make_params(self, flat_inputs: list[Any], facts: Facts = NO_FACTS) -> dict[str, Any]:
         """Draw also the reference of every tile, and its strength in this epoch.
@@ -164,7 +167,15 @@ class StainTransfer(TileTransform):
                     f"draws go by {fact}, and make_params was not told which; call the transform "
                     f'on a sample that carries it: {{"image": ..., "{fact}": ...}}'
                 )
+        if self.sampling == "own_excluded":
+            self._check_laboratories(own)
         if facts.slides is not None and self.mode == "slide":
+            if not self._epoch.is_set:
+                self._warn_once(
+                    "epoch",
+                    "mode='slide' draws the same for a slide until transform.set_epoch(epoch) says "
+                    "that another epoch has begun, and it was never called; call it before each",
+                )
             params = self._draw_by_slide(facts.slides, facts, own, count)
         else:
             params = super().make_params(flat_inputs, facts)
@@ -173,6 +184,22 @@ class StainTransfer(TileTransform):
             params["references"] = self._farthest(flat_inputs[0], num, count)
         params["strengths"] = [value_at(self.strength, self.epoch)] * num
         return params
+
+    def _check_laboratories(self, own: Sequence[Hashable]) -> None:
+        unknown = [x for x in own if x not in self._laboratories]
+        if unknown:
+            known = ", ".join(sorted({repr(x) for x in self._laboratories}))
+            self._warn_once(
+                "laboratory",
+                f"the sample is of laboratory {unknown[0]!r}, and the references are of {known}: "
+                "nothing is left out for it. Spell it as they do, if it is one of them",
+            )
+
+    def _warn_once(self, kind: str, sentence: str) -> None:
+        """Warn once in all processes."""
+        if not self._warned[kind].total():
+            self._warned[kind].add(1)
+            warnings.warn(sentence, stacklevel=2)
 
     def _draw_by_slide(
         self, slides: Sequence[Hashable], facts: Facts, own: Sequence[Hashable], count: int
