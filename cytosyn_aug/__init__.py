@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from cytosyn_aug.generator import TileGenerator
     from cytosyn_aug.macenko import MacenkoReference
+    from cytosyn_aug.memory import MemoryPlan, plan_memory
     from cytosyn_aug.reference import StainReference
     from cytosyn_aug.reinhard import ReinhardReference
     from cytosyn_aug.replay import ReplayBank
@@ -53,6 +54,7 @@ _HOMES = {
     "LatentVariant": "variants",
     "MacenkoNormalize": "classical",
     "MacenkoReference": "macenko",
+    "MemoryPlan": "memory",
     "Ramp": "schedules",
     "ReinhardNormalize": "classical",
     "ReinhardReference": "reinhard",
@@ -70,6 +72,7 @@ _HOMES = {
     "fill_variants": "filling",
     "moments_spec": "filling",
     "normalize_slide": "whole_slides",
+    "plan_memory": "memory",
     "variants_spec": "filling",
 }
 
@@ -86,6 +89,7 @@ __all__ = [
     "LatentVariant",
     "MacenkoNormalize",
     "MacenkoReference",
+    "MemoryPlan",
     "Ramp",
     "ReinhardNormalize",
     "ReinhardReference",
@@ -103,6 +107,7 @@ __all__ = [
     "fill_variants",
     "moments_spec",
     "normalize_slide",
+    "plan_memory",
     "variants_spec",
 ]
 

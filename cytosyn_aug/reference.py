@@ -21,6 +21,7 @@ from cytosyn_aug.conditions import Conditions, read_conditions
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.files import write_atomically
 from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.precision import own_precision
 from cytosyn_aug.stain import MIN_TISSUE, DensityMoments, tissue_moments
 from cytosyn_aug.tile_sets import MAX_TILES, TileSource, read_tiles
 
@@ -53,6 +54,7 @@ class StainReference:
     laboratory: str = ""
 
     @classmethod
+    @own_precision()
     def fit(
         cls,
         generator: TileGenerator,
@@ -194,7 +196,7 @@ def _features(generator: TileGenerator, images: Tensor, given: Conditions | None
     if given is None:
         if generator.encoder is None:
             return torch.zeros(len(images), 0)
-        cls = generator.features(images).cls.cpu()
+        cls = generator.cls_features(images).cpu()
         if not cls.isfinite().all():
             raise ValueError(
                 f"the encoder's features of the tiles are not finite in {generator.dtype}; load "

@@ -39,6 +39,13 @@ def test_references_survive_disk(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", REFERENCES)
+def test_fitting_under_autocast_gives_the_same(kind):
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = kind.fit(synthetic_tiles(2))
+    assert inside == kind.fit(synthetic_tiles(2))
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
 def test_a_folder_gives_what_its_tiles_give(kind, tmp_path):
     tiles = synthetic_tiles(3)
     for k, tile in enumerate(tiles):
