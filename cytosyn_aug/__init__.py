@@ -20,14 +20,8 @@ if TYPE_CHECKING:
     from cytosyn_aug.conditions import FeatureTable
     from cytosyn_aug.editing import EditRecipe
     from cytosyn_aug.encoder import Features
-    from cytosyn_aug.filling import (
-        encode_cached,
-        features_cached,
-        fill_moments,
-        fill_variants,
-        moments_spec,
-        variants_spec,
-    )
+    from cytosyn_aug.encodings import encode_cached, encodings_spec, features_cached, fill_encodings
+    from cytosyn_aug.filling import fill_variants, variants_spec
     from cytosyn_aug.generator import TileGenerator
     from cytosyn_aug.macenko import MacenkoReference
     from cytosyn_aug.memory import MemoryPlan, plan_memory
@@ -66,11 +60,11 @@ _HOMES = {
     "StainTransfer": "transforms",
     "StainViews": "views",
     "TileGenerator": "generator",
-    "encode_cached": "filling",
-    "features_cached": "filling",
-    "fill_moments": "filling",
+    "encode_cached": "encodings",
+    "features_cached": "encodings",
+    "fill_encodings": "encodings",
     "fill_variants": "filling",
-    "moments_spec": "filling",
+    "encodings_spec": "encodings",
     "normalize_slide": "whole_slides",
     "plan_memory": "memory",
     "variants_spec": "filling",
@@ -102,10 +96,10 @@ __all__ = [
     "StainViews",
     "TileGenerator",
     "encode_cached",
+    "encodings_spec",
     "features_cached",
-    "fill_moments",
+    "fill_encodings",
     "fill_variants",
-    "moments_spec",
     "normalize_slide",
     "plan_memory",
     "variants_spec",

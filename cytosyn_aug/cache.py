@@ -5,7 +5,10 @@
     FOLDER/index.safetensors            where records are; written by `compact`, may be missing
 
 Any number of processes, on any number of machines, read and write at once: each writer makes files
-of its own, which appear whole or not at all. A killed writer loses the records it had not flushed.
+of its own, which appear whole or not at all. What waits in memory is written when a process, such
+as a DataLoader worker, or its handle ends. A killed writer loses what waited, and so does a worker
+that persists, which its parent ends by a signal; records are therefore written at the first use
+of the handle after a minute.
 
 Size: a record takes 46 bytes and its fields. For CytoSyn that is 46 + 12,544 (moments [2, 4, 28,
 28] in float16) + 3,072 (features [768] in float32) + 48 (thumbnail) = 15,710 bytes, so 40 M tiles
@@ -16,7 +19,6 @@ most `max_pending_bytes` of records to be written.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -32,13 +34,13 @@ from cytosyn_aug import upkeep
 from cytosyn_aug.cache_spec import (
     CACHE_NAME,
     KEY_BYTES,
-    SHARD_FOLDER,
     CacheSpec,
     create_cache,
     read_spec,
 )
 from cytosyn_aug.index import Index, Place, ShardPool
-from cytosyn_aug.records import RecordBuffer, Tag, write_shard
+from cytosyn_aug.records import Tag
+from cytosyn_aug.waiting import WaitingRecords
 
 
 class Records(NamedTuple):
@@ -82,8 +84,7 @@ class LatentCache:
         self.folder, self.spec = folder, spec
         self._max_pending_bytes = max_pending_bytes
         self._layout = [(f.name, f.num_bytes, np.dtype(f.dtype), f.shape) for f in spec.fields]
-        self._pending: RecordBuffer | None = None
-        self._owner = os.getpid()
+        self._waiting = WaitingRecords(folder, spec, max_pending_bytes)
         self._damaged: dict[tuple[str, int], str] = {}
         self._index = Index(folder, spec)
         self._pool = ShardPool(folder, spec)
@@ -111,16 +112,12 @@ class LatentCache:
                 damaged or of another version.
             OSError: The folder cannot be created.
         """
-        folder = Path(folder)
+        folder = Path(folder).absolute()  # this process may change its directory
         if spec is not None and not (folder / CACHE_NAME).is_file():
             create_cache(folder, spec)
         found = read_spec(folder)
-        if spec is not None and found != spec:
-            raise ValueError(
-                f"{folder} is a cache of digest {found.digest} for model {found.model_digest}, "
-                f"asked for is {spec.digest} for model {spec.model_digest}: "
-                f"{'; '.join(spec.differences(found))}; use another folder, or remove this one"
-            )
+        if spec is not None:
+            _check_equal(folder, found, spec)
         return cls(folder, found, max_pending_bytes)
 
     def __len__(self) -> int:
@@ -148,12 +145,14 @@ class LatentCache:
 
         Raises:
             ValueError: A key is no SHA-256, or a variant is out of range.
+            OSError: Records have waited for long and cannot be written; see `flush`.
         """
         tags = self._tags(keys, variants)
+        if self._waiting.is_old:
+            self.flush()
         out = {name: np.zeros((len(tags), n), np.uint8) for name, n, _, _ in self._layout}
         is_found = [False] * len(tags)
-        if self._pending is not None:
-            self._read_pending(tags, out, is_found)
+        self._read_waiting(tags, out, is_found)
         is_whole = all(is_found) or self._read_shards(tags, out, is_found)
         if not is_whole and not all(is_found):
             # A shard was compacted away; its records are in another.
@@ -184,14 +183,15 @@ class LatentCache:
 
         Raises:
             ValueError: Other names or shapes, or values that are not finite in the stored dtype.
-            OSError: The disk is full or cannot be written; see `flush`.
+            OSError: The disk is full or cannot be written, which is tried at the first record; see
+                `flush`.
         """
         tags = self._tags(keys, variants)
         arrays = self._checked(fields, len(tags))
         for n, tag in enumerate(tags):
-            if self._buffer().is_full:
+            if self._waiting.is_full or self._waiting.is_old:
                 self.flush()
-            self._buffer().add(tag, {name: array[n] for name, array in arrays.items()})
+            self._waiting.add(tag, {name: array[n] for name, array in arrays.items()})
 
     def flush(self) -> None:
         """Write what waits to a file of its own, which other handles see after `refresh`.
@@ -200,19 +200,9 @@ class LatentCache:
             OSError: The disk is full or cannot be written. What was flushed before is whole, and
                 what waits goes on waiting, so that flushing can be tried again.
         """
-        if self._pending is None or not len(buffer := self._buffer()):
-            return
-        try:
-            shard = write_shard(self.folder / SHARD_FOLDER, self.spec, buffer.block())
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"{error.strerror}: {len(buffer):,} records were not cached ({len(self):,} are); "
-                "make room or give a folder that can be written, and run again for what is missing",
-                str(self.folder),
-            ) from error
-        buffer.clear()
-        self._index.add([shard])
+        shard = self._waiting.write()
+        if shard is not None:
+            self._index.add([shard])
 
     def refresh(self) -> None:
         """See what other processes have written or compacted since."""
@@ -254,14 +244,16 @@ class LatentCache:
         return names | {"max_pending_bytes": self._max_pending_bytes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(self.open(**state).__dict__)
-
-    def _buffer(self) -> RecordBuffer:
-        """Return this process's own buffer: after a fork the parent writes the parent's."""
-        if self._pending is None or self._owner != os.getpid():
-            self._pending = RecordBuffer(self.spec, self._max_pending_bytes)
-            self._owner = os.getpid()
-        return self._pending
+        folder, spec = state["folder"], state["spec"]
+        try:
+            found = read_spec(folder)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{folder} is not here, or no longer a cache, as it was where this handle of it "
+                "was pickled; make it reachable under the same path, or open it by yours"
+            ) from error
+        _check_equal(folder, found, spec)
+        self.__init__(folder, spec, state["max_pending_bytes"])  # type: ignore[misc]
 
     def _tags(self, keys: Sequence[str], variants: Sequence[int] | None) -> list[Tag]:
         numbers = [0] * len(keys) if variants is None else [int(v) for v in variants]
@@ -299,12 +291,11 @@ class LatentCache:
             arrays[field.name] = stored.numpy()
         return arrays
 
-    def _read_pending(
+    def _read_waiting(
         self, tags: list[Tag], out: dict[str, np.ndarray], is_found: list[bool]
     ) -> None:
-        assert self._pending is not None
         for n, tag in enumerate(tags):
-            record = self._pending.read(tag)
+            record = self._waiting.read(tag)
             if record is not None:
                 is_found[n] = True
                 for name, array in record.items():
@@ -346,3 +337,12 @@ class LatentCache:
         if not self._damaged:  # one warning a handle; `faults` has the rest
             warnings.warn(sentence, stacklevel=2)
         self._damaged.setdefault((shard, row), sentence)
+
+
+def _check_equal(folder: Path, found: CacheSpec, spec: CacheSpec) -> None:
+    if found != spec:
+        raise ValueError(
+            f"{folder} is a cache of digest {found.digest} for model {found.model_digest}, "
+            f"asked for is {spec.digest} for model {spec.model_digest}: "
+            f"{'; '.join(spec.differences(found))}; use another folder, or remove this one"
+        )

@@ -10,8 +10,10 @@ import json
 import math
 import os
 import uuid
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -79,6 +81,10 @@ class CacheSpec:
             raise ValueError(f"fields are {names}, expected at least one, each name once")
         if not 1 <= self.num_variants <= MAX_VARIANTS:
             raise ValueError(f"num_variants is {self.num_variants}, expected 1 to {MAX_VARIANTS}")
+        try:
+            json.loads(self.recipe)
+        except ValueError as error:
+            raise ValueError(f"recipe is {self.recipe!r}, expected JSON ({error})") from error
 
     @property
     def digest(self) -> str:
@@ -115,8 +121,21 @@ class CacheSpec:
 
     def differences(self, other: CacheSpec) -> list[str]:
         """Name each setting that differs from another specification, with both values."""
-        mine, its = asdict(self), asdict(other)
-        return [f"{k} {its[k]} for {mine[k]}" for k in mine if mine[k] != its[k]]
+        mine, its = ({**asdict(s), "recipe": json.loads(s.recipe)} for s in (self, other))
+        return [f"{path} {its} for {mine}" for path, mine, its in _differing("", mine, its)]
+
+
+def _differing(path: str, mine: Any, its: Any) -> Iterator[tuple[str, Any, Any]]:  # Any: JSON
+    """Yield where two values differ, by the innermost names and positions that both have."""
+    if isinstance(mine, dict) and isinstance(its, dict):
+        for key in mine | its:
+            place = f"{path}.{key}" if path else str(key)
+            yield from _differing(place, mine.get(key), its.get(key))
+    elif isinstance(mine, list | tuple) and isinstance(its, list | tuple) and len(mine) == len(its):
+        for number, pair in enumerate(zip(mine, its, strict=True)):
+            yield from _differing(f"{path}[{number}]", *pair)
+    elif mine != its:
+        yield path, mine, its
 
 
 def create_cache(folder: Path, spec: CacheSpec) -> None:

@@ -33,15 +33,17 @@ def read_conditions(source: Conditions, width: int, num_tiles: int | None = None
             the CLS half is kept; or a .npy or .safetensors file (with one tensor, or one named
             `cls` or `features`) that holds such an array.
         width: Width D of the model's condition; 768 for CytoSyn.
-        num_tiles: Tiles that the rows belong to; None for any number.
+        num_tiles: Tiles at hand that the rows belong to; None for conditions of their own. A row
+            that is not finite then passes: the encoder failed on that tile, which its transform
+            leaves as it is, and the others of its batch are none the worse.
 
     Returns:
         float32 [N, D].
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: Another shape, another number of rows than tiles, values that are not finite,
-            or features that were rescaled.
+        ValueError: Another shape, another number of rows than tiles, values that are not finite
+            (see `num_tiles`), or features that were rescaled.
     """
     found = source if isinstance(source, Tensor) else _read(source)
     if found.ndim != 2 or found.shape[1] not in (width, 2 * width) or len(found) == 0:
@@ -53,12 +55,18 @@ def read_conditions(source: Conditions, width: int, num_tiles: int | None = None
     if num_tiles is not None and len(found) != num_tiles:
         raise ValueError(f"{len(found)} rows of features for {num_tiles} tiles; expected as many")
     cls = found[:, :width].float()
-    if not cls.isfinite().all():
-        raise ValueError("conditions hold values that are not finite; recompute the features")
+    if num_tiles is None:
+        check_finite(cls)
     _check_length(found)
     _check_length(cls)
     _check_scale(cls)
     return cls
+
+
+def check_finite(cls: Tensor) -> None:
+    """Raise ValueError unless all conditions are finite."""
+    if not cls.isfinite().all():
+        raise ValueError("conditions hold values that are not finite; recompute the features")
 
 
 class FeatureTable:
@@ -84,6 +92,7 @@ class FeatureTable:
 
     def __init__(self, images: Tensor, features: Conditions, *, width: int = 768) -> None:
         self.cls = read_conditions(features, width, len(images))
+        check_finite(self.cls)
         self._row = {tile_key(image): k for k, image in enumerate(images)}
 
     def __call__(self, images: Tensor) -> Tensor:

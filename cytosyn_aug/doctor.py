@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cytosyn_aug.conditions import Conditions, read_conditions
+from cytosyn_aug.conditions import Conditions, check_finite, read_conditions
 from cytosyn_aug.flow import interpolate, velocity_target
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.sampling import sample_noise
@@ -143,7 +143,9 @@ def _round_trip(tiles: Tensor, decoded: Tensor) -> Check:
 def _conditions(generator: TileGenerator, tiles: Tensor, features: Conditions | None) -> Tensor:
     if features is not None:
         width = len(generator.null_condition)
-        return read_conditions(features, width, len(tiles)).to(generator.device)
+        cls = read_conditions(features, width, len(tiles))
+        check_finite(cls)
+        return cls.to(generator.device)
     if generator.encoder is None:
         return generator.null_condition.expand(len(tiles), -1)
     return generator.features(tiles).cls

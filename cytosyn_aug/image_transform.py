@@ -8,13 +8,14 @@ where a model came from instead of its weights.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cytosyn_aug.schedules import Probability, Ramp, value_at
+from cytosyn_aug.schedules import Probability, Ramp, check_probability, value_at
 from cytosyn_aug.tile_transform import TileTransform
 from cytosyn_aug.written import write_argument
 
@@ -25,11 +26,11 @@ except ImportError as error:
         "cytosyn_aug.albumentations needs albumentations 2.0.8; "
         'pip install "cytosyn-aug[albumentations]"'
     ) from error
-if not albumentations.__version__.startswith("2.0."):
-    # AlbumentationsX has the same import name, and refuses classes with the hooks of 2.0.8.
+if albumentations.__version__ != "2.0.8":
+    # AlbumentationsX has the same import name and goes on from 2.0.9, under another licence.
     raise ImportError(
         f"found albumentations {albumentations.__version__}, expected 2.0.8, the last release "
-        "under the MIT licence; AlbumentationsX calls transforms in another way. Use the "
+        "under the MIT licence and the one this is tested with; AlbumentationsX is not. Use the "
         "torchvision transforms of cytosyn_aug beside it (tensors and PIL images), or "
         '`pip uninstall albumentationsx` and `pip install "cytosyn-aug[albumentations]"`'
     )
@@ -46,6 +47,9 @@ class TileImageTransform(albumentations.ImageOnlyTransform):
         inner: The transform. Where its own p is not 1 (p by class or by slide), it draws by that.
         p: Probability that an image is edited.
         arguments: What the transform is made of beside p, for `to_dict`.
+
+    Raises:
+        ValueError: p is no probability, or is by class for a transform that does not draw.
     """
 
     def __init__(
@@ -54,6 +58,12 @@ class TileImageTransform(albumentations.ImageOnlyTransform):
         p: Probability,
         arguments: dict[str, Any],  # Any: arguments of any type
     ) -> None:
+        check_probability(p)
+        if isinstance(p, Mapping) and inner.p != p:
+            raise ValueError(
+                f"p of {type(self).__name__} is by class, and it edits images of any; give a "
+                "number or a Ramp, or use StainTransfer with one reference"
+            )
         # albumentations compares p with numbers, in OneOf and elsewhere.
         super().__init__(p=p if isinstance(p, int | float) else 1.0)
         self.inner = inner

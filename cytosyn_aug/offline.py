@@ -18,7 +18,7 @@ from cytosyn_aug.batch_edits import Reference
 from cytosyn_aug.cache import LatentCache
 from cytosyn_aug.conditions import Conditions
 from cytosyn_aug.config import Method, Preserve
-from cytosyn_aug.filling import Contents
+from cytosyn_aug.encodings import Contents
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.laboratories import References
 from cytosyn_aug.listing import InputKind

@@ -198,7 +198,7 @@ class CacheOutput:
     """Records of a cache of variants, see `cytosyn_aug.variants`.
 
     Args:
-        cache: Made with `variants_spec`; used by one thread at a time.
+        cache: Made with `records_spec`; used by one thread at a time.
     """
 
     def __init__(self, cache: LatentCache) -> None:

@@ -20,7 +20,8 @@ from cytosyn_aug.batch_edits import (
     size_check,
 )
 from cytosyn_aug.conditions import Conditions, read_conditions
-from cytosyn_aug.filling import Contents, moments_spec, variants_spec
+from cytosyn_aug.encodings import Contents, encodings_spec
+from cytosyn_aug.filling import records_spec
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.inputs import list_inputs
 from cytosyn_aug.laboratories import References, fit_reference, open_references, tensors_digest
@@ -87,11 +88,11 @@ def plan_augment(
     place = partial(make_output, Path(out), format, variant_name)
     is_cache = format not in _IMAGE_FORMATS
     if format == "latents" or format == "images":
-        spec = variants_spec(
+        spec = records_spec(
             generator,
             format,
             num_variants=recipe.variants,
-            recipe={k: identity[k] for k in ("recipe", "references")},
+            content={"recipe": {k: identity[k] for k in ("recipe", "references")}},
             keeps_structure=recipe.keeps_structure,
         )
         edit = variants_to_records(generator, edit, is_latent=format == "latents")
@@ -159,7 +160,7 @@ def plan_cache(
     """Return the run that `cytosyn_aug.offline.cache` does."""
     _check_apart(tiles.source, cache)
     listing = _list(tiles, generator)
-    spec = moments_spec(generator, contents)
+    spec = encodings_spec(generator, contents)
     identity = _identity("cache", {"contents": list(contents)}, listing, generator, tiles)
     # A cache holds many sets of tiles; each has a run of its own beside the records.
     name = _digest(identity)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
-from cytosyn_aug.conditions import Conditions, read_conditions
+from cytosyn_aug.conditions import Conditions, check_finite, read_conditions
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.files import write_atomically
 from cytosyn_aug.generator import TileGenerator
@@ -203,7 +203,9 @@ def _features(generator: TileGenerator, images: Tensor, given: Conditions | None
                 "the model with dtype=torch.bfloat16 or torch.float32"
             )
         return cls
-    return read_conditions(given, len(generator.null_condition), len(images))
+    cls = read_conditions(given, len(generator.null_condition), len(images))
+    check_finite(cls)
+    return cls
 
 
 def _check_header(header: object, name: str) -> None:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from cytosyn_aug.cache import LatentCache
+from cytosyn_aug.encodings import check_model
 from cytosyn_aug.facts import NO_FACTS, Facts
-from cytosyn_aug.filling import check_model
 from cytosyn_aug.generator import TileGenerator
-from cytosyn_aug.images import num_tiles, open_tiles, tile_key
+from cytosyn_aug.images import num_tiles, open_tiles, pixels_to_images, tile_key
 from cytosyn_aug.misses import explain_miss
 from cytosyn_aug.schedules import Probability
 from cytosyn_aug.shared import SharedCount
@@ -61,11 +61,13 @@ class CachedVariants(TileTransform):
         >>> from cytosyn_aug.filling import fill_variants, variants_spec
         >>> generator = TileGenerator.from_pretrained()
         >>> tiles = generator.sample(per_condition=2, steps=2, seed=0)
-        >>> spec = variants_spec(generator, "images", num_variants=1, recipe="inverted")
-        >>> with LatentCache.open(tempfile.mkdtemp(), spec) as cache:
-        ...     fill_variants(generator, tiles, cache, [lambda images, seeds: 255 - images])
-        2
-        >>> torch.equal(CachedVariants(cache, p=1.0)(tiles), 255 - tiles)
+        >>> edits = [StainNormalize(generator, StainReference.fit(generator, tiles[:1]))]
+        >>> with LatentCache.open(
+        ...     tempfile.mkdtemp(), variants_spec(generator, "images", edits)
+        ... ) as cache:
+        ...     fill_variants(generator, tiles, cache, edits)
+        Filled(num_filled=2, num_failed=0)
+        >>> torch.equal(CachedVariants(cache, p=1.0)(tiles), edits[0](tiles))
         True
     """
 
@@ -176,7 +178,8 @@ class CachedVariants(TileTransform):
             is_few_step: Use the model's small decoder, if it has one.
 
         Returns:
-            Shape and dtype of `batch.image`, on the generator's device.
+            Shape and dtype of `batch.image`, on the generator's device. Tiles whose decoded
+            variant is not finite are `batch.image`'s own; `num_failed` counts them.
 
         Raises:
             ValueError: The generator is another model than that of the cache.
@@ -188,9 +191,12 @@ class CachedVariants(TileTransform):
         rows = batch.is_variant.flatten().nonzero()[:, 0]
         latents = batch.latents.reshape(-1, *batch.latents.shape[-3:])
         latents = latents[rows.to(latents.device)]
-        made = generator.decode(latents.float(), is_few_step=is_few_step)
+        pixels = generator.decode_pixels(latents.float(), is_few_step=is_few_step)
+        is_finite = pixels.isfinite().flatten(1).all(1)
+        rows = rows.to(image.device)
         out = image.reshape(-1, *image.shape[-3:]).clone()
-        if image.dtype.is_floating_point:
-            made = made.float() / 255.0
-        out[rows.to(out.device)] = made.to(out)
+        is_float = image.dtype.is_floating_point
+        self._count_failed(out[rows] * (255.0 if is_float else 1), ~is_finite)
+        made = pixels_to_images(pixels[is_finite])
+        out[rows[is_finite]] = (made.float() / 255.0 if is_float else made).to(out)
         return out.view(image.shape)

@@ -1,14 +1,19 @@
-"""Arguments of transforms as JSON holds them, for albumentations' to_dict and replay.
+"""Arguments of transforms as JSON holds them: to be read again, or only to be compared.
 
-A model becomes its handle (no weights), a cache its folder and digest, a reference all it holds: a
-written pipeline stands alone but for these folders.
+For albumentations' to_dict and replay a model becomes its handle (no weights), a cache its folder
+and digest, a reference all it holds: a written pipeline stands alone but for these folders. For the
+recipe of a cache, which has to be the same on every machine, all three become digests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
+
+import numpy as np
 
 from cytosyn_aug.cache import LatentCache
 from cytosyn_aug.classical import DensityReference
@@ -45,11 +50,11 @@ def write_argument(value: Any) -> Any:  # Any: whatever a transform is given, an
     if isinstance(value, EditRecipe | Ramp):
         return {"kind": type(value).__name__, **asdict(value)}
     if isinstance(value, Mapping):
-        # Not as an object: its keys would all become strings.
-        items = [[k, write_argument(v)] for k, v in value.items()]
-        return {"kind": "mapping", "items": items}
+        return _write_mapping(value, write_argument)
     if isinstance(value, list | tuple):
         return [write_argument(v) for v in value]
+    if isinstance(value, np.generic):
+        return write_argument(value.item())
     if value is None or isinstance(value, str | bool | int | float):
         return value
     raise TypeError(
@@ -62,12 +67,12 @@ def read_argument(value: Any) -> Any:  # Any: as above
     """Invert `write_argument`; anything that was not written comes back as it is."""
     if isinstance(value, list | tuple):
         return [read_argument(v) for v in value]
-    if not isinstance(value, dict) or "kind" not in value:
-        return value
+    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
+        return value  # a class may be named "kind"; its probability is no text
     fields = {k: v for k, v in value.items() if k != "kind"}
     match value["kind"]:
         case "mapping":
-            return {k: read_argument(v) for k, v in fields["items"]}
+            return {_read_key(k): read_argument(v) for k, v in fields["items"]}
         case "EditRecipe":
             return EditRecipe(**fields)
         case "Ramp":
@@ -82,6 +87,45 @@ def read_argument(value: Any) -> Any:  # Any: as above
             return record_from_dict(_RECORDS[name], value)
         case _:
             raise ValueError(f"got {value['kind']!r}, which this release does not know")
+
+
+def identify_argument(value: Any) -> Any:  # Any: as above
+    """Return what tells an argument from others, in short, as JSON holds it.
+
+    As `write_argument`, but models, caches and references are named by digest, not by place.
+
+    Raises:
+        TypeError: See `write_argument`.
+    """
+    if isinstance(value, TileGenerator):
+        return {"kind": "TileGenerator", "digest": value.digest, "networks": str(value.dtype)}
+    if isinstance(value, LatentCache):
+        return {"kind": "LatentCache", "digest": value.spec.digest}
+    if isinstance(value, StainReference):
+        text = json.dumps(value.to_dict(), sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return {"kind": "StainReference", "laboratory": value.laboratory, "digest": digest}
+    if isinstance(value, Mapping):
+        return _write_mapping(value, identify_argument)
+    if isinstance(value, list | tuple):
+        return [identify_argument(v) for v in value]
+    return write_argument(value)
+
+
+def _write_mapping(mapping: Mapping[Any, Any], write: Callable[[Any], Any]) -> dict[str, Any]:
+    # Not as an object: its keys would all become strings.
+    return {"kind": "mapping", "items": [[_write_key(k), write(v)] for k, v in mapping.items()]}
+
+
+def _write_key(key: Any) -> Any:
+    if isinstance(key, tuple):  # a list of JSON cannot be a key again
+        return {"kind": "tuple", "items": [_write_key(k) for k in key]}
+    return write_argument(key)
+
+
+def _read_key(key: Any) -> Any:
+    is_tuple = isinstance(key, dict) and key.get("kind") == "tuple"
+    return tuple(_read_key(k) for k in key["items"]) if is_tuple else key
 
 
 def _open_cache(folder: str, digest: str) -> LatentCache:

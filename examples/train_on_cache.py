@@ -42,14 +42,8 @@ class CachedTiles(Dataset[tuple[Tensor, int]]):
 def fill(cache_folder: Path, generator: ca.TileGenerator, images: Tensor) -> ca.LatentCache:
     """Write two restained variants of every tile; those that are there are not made again."""
     references = [ca.StainReference.fit(generator, x) for x in load_laboratories().values()]
-    edits = [
-        lambda x, seeds, to=to: ca.StainNormalize(generator, reference=to)(x)
-        for to in references[:2]
-    ]
-    spec = ca.variants_spec(
-        generator, "images", num_variants=len(edits), recipe={"to": "two laboratories"},
-        keeps_structure=True,
-    )  # fmt: skip
+    edits = [ca.StainNormalize(generator, reference=to) for to in references[:2]]
+    spec = ca.variants_spec(generator, "images", edits)
     with ca.LatentCache.open(cache_folder, spec) as cache:
         for part in images.split(64):
             ca.fill_variants(generator, part, cache, edits)

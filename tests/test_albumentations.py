@@ -45,7 +45,7 @@ def image():
 @pytest.fixture(scope="module")
 def variants(generator, tmp_path_factory):
     """Return a cache of the image's inverse, and of a blank one that no edit changed."""
-    spec = variants_spec(generator, "images", num_variants=1, recipe="inverse")
+    spec = variants_spec(generator, "images", [lambda images, _: images], recipe="inverse")
     tiles = torch.cat([synthetic_tiles(1), torch.full((1, 3, SIZE, SIZE), 243, dtype=torch.uint8)])
     with LatentCache.open(tmp_path_factory.mktemp("variants"), spec) as cache:
         fill_variants(generator, tiles[:1], cache, [lambda images, _: 255 - images])
@@ -184,10 +184,10 @@ def test_given_features_are_used_instead_of_the_encoder(generator, reference, im
 
 def test_a_pipeline_refuses_a_cache_that_was_made_anew(generator, image, tmp_path):
     folder = tmp_path / "cache"
-    spec = variants_spec(generator, "images", num_variants=1, recipe="first")
+    spec = variants_spec(generator, "images", [abs], recipe="first")
     content = alb.to_dict(caa.CachedVariants(LatentCache.open(folder, spec)))
     shutil.rmtree(folder)
-    LatentCache.open(folder, variants_spec(generator, "images", num_variants=1, recipe="second"))
+    LatentCache.open(folder, variants_spec(generator, "images", [abs], recipe="second"))
     with pytest.raises(ValueError, match=f"written with one of {spec.digest}.*make the pipeline"):
         alb.from_dict(content)
 
@@ -304,7 +304,7 @@ def _edited(pipeline, image):
     return pipeline(image=image)["image"]
 
 
-@pytest.mark.parametrize("version", ["2.5.1", "1.4.24"])
+@pytest.mark.parametrize("version", ["2.5.1", "1.4.24", "2.0.9", "2.0.14", "2.0.20"])
 def test_another_albumentations_gets_one_clear_error(version, monkeypatch):
     monkeypatch.setattr(alb, "__version__", version)
     for name in ("cytosyn_aug.image_transform", "cytosyn_aug.albumentations"):
@@ -322,6 +322,37 @@ def test_masks_pass_or_are_refused(generator, reference, image):
         resample(image=image, mask=mask)
 
 
+@pytest.mark.parametrize(
+    "p",
+    [
+        {"kind": 0.5, "b": 1.0},
+        {np.int64(3): 0.5},
+        {("slide", 1): 0.25, "kind": Ramp(0.0, 1.0, 3)},
+        {True: np.float64(0.5)},
+    ],
+)
+def test_classes_of_any_name_are_written_and_read(generator, reference, p):
+    transform = caa.StainTransfer(generator, [reference], p=p)
+    assert transform.inner.p == p
+    again = alb.from_dict(json.loads(json.dumps(alb.to_dict(transform))))
+    assert again.inner.p == p
+
+
+@pytest.mark.parametrize("p", [1.5, -1, "x", {"a": 2.0}, {}])
+def test_bad_probabilities_are_refused(generator, reference, variants, p):
+    with pytest.raises(ValueError, match=r"^p (is|of)"):
+        caa.StainTransfer(generator, [reference], p=p)
+    with pytest.raises(ValueError, match=r"^p (is|of)"):
+        caa.StainNormalize(generator, reference, p=p)
+    with pytest.raises(ValueError, match=r"^p (is|of)"):
+        caa.CachedVariants(variants, p=p)
+
+
+def test_probabilities_by_class_are_refused_where_nothing_is_drawn(generator, reference):
+    with pytest.raises(ValueError, match="p of StainNormalize is by class"):
+        caa.StainNormalize(generator, reference, p={"tumour": 1.0, "stroma": 0.0})
+
+
 def test_grey_scale_is_refused(generator, reference):
     transform = caa.StainNormalize(generator, reference)
     with pytest.raises(ValueError, match=r"expected \[H, W, 3\]"):
@@ -332,7 +363,7 @@ def test_grey_scale_is_refused(generator, reference):
 def test_cached_images_are_looked_up_and_latents_refused(generator, image, tmp_path, dtype):
     caches = []
     for payload in ("images", "latents"):
-        spec = variants_spec(generator, payload, num_variants=1, recipe="inverse")
+        spec = variants_spec(generator, payload, [abs], recipe="inverse")
         with LatentCache.open(tmp_path / payload, spec) as cache:
             tile = torch.from_numpy(image).permute(2, 0, 1)[None]
             fill_variants(generator, tile, cache, [lambda images, _: 255 - images])

@@ -1,6 +1,7 @@
 """Claims of the cache: nothing wrong is ever read, whoever writes, dies or damages files."""
 
 import errno
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -20,6 +21,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
+from torch.utils.data import DataLoader, Dataset
 
 from cytosyn_aug import index, records, upkeep
 from cytosyn_aug.cache import LatentCache
@@ -241,7 +243,16 @@ def test_a_cache_of_another_model_is_refused_naming_both_sides(tmp_path):
         LatentCache.open(tmp_path, other)
     assert SPEC.digest in str(info.value)
     assert other.digest in str(info.value)
-    assert 'recipe {} for {"seed": 1}' in str(info.value)
+    assert "recipe.seed None for 1" in str(info.value)
+
+
+def test_differences_of_recipes_are_named_by_their_innermost_place():
+    recipes = ['{"edits": [{"strength": 1.0, "mpp": 0.5}]}', '{"edits": [{"strength": 0.5}]}']
+    one, other = (replace(SPEC, recipe=recipe) for recipe in recipes)
+    assert one.differences(other) == [
+        "recipe.edits[0].strength 0.5 for 1.0",
+        "recipe.edits[0].mpp None for 0.5",
+    ]
 
 
 def test_a_shard_of_another_cache_is_refused_and_named(tmp_path):
@@ -542,6 +553,32 @@ def test_a_pickled_handle_reads_and_leaves_waiting_records_behind(tmp_path):
     assert len(shards(tmp_path)) == 1
 
 
+def test_a_handle_means_one_folder_wherever_a_process_goes(tmp_path, monkeypatch):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with LatentCache.open("cache", SPEC) as cache:
+        put(cache, [1])
+    packed = pickle.dumps(cache)
+    monkeypatch.chdir(tmp_path / "there")
+    put(cache, [2])
+    cache.flush()
+    assert check(pickle.loads(packed), [1, 2]) == [True, True]
+    assert not list(Path.cwd().iterdir())
+
+
+def test_unpickling_makes_no_cache_and_takes_no_other(tmp_path):
+    folder = tmp_path / "cache"
+    packed = pickle.dumps(fill(folder, [1]))
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match=r"is not here.*was pickled.*same path"):
+        pickle.loads(packed)
+    assert not folder.exists()
+    LatentCache.open(folder, replace(SPEC, recipe='{"seed": 1}'))
+    with pytest.raises(ValueError, match=r"recipe\.seed 1 for None"):
+        pickle.loads(packed)
+
+
 def test_a_forked_handle_does_not_write_its_parents_records(tmp_path):
     cache = LatentCache.open(tmp_path, SPEC)
     put(cache, [1])
@@ -556,6 +593,88 @@ def test_a_forked_handle_does_not_write_its_parents_records(tmp_path):
     assert check(LatentCache.open(tmp_path), [1, 2]) == [False, True]
     cache.flush()
     assert check(LatentCache.open(tmp_path), [1, 2]) == [True, True]
+
+
+def test_a_handle_that_ends_writes_what_it_holds(tmp_path):
+    cache = LatentCache.open(tmp_path, SPEC)
+    put(cache, [1])
+    del cache
+    gc.collect()
+    assert check(LatentCache.open(tmp_path), [1]) == [True]
+
+
+@pytest.mark.parametrize("ending", ["", "raise SystemExit(3)", "1 / 0"])
+def test_a_script_that_ends_writes_what_it_holds(tmp_path, ending):
+    with LatentCache.open(tmp_path, SPEC):
+        pass
+    code = (
+        "import sys, torch\n"
+        "from cytosyn_aug.cache import LatentCache\n"
+        "cache = LatentCache.open(sys.argv[1])\n"
+        "fields = {'latents': torch.ones(1, 2, 3), 'flag': torch.ones(1, dtype=torch.uint8)}\n"
+        "cache.put(['ab' * 32], fields)\n" + ending
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.DEVNULL)
+    assert LatentCache.open(tmp_path).get(["ab" * 32]).is_found.all()
+
+
+class Puts(Dataset):
+    """Puts a record an item, through a handle of the main process."""
+
+    def __init__(self, cache):
+        self.cache = cache
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        put(self.cache, [index])
+        return index
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_dataloader_workers_write_what_they_hold(tmp_path, method):
+    cache = LatentCache.open(tmp_path, SPEC)
+    list(DataLoader(Puts(cache), num_workers=2, multiprocessing_context=method))
+    cache.refresh()
+    assert check(cache, range(9)) == [True] * 8 + [False]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_killed_worker_loses_only_what_it_held(tmp_path):
+    class Dies(Puts):
+        def __getitem__(self, index):
+            super().__getitem__(index)
+            if index == 5:
+                self.cache.flush()
+                put(self.cache, [100])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return index
+
+    cache = fill(tmp_path, [200])
+    with pytest.raises(RuntimeError, match=r"worker .*(killed|exited unexpectedly)"):
+        list(DataLoader(Dies(cache), num_workers=2))
+    cache.refresh()
+    assert check(cache, [200, 1, 3, 5, 100]) == [True, True, True, True, False]
+    assert list(cache.verify()) == []
+
+
+def test_records_do_not_wait_for_long(tmp_path, monkeypatch):
+    # Workers that persist are ended by a signal, so what they hold must not get old.
+    cache = LatentCache.open(tmp_path, SPEC)
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    put(cache, [1])
+    now[0] += 30
+    put(cache, [2])
+    assert not shards(tmp_path)
+    now[0] += 31
+    check(cache, [1])
+    assert check(LatentCache.open(tmp_path), [1, 2]) == [True, True]
+    put(cache, [3])
+    check(cache, [3])
+    assert len(shards(tmp_path)) == 1
 
 
 # Disks
@@ -573,13 +692,14 @@ def test_a_full_disk_is_one_clear_error_and_nothing_is_lost(tmp_path, monkeypatc
     put(cache, [7, 8])
     with monkeypatch.context() as patch:
         patch.setattr(records, "write_tensors", refuse(errno.ENOSPC))
-        with pytest.raises(OSError, match=r"No space left.*2 records were not cached \(3 are\)"):
+        with pytest.raises(OSError, match=r"No space left.*2 records were not cached"):
             cache.flush()
     assert check(cache, [0, 7, 8]) == [True] * 3
     cache.flush()
     assert check(LatentCache.open(tmp_path), [0, 7, 8]) == [True] * 3
 
 
+@pytest.mark.filterwarnings("ignore:.*1 records were not cached")  # said when it is collected
 def test_an_error_inside_the_block_is_not_hidden_by_the_disks(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "write_tensors", refuse(errno.ENOSPC))
     with pytest.raises(ZeroDivisionError), LatentCache.open(tmp_path, SPEC) as cache:  # noqa: PT012
@@ -599,8 +719,18 @@ def test_a_read_only_cache_is_read_and_refuses_records_in_one_sentence(tmp_path,
     monkeypatch.setattr(Path, "open", read_only)  # root, whom tests run as, may write anything
     cache = LatentCache.open(tmp_path)
     assert all(check(cache, range(3)))
-    put(cache, [9])
-    with pytest.raises(OSError, match=r"Read-only file system: 1 records were not cached"):
-        cache.flush()
+    with pytest.raises(OSError, match=r"Read-only file system: nothing can be cached.*writes="):
+        put(cache, [9])  # the first, not the one that fills the memory
+    assert check(cache, [9]) == [False]
+    with cache:
+        pass
     with pytest.raises(OSError, match=r"Read-only.*no cache can be created here"):
         LatentCache.open(tmp_path / "new", SPEC)
+
+
+def test_what_cannot_be_written_at_the_end_is_said(tmp_path, monkeypatch):
+    cache = LatentCache.open(tmp_path, SPEC)
+    put(cache, [1])
+    monkeypatch.setattr(records, "write_tensors", refuse(errno.ENOSPC))
+    with pytest.warns(UserWarning, match=r"No space left.*: 1 records were not cached"):
+        del cache

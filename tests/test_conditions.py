@@ -50,6 +50,15 @@ def test_unfit_conditions_are_refused(bad, message):
         read_conditions(bad, 8)
 
 
+def test_a_tile_that_the_encoder_failed_on_costs_no_other():
+    given = RAW.clone()
+    given[1, 3] = float("nan")
+    found = read_conditions(given, 8, len(given))
+    assert found.isfinite().all(1).tolist() == [True, False, True, True, True]
+    with pytest.raises(ValueError, match="not finite"):
+        FeatureTable(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), given, width=8)
+
+
 def test_unfit_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_conditions(tmp_path / "none.npy", 8)

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 MODULES = [
     "cytosyn_aug.cache",
     "cytosyn_aug.conditions",
+    "cytosyn_aug.encodings",
     "cytosyn_aug.generator",
     "cytosyn_aug.macenko",
     "cytosyn_aug.memory",

@@ -16,8 +16,9 @@ from torchvision import tv_tensors
 
 from cytosyn_aug import CachedVariants, LatentCache, Ramp
 from cytosyn_aug.cache_spec import SHARD_FOLDER
-from cytosyn_aug.filling import fill_variants, moments_spec, variants_spec
-from cytosyn_aug.images import open_tiles
+from cytosyn_aug.encodings import encodings_spec
+from cytosyn_aug.filling import fill_variants, variants_spec
+from cytosyn_aug.images import open_tiles, tile_key
 from cytosyn_aug.misses import explain_miss
 
 EDITS = [lambda images, _: images // 2, lambda images, _: 255 - images]
@@ -25,9 +26,7 @@ NUM = 6
 
 
 def make_cache(folder, generator, payload, tiles, edits=EDITS, **settings):
-    spec = variants_spec(
-        generator, payload, num_variants=len(edits), recipe="half, inverse", **settings
-    )
+    spec = variants_spec(generator, payload, edits, recipe="half, inverse", **settings)
     with LatentCache.open(folder, spec) as cache:
         fill_variants(generator, tiles, cache, edits)
     return LatentCache.open(folder)
@@ -171,13 +170,13 @@ def test_latents_of_workers_are_decoded_after_collation(
     ((batch, index),) = DataLoader(Tiles(given, transform), batch_size=NUM, num_workers=1)
     assert batch.is_variant.any()
     assert not batch.is_variant.all()
-    decoded_batches, real = [], generator.decode
+    decoded_batches, real = [], generator.decode_pixels
 
     def decode(latents, **options):
         decoded_batches.append(len(latents))
         return real(latents, **options)
 
-    monkeypatch.setattr(generator, "decode", decode)
+    monkeypatch.setattr(generator, "decode_pixels", decode)
     images = transform.decode(generator, batch)
     assert (images.shape, images.dtype) == (given.shape, given.dtype)
     assert decoded_batches == [int(batch.is_variant.sum())]
@@ -186,7 +185,7 @@ def test_latents_of_workers_are_decoded_after_collation(
             assert torch.equal(images[row], tile)
             continue
         edits = [edit(tiles[index[row]][None], None) for edit in EDITS]
-        expected = [real(generator.whiten(generator.encode(e).mean))[0] for e in edits]
+        expected = [generator.decode(generator.whiten(generator.encode(e).mean))[0] for e in edits]
         levels = images[row] * 255 if is_float else images[row].float()
         # Latents were rounded to float16.
         assert min((levels - e.float()).abs().max() for e in expected) <= 2
@@ -200,6 +199,29 @@ def test_latents_of_a_single_image_are_of_a_single_image(generator, latents_cach
     assert record.latents.shape == generator.latent_shape
     assert record.is_variant.shape == ()
     assert transform.decode(generator, record).shape == tiles[0].shape
+
+
+@pytest.mark.parametrize("is_float", [False, True])
+def test_tiles_whose_variant_cannot_be_decoded_stay_and_are_counted(
+    generator, latents_cache, tiles, monkeypatch, is_float
+):
+    transform = CachedVariants(latents_cache, p=1.0)
+    batch = transform(tiles.float() / 255 if is_float else tiles)
+    expected = transform.decode(generator, batch)
+    real = generator.decode_pixels
+
+    def decode(latents, **options):
+        pixels = real(latents, **options)
+        pixels[1] = torch.inf
+        return pixels
+
+    monkeypatch.setattr(generator, "decode_pixels", decode)
+    with pytest.warns(RuntimeWarning, match=tile_key(tiles[1])[:16]):
+        images = transform.decode(generator, batch)
+    assert torch.equal(images[1], batch.image[1])
+    others = torch.arange(len(images)) != 1
+    assert torch.equal(images[others], expected[others])
+    assert transform.num_failed == 1
 
 
 def test_decoding_with_another_model_is_refused(generator, latents_cache, tiles, monkeypatch):
@@ -241,12 +263,13 @@ def test_a_miss_of_one_variant_says_which_are_there(generator, tmp_path, tiles):
     def interrupted(_images, _seeds):
         raise KeyboardInterrupt
 
-    spec = variants_spec(generator, "images", num_variants=2, recipe="interrupted")
+    edits = [EDITS[0], interrupted]
+    spec = variants_spec(generator, "images", edits, recipe="interrupted")
     with (
         pytest.raises(KeyboardInterrupt),
         LatentCache.open(tmp_path / "part", spec) as part,
     ):
-        fill_variants(generator, tiles, part, [EDITS[0], interrupted])
+        fill_variants(generator, tiles, part, edits)
     assert "variants [0] are there; filling was interrupted" in explain_miss(part, tiles[0], 1)
 
 
@@ -298,7 +321,7 @@ def test_masks_need_variants_that_keep_structure(generator, images_cache, tmp_pa
 
 
 def test_caches_of_something_else_and_bad_arguments_are_refused(generator, images_cache, tmp_path):
-    moments = LatentCache.open(tmp_path, moments_spec(generator))
+    moments = LatentCache.open(tmp_path, encodings_spec(generator, ["moments", "features"]))
     with pytest.raises(ValueError, match="holds moments, cls, thumbnail, expected variants"):
         CachedVariants(moments)
     with pytest.raises(ValueError, match="on_miss is 'ignore'"):
