@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cytosyn_aug.filling import fill_variants, variants_spec
     from cytosyn_aug.generator import TileGenerator
     from cytosyn_aug.macenko import MacenkoReference
+    from cytosyn_aug.memory import MemoryPlan, plan_memory
     from cytosyn_aug.reference import StainReference
     from cytosyn_aug.reinhard import ReinhardReference
     from cytosyn_aug.replay import ReplayBank
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from cytosyn_aug.transforms import StainNormalize, StainTransfer
     from cytosyn_aug.variants import CachedVariants, LatentVariant
     from cytosyn_aug.views import StainViews
+    from cytosyn_aug.whole_slides import SlideRecipe, SlideReport, normalize_slide
 
 _HOMES = {
     "CacheSpec": "cache_spec",
@@ -46,10 +48,13 @@ _HOMES = {
     "LatentVariant": "variants",
     "MacenkoNormalize": "classical",
     "MacenkoReference": "macenko",
+    "MemoryPlan": "memory",
     "Ramp": "schedules",
     "ReinhardNormalize": "classical",
     "ReinhardReference": "reinhard",
     "ReplayBank": "replay",
+    "SlideRecipe": "whole_slides",
+    "SlideReport": "whole_slides",
     "StainNormalize": "transforms",
     "StainReference": "reference",
     "StainTransfer": "transforms",
@@ -60,6 +65,8 @@ _HOMES = {
     "fill_encodings": "encodings",
     "fill_variants": "filling",
     "encodings_spec": "encodings",
+    "normalize_slide": "whole_slides",
+    "plan_memory": "memory",
     "variants_spec": "filling",
 }
 
@@ -76,10 +83,13 @@ __all__ = [
     "LatentVariant",
     "MacenkoNormalize",
     "MacenkoReference",
+    "MemoryPlan",
     "Ramp",
     "ReinhardNormalize",
     "ReinhardReference",
     "ReplayBank",
+    "SlideRecipe",
+    "SlideReport",
     "StainNormalize",
     "StainReference",
     "StainTransfer",
@@ -90,6 +100,8 @@ __all__ = [
     "features_cached",
     "fill_encodings",
     "fill_variants",
+    "normalize_slide",
+    "plan_memory",
     "variants_spec",
 ]
 

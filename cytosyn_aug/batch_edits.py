@@ -42,7 +42,7 @@ from cytosyn_aug.reading import Loaded
 from cytosyn_aug.reference import StainReference
 from cytosyn_aug.reinhard import ReinhardReference
 from cytosyn_aug.sampling import sample_noise
-from cytosyn_aug.stain import DensityMap, apply_density_map, blend_with_identity
+from cytosyn_aug.stain import DensityMap, apply_density_map, blend_with_identity, is_tissue
 from cytosyn_aug.tile_transform import TileTransform
 
 Reference = StainReference | MacenkoReference | ReinhardReference | DensityReference
@@ -231,7 +231,8 @@ def _resample_edit(generator: TileGenerator, recipe: AugmentRecipe) -> Edit:
 
     def edit(batch: Sequence[Loaded]) -> Iterator[Edited]:
         images = stack_tiles(batch).to(generator.device)
-        cls = generator.features(images).cls
+        cls = generator.cls_features(images)
+        of_tissue = cls[is_tissue(images)]
         for variant in range(recipe.variants):
             seeds = [derive_seed(tile.key, variant, recipe.seed) for tile in batch]
             found = resample(
@@ -240,7 +241,7 @@ def _resample_edit(generator: TileGenerator, recipe: AugmentRecipe) -> Edit:
                 seeds,
                 steps=recipe.steps,
                 guidance_scale=recipe.guidance_scale,
-                cls=cls,
+                features=lambda _: of_tissue,
             )
             made = torch.where(found.is_tissue[:, None, None, None], found.images, images)
             similarity = torch.where(found.is_tissue, found.similarity, 1.0)
@@ -270,18 +271,24 @@ def _changes(
     """
     matrix = torch.zeros(len(tiles), 3, 3, dtype=torch.float64, device=tiles.device)
     offset = torch.zeros(len(tiles), 3, dtype=torch.float64, device=tiles.device)
-    is_tissue = torch.zeros(len(tiles), dtype=torch.bool, device=tiles.device)
-    is_finite = torch.zeros_like(is_tissue)
+    has_tissue = torch.zeros(len(tiles), dtype=torch.bool, device=tiles.device)
+    is_finite = torch.zeros_like(has_tissue)
     groups: dict[tuple[int, int], list[int]] = {}
     for row, way in enumerate(ways):
         groups.setdefault((id(way[0]), id(way[1])), []).append(row)
     for rows in groups.values():
         reference, source = ways[rows[0]]
-        own = None if cls is None or generator.stain_probe is None else cls[rows]
+        own = None
+        if cls is not None and generator.stain_probe is not None:
+            own = partial(_known, cls[rows][is_tissue(tiles[rows])])
         found = stain_change(generator, tiles[rows], reference, source, recipe, own)
         matrix[rows], offset[rows] = found.change.matrix, found.change.offset
-        is_tissue[rows], is_finite[rows] = found.is_tissue, found.is_finite
-    return StainChange(DensityMap(matrix, offset), is_tissue, is_finite)
+        has_tissue[rows], is_finite[rows] = found.is_tissue, found.is_finite
+    return StainChange(DensityMap(matrix, offset), has_tissue, is_finite)
+
+
+def _known(cls: Tensor, _: Tensor) -> Tensor:
+    return cls
 
 
 def _cytosyn_edit(

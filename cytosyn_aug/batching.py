@@ -29,27 +29,30 @@ class MicroBatches:
         self.device, self.size, self.is_static = device, size, is_static
 
     def map(
-        self, function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor
+        self, function: Callable[..., tuple[Tensor, ...]], *columns: Tensor | Sequence[int]
     ) -> tuple[Tensor, ...]:
         """Apply a function to all rows, in parts, and put its results together.
 
         Args:
-            function: Takes parts of the tensors on the device; returns tensors with as many rows.
-            tensors: [B, ...], all of the same B >= 1, on any device.
+            function: Takes parts of the columns, tensors on the device; returns tensors with as
+                many rows.
+            columns: Tensors [B, ...] on any device, all of the same B >= 1, and numbers that are
+                to stay on the host, such as seeds.
 
         Raises:
             torch.OutOfMemoryError: One row does not fit.
         """
         parts: list[tuple[Tensor, ...]] = []
-        start, num_rows = 0, len(tensors[0])
+        start, num_rows = 0, len(columns[0])
         while start < num_rows:
             end = min(start + self.size, num_rows)
-            rows = [self._part(x, start, end) for x in tensors]
+            found: tuple[Tensor, ...] | None = None
             try:
-                found = function(*rows)
+                found = function(*(self._part(x, start, end) for x in columns))
             except torch.OutOfMemoryError:
                 if self.size == 1:
                     raise
+            if found is None:  # after the exception, whose traceback keeps all that was computed
                 self._shrink()
                 continue
             parts.append(tuple(x[: end - start] for x in found))
@@ -58,10 +61,12 @@ class MicroBatches:
             return parts[0]
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
-    def _part(self, tensor: Tensor, start: int, end: int) -> Tensor:
-        rows = tensor[start:end].to(self.device, non_blocking=True)
-        missing = self.size - (end - start)
-        if not self.is_static or not missing:
+    def _part(self, column: Tensor | Sequence[int], start: int, end: int) -> Tensor | Sequence[int]:
+        missing = self.size - (end - start) if self.is_static else 0
+        if not isinstance(column, Tensor):
+            return [*column[start:end], *[column[end - 1]] * missing]
+        rows = column[start:end].to(self.device, non_blocking=True)
+        if not missing:
             return rows
         return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
 
@@ -70,33 +75,8 @@ class MicroBatches:
         warnings.warn(
             f"{self.device} ran out of memory with {self.size} tiles at a time; going on with "
             f"{smaller}. Load the model with batch_size={smaller} to start there",
-            stacklevel=4,
+            stacklevel=5,  # who called the generator
         )
         self.size = smaller
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def seed_rows(seeds: Sequence[int]) -> Tensor:
-    """Return seeds as int64 rows [B], to be cut beside other tensors; they stay on the CPU."""
-    return torch.tensor(list(seeds), dtype=torch.int64)
-
-
-def check_device(given: torch.device | str) -> None:
-    """Fail before weights are read, not after.
-
-    Raises:
-        ValueError: This torch knows or finds no such device.
-    """
-    try:
-        device = torch.device(given)
-    except RuntimeError as error:
-        raise ValueError(f"device is {given!r}, expected one like 'cuda:0' or 'cpu'") from error
-    missing = (device.type == "cuda" and not torch.cuda.is_available()) or (
-        device.type == "mps" and not torch.backends.mps.is_available()
-    )
-    if missing:
-        raise ValueError(
-            f"device is {device}, which this torch ({torch.__version__}) does not find here; "
-            "install the build for it, or use device='cpu'"
-        )

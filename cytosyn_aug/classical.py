@@ -25,6 +25,7 @@ from cytosyn_aug.facts import NO_FACTS, Facts
 from cytosyn_aug.images import optical_density
 from cytosyn_aug.json_files import load_record, save_record
 from cytosyn_aug.macenko import MacenkoReference, Stains, estimate_stains, normalising_map
+from cytosyn_aug.precision import own_precision
 from cytosyn_aug.reinhard import (
     ReinhardReference,
     grey_to_lab,
@@ -43,7 +44,7 @@ from cytosyn_aug.stain import (
     tissue_moments,
     tissue_weight,
 )
-from cytosyn_aug.tile_sets import MAX_TILES, read_tiles
+from cytosyn_aug.tile_sets import MAX_TILES, TileSource, read_tiles
 from cytosyn_aug.tile_transform import Edit, TileTransform
 
 _CHUNK = 2
@@ -64,9 +65,10 @@ class DensityReference:
     num_tiles: int
 
     @classmethod
+    @own_precision()
     def fit(
         cls,
-        tiles: Tensor | Path | str,
+        tiles: TileSource,
         *,
         tile: TileSpec | None = None,
         max_tiles: int = MAX_TILES,
@@ -110,15 +112,14 @@ class _Classical(TileTransform):
         strength = value_at(self.strength, self.epoch)
         return params | {"strengths": [strength] * len(params["chosen"])}
 
+    def _tiles_at_once(self, grey: Tensor) -> int:
+        """Return what a processor's caches hold the intermediate results of."""
+        return _CHUNK if grey.device.type == "cpu" else len(grey)
+
     def _edit(self, grey: Tensor, params: dict[str, Any]) -> Edit:
-        # A processor's caches hold the intermediate results of so many tiles, not of a batch.
-        size = _CHUNK if grey.device.type == "cpu" else len(grey)
         strength = torch.tensor(params["strengths"], device=grey.device)
-        done = [
-            self._change(*part) for part in zip(grey.split(size), strength.split(size), strict=True)
-        ]
-        edited = torch.cat([x.grey for x in done]) if len(done) > 1 else done[0].grey
-        return Edit(edited, torch.cat([x.is_edited for x in done]) & (strength > 0))
+        edit = self._change(grey, strength)
+        return Edit(edit.grey, edit.is_edited & (strength > 0))
 
     def _change(self, grey: Tensor, strength: Tensor) -> Edit:
         """Change tiles [n, 3, H, W] by strengths [n]; say which tell their stain."""

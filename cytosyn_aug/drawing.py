@@ -30,7 +30,7 @@ Sampler = Literal["student", "ab2", "euler_maruyama"]
 Forward = Callable[[Tensor, Modulation], Tensor]
 DEFAULT_STEPS: dict[Sampler, int] = {"student": 4, "ab2": 16, "euler_maruyama": 250}
 # Rows modulated at once, over steps: 100 MB for SiT-XL in bfloat16.
-_MAX_ROWS = 256
+MAX_ROWS = 256
 
 
 class Guidance(NamedTuple):
@@ -191,6 +191,7 @@ class _Steps:
 
     def at(self, t: float) -> Modulation:
         if t not in self.ready:
+            self.ready.clear()  # before others take as much again
             self.ready = self._modulate(self._next_times(t))
         return self.ready[t]
 
@@ -201,7 +202,7 @@ class _Steps:
         num_rows = 0
         for time in times[times.index(t) :]:
             num_rows += len(self.rows[time])
-            if chosen and num_rows > _MAX_ROWS:
+            if chosen and num_rows > MAX_ROWS:
                 break
             chosen.append(time)
         return chosen

@@ -40,6 +40,11 @@ def draw_references(
     Returns:
         `count` positions. None repeats before all were drawn; no laboratory before all were.
     """
+    if count <= len(groups):  # no shuffling of hundreds of slides for one draw
+        return [
+            groups[k][_below(len(groups[k]), generator)]
+            for k in _distinct(len(groups), count, generator)
+        ]
     drawn: list[int] = []
     while len(drawn) < count:
         left = [_shuffled(group, generator) for group in groups]
@@ -50,18 +55,25 @@ def draw_references(
 
 
 def without_laboratory(
-    groups: Sequence[Sequence[int]], names: Sequence[str], own: Hashable
+    groups: Sequence[Sequence[int]], names: Sequence[str], own: Hashable, count: int = 1
 ) -> list[Sequence[int]]:
     """Return the laboratories but one.
 
     Raises:
-        ValueError: None is left.
+        ValueError: Fewer than `count` references are left.
     """
     left = [group for group in groups if names[group[0]] != own]
     if not left:
         raise ValueError(
             f"all references are of laboratory {own!r}, the sample's own, which "
             "sampling='own_excluded' leaves out; add references of another laboratory"
+        )
+    num_left = sum(map(len, left))
+    if num_left < count:
+        raise ValueError(
+            f"{count} views of a tile need as many references, or some would be alike; only "
+            f"{num_left} reference(s) are of other laboratories than {own!r}, the sample's own, "
+            "which sampling='own_excluded' leaves out; add some, or ask for fewer views"
         )
     return left
 
@@ -87,6 +99,21 @@ def slide_generator(slide: Hashable, epoch: int, seed: int) -> torch.Generator:
     text = f"{seed}\n{epoch}\n{slide!r}".encode()
     number = int.from_bytes(hashlib.sha256(text).digest()[:8]) >> 1
     return torch.Generator().manual_seed(number)
+
+
+def _below(limit: int, generator: torch.Generator | None) -> int:
+    return int(torch.randint(limit, (), generator=generator)) if limit > 1 else 0
+
+
+def _distinct(limit: int, count: int, generator: torch.Generator | None) -> list[int]:
+    """Return the first `count` numbers of a shuffled range, by Fisher and Yates' shuffle."""
+    moved: dict[int, int] = {}
+    drawn = []
+    for k in range(count):
+        other = k + _below(limit - k, generator)
+        drawn.append(moved.get(other, other))
+        moved[other] = moved.get(k, k)
+    return drawn
 
 
 def _shuffled(items: Sequence[_T], generator: torch.Generator | None) -> list[_T]:

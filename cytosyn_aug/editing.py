@@ -10,7 +10,7 @@ A result depends on pixels, recipe, seed and weights only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,13 +22,15 @@ from cytosyn_aug.conditions import Conditions, read_conditions
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.flow import interpolate
 from cytosyn_aug.generator import TileGenerator
-from cytosyn_aug.images import pixels_to_images
+from cytosyn_aug.images import FiniteImages, finite_images
+from cytosyn_aug.precision import own_precision
 from cytosyn_aug.reference import StainReference
 from cytosyn_aug.sampling import sample_noise
 from cytosyn_aug.stain import (
     MIN_TISSUE,
     DensityMap,
     DensityMoments,
+    is_tissue,
     match_moments,
     moment_statistics,
     moments_from_statistics,
@@ -131,6 +133,7 @@ def central_tiles(grey: Tensor, mpp: float, tile: TileSpec) -> Tensor:
     return crop.round().clamp(0, 255).to(torch.uint8)
 
 
+@own_precision()
 @torch.no_grad()
 def stain_change(
     generator: TileGenerator,
@@ -138,7 +141,7 @@ def stain_change(
     reference: StainReference,
     source: StainReference | None,
     recipe: EditRecipe,
-    cls: Conditions | None = None,
+    features: Callable[[Tensor], Conditions] | None = None,
 ) -> StainChange:
     """Estimate how tiles change colour under the stain of a reference.
 
@@ -153,42 +156,44 @@ def stain_change(
         reference: Where to go.
         source: Statistics of the slide the tiles come from; None for each tile's own.
         recipe: See `EditRecipe`.
-        cls: Precomputed features of the tiles; None asks the encoder, if they are needed.
+        features: Gives CLS vectors of tiles with tissue, if they are needed; None asks the encoder.
 
     Returns:
         Maps and tissue gate, on the device of `images`.
     """
-    estimate = estimate_stain(generator, images, source, recipe, cls)
+    estimate = estimate_stain(generator, images, source, recipe, features)
     targets = reference_statistics(generator, reference, recipe).to(images.device)
     change = match_statistics(estimate, targets)
     return StainChange(change, estimate.is_tissue, estimate.is_finite)
 
 
+@own_precision()
 @torch.no_grad()
 def estimate_stain(
     generator: TileGenerator,
     images: Tensor,
     source: StainReference | None,
     recipe: EditRecipe,
-    cls: Conditions | None = None,
+    features: Callable[[Tensor], Conditions] | None = None,
 ) -> StainEstimate:
     """Return the stain of tiles: steps 1 and 2 of `stain_change`, on the device of `images`."""
     generator.check_images(images)
     own = tissue_moments(images)
+    has_tissue = own.tissue >= MIN_TISSUE
     if source is not None:
         statistics = reference_statistics(generator, source, recipe).expand(len(images), -1)
     else:
+        statistics = moment_statistics(own.mean, own.covariance)
+        rows = has_tissue.nonzero()[:, 0]
         # Only the probe needs features; a model without one restains without an encoder too.
-        found: Tensor | None = None
-        if cls is not None:
-            found = read_conditions(cls, len(generator.null_condition), len(images))
-        elif generator.stain_probe is not None:
-            found = generator.features(images).cls
-        statistics = _blend(generator, moment_statistics(own.mean, own.covariance), found, recipe)
+        if generator.stain_probe is not None and len(rows):
+            cls = _describe(generator, images[rows], features)
+            statistics[rows] = _blend(generator, statistics[rows], cls, recipe)
     statistics = statistics.to(images.device)
-    return StainEstimate(statistics, own.tissue >= MIN_TISSUE, statistics.isfinite().all(1))
+    return StainEstimate(statistics, has_tissue, statistics.isfinite().all(1))
 
 
+@own_precision()
 @torch.no_grad()
 def reference_statistics(
     generator: TileGenerator, reference: StainReference, recipe: EditRecipe
@@ -217,17 +222,11 @@ def match_statistics(estimate: StainEstimate, targets: Tensor) -> DensityMap:
     return match_moments(moments_from_statistics(start), moments_from_statistics(targets))
 
 
-class Redrawn(NamedTuple):
-    """Result of `redraw`: uint8 tiles, and bool [B], False where the networks failed."""
-
-    images: Tensor
-    is_finite: Tensor
-
-
+@own_precision()
 @torch.no_grad()
 def redraw(
     generator: TileGenerator, images: Tensor, recipe: EditRecipe, seeds: Sequence[int]
-) -> Redrawn:
+) -> FiniteImages:
     """Noise the latents of tiles to `recipe.noise_level` and draw them anew from their features.
 
     Args:
@@ -237,22 +236,32 @@ def redraw(
         seeds: One seed a tile, for its noise.
 
     Returns:
-        uint8 [B, 3, size, size] on the generator's device, and which are to be used.
+        uint8 [B, 3, size, size] on the generator's device, and which are to be used. Blank tiles
+        are those that came in.
 
     Source: Meng et al. (2022), SDEdit.
     """
-    return _decode(generator, redraw_latents(generator, images, recipe, seeds))
+    generator.check_images(images)
+    out = images.to(generator.device, copy=True)
+    is_finite = torch.ones(len(out), dtype=torch.bool, device=out.device)
+    rows = is_tissue(images).nonzero()[:, 0].tolist()
+    if rows:
+        latents = redraw_latents(generator, images[rows], recipe, [seeds[k] for k in rows])
+        out[rows], is_finite[rows] = _decode(generator, latents)
+    return FiniteImages(out, is_finite)
 
 
+@own_precision()
 @torch.no_grad()
 def redraw_latents(
     generator: TileGenerator, images: Tensor, recipe: EditRecipe, seeds: Sequence[int]
 ) -> Tensor:
     """Return the whitened latents [B, C, h, w] of `redraw`, on the generator's device.
 
-    For stores of latents: a `ReplayBank`, or a cache of variants.
+    For stores of latents: a `ReplayBank`, or a cache of variants. Blank tiles are drawn too; leave
+    them out (`cytosyn_aug.stain.is_tissue`), as those stores do.
     """
-    cls = generator.features(images).cls
+    cls = generator.cls_features(images)
     latents = generator.whiten(generator.encode(images).mean)
     noise = sample_noise(seeds, generator.latent_shape).to(latents)
     return generator.draw(
@@ -269,10 +278,10 @@ class Resampled(NamedTuple):
     """Result of `resample`: new tiles, and what there is to say of them.
 
     Attributes:
-        images: uint8 [B, 3, size, size].
-        similarity: float32 [B], cosine of the features of new and old tile; NaN without an
-            encoder, which alone could tell it.
-        is_tissue: bool [B]; False where the old tile is blank and must be returned as it is.
+        images: uint8 [B, 3, size, size]; blank tiles are those that came in.
+        similarity: float32 [B], cosine of the features of new and old tile; NaN for blank tiles,
+            and without an encoder, which alone could tell it.
+        is_tissue: bool [B]; False where the old tile is blank.
         is_finite: bool [B]; False where the networks failed and the old tile must be returned.
     """
 
@@ -282,6 +291,7 @@ class Resampled(NamedTuple):
     is_finite: Tensor
 
 
+@own_precision()
 @torch.no_grad()
 def resample(
     generator: TileGenerator,
@@ -290,7 +300,7 @@ def resample(
     *,
     steps: int | None = None,
     guidance_scale: float = 1.0,
-    cls: Conditions | None = None,
+    features: Callable[[Tensor], Conditions] | None = None,
 ) -> Resampled:
     """Generate a new tile from the features of each old one.
 
@@ -300,33 +310,44 @@ def resample(
         seeds: One seed a tile.
         steps: Forwards; None for 4 of a student, or 16 of the transformer of a model without.
         guidance_scale: Classifier-free guidance in t <= 0.75 (1 = noise); 1 for none.
-        cls: Precomputed features of the tiles; None asks the encoder.
+        features: Gives CLS vectors of the tiles with tissue; None asks the encoder.
 
     Returns:
         On the generator's device; see `Resampled`.
     """
     generator.check_images(images)
-    if cls is None:
-        cls = generator.features(images).cls
-    else:
-        width = len(generator.null_condition)
-        cls = read_conditions(cls, width, len(images)).to(generator.device)
-    noise = sample_noise(seeds, generator.latent_shape)
-    latents = generator.draw(noise, cls, steps=steps, guidance_scale=guidance_scale, seeds=seeds)
-    made, is_finite = _decode(generator, latents)
-    similarity = torch.full((len(made),), torch.nan, device=made.device)
+    out = images.to(generator.device, copy=True)
+    has_tissue = is_tissue(images).to(out.device)
+    is_finite = torch.ones_like(has_tissue)
+    similarity = torch.full((len(out),), torch.nan, dtype=torch.float32, device=out.device)
+    rows = has_tissue.nonzero()[:, 0].tolist()
+    if not rows:
+        return Resampled(out, similarity, has_tissue, is_finite)
+    chosen = [seeds[k] for k in rows]
+    cls = _describe(generator, images[rows], features).to(out.device)
+    noise = sample_noise(chosen, generator.latent_shape)
+    latents = generator.draw(noise, cls, steps=steps, guidance_scale=guidance_scale, seeds=chosen)
+    made = _decode(generator, latents)
+    out[rows], is_finite[rows] = made
     if generator.encoder is not None:
-        similarity = torch.cosine_similarity(cls, generator.features(made).cls)
-        is_finite = is_finite & similarity.isfinite()
-    is_tissue = tissue_moments(images).tissue >= MIN_TISSUE
-    return Resampled(made, similarity, is_tissue.to(made.device), is_finite)
+        similarity[rows] = torch.cosine_similarity(cls, generator.cls_features(made.images))
+        is_finite &= similarity.isfinite() | ~has_tissue
+    return Resampled(out, similarity, has_tissue, is_finite)
 
 
-def _decode(generator: TileGenerator, latents: Tensor) -> Redrawn:
-    """Decode without raising: one tile that fails must not cost the others of its batch."""
-    pixels = generator.decode_pixels(latents, is_few_step=True)
-    is_finite = pixels.isfinite().all(3).all(2).all(1)
-    return Redrawn(pixels_to_images(pixels.nan_to_num()), is_finite)
+def _describe(
+    generator: TileGenerator,
+    images: Tensor,
+    features: Callable[[Tensor], Conditions] | None,
+) -> Tensor:
+    """Return CLS vectors [B, D] of tiles, from whoever is to tell them."""
+    if features is None:
+        return generator.cls_features(images)
+    return read_conditions(features(images), len(generator.null_condition), len(images))
+
+
+def _decode(generator: TileGenerator, latents: Tensor) -> FiniteImages:
+    return finite_images(generator.decode_pixels(latents, is_few_step=True))
 
 
 def _blend(

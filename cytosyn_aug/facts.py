@@ -76,8 +76,7 @@ def _find(sample: object, key: str) -> Any:  # Any: whatever the user keeps ther
 
 
 def _spread(value: Any, num: int, key: str) -> list[Hashable]:
-    if isinstance(value, Tensor) or hasattr(value, "tolist"):  # numpy's numbers and arrays too
-        value = value.tolist()
+    value = _plain(value)
     if not isinstance(value, tuple | list):
         return [value] * num
     if len(value) != num:
@@ -85,4 +84,9 @@ def _spread(value: Any, num: int, key: str) -> list[Hashable]:
             f"the sample has {num} tiles and {len(value)} values under {key!r}; give one a tile, "
             "or one for all"
         )
-    return list(value)
+    return [_plain(x) for x in value]
+
+
+def _plain(value: Any) -> Any:
+    """Return Python's own for tensors, and for numpy's numbers, texts and arrays."""
+    return value.tolist() if isinstance(value, Tensor) or hasattr(value, "tolist") else value

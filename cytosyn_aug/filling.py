@@ -17,7 +17,7 @@ from cytosyn_aug.encodings import Filled, check_filler, first_rows, warn_of_fail
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import tile_key
 from cytosyn_aug.misses import THUMBNAIL, thumbnails
-from cytosyn_aug.stain import MIN_TISSUE, tissue_moments
+from cytosyn_aug.stain import is_tissue
 from cytosyn_aug.tile_transform import TileTransform
 
 Payload = Literal["latents", "images"]
@@ -218,7 +218,7 @@ def _edited_fields(
     payload = images.cpu().clone()
     if is_latent:
         payload = torch.zeros(len(images), *generator.latent_shape)
-    rows = (tissue_moments(images).tissue >= MIN_TISSUE).nonzero()[:, 0].tolist()
+    rows = is_tissue(images).nonzero()[:, 0].tolist()
     if rows:
         tissue = images[rows]
         made, is_failed = run_edit(edit, tissue, [seeds[row] for row in rows])

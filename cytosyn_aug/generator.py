@@ -2,19 +2,19 @@
 
 It holds no policy about what to edit and draws no randomness of its own: seeds come in.
 Everything runs under `torch.no_grad()`, not inference mode, so that results can enter the
-backward pass of a user's own model.
+backward pass of a user's own model; and in the networks' own dtype, also under a user's autocast.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
-from cytosyn_aug.batching import seed_rows
 from cytosyn_aug.conditions import Conditions, read_conditions
 from cytosyn_aug.drawing import (
     DEFAULT_STEPS,
@@ -24,10 +24,15 @@ from cytosyn_aug.drawing import (
     draw_latents,
     time_grid,
 )
-from cytosyn_aug.encoder import Features
+from cytosyn_aug.encoder import Features, TileEncoder
 from cytosyn_aug.images import check_images, images_to_pixels, pixels_to_images
 from cytosyn_aug.loaded import LoadedModel
+from cytosyn_aug.precision import own_precision
 from cytosyn_aug.sampling import sample_noise
+from cytosyn_aug.static_graphs import compile_forward, compile_rows
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class Moments(NamedTuple):
@@ -35,6 +40,20 @@ class Moments(NamedTuple):
 
     mean: Tensor
     std: Tensor
+
+
+def _at_border(
+    method: Callable[Concatenate[TileGenerator, _P], _R],
+) -> Callable[Concatenate[TileGenerator, _P], _R]:
+    """Keep out what callers have switched on, gradients and autocast, and processes without it."""
+
+    @functools.wraps(method)
+    def run(self: TileGenerator, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        self.check_process()
+        with torch.no_grad(), own_precision():
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class TileGenerator(LoadedModel):
@@ -62,7 +81,7 @@ class TileGenerator(LoadedModel):
         torch.Size([2, 3, 224, 224])
     """
 
-    @torch.no_grad()
+    @_at_border
     def encode(self, images: Tensor) -> Moments:
         """Return the posterior moments of uint8 images [B, 3, size, size]."""
         self.check_images(images)
@@ -73,11 +92,12 @@ class TileGenerator(LoadedModel):
         posterior = self.vae.encode(pixels).latent_dist  # type: ignore[union-attr]
         return posterior.mean.float(), posterior.std.float()
 
+    @_at_border
     def whiten(self, latents: Tensor) -> Tensor:
         """Translate VAE latents to the whitened ones that samplers work on, float32."""
         return self.transformer.whiten(latents.float())
 
-    @torch.no_grad()
+    @_at_border
     def decode(self, latents: Tensor, *, is_few_step: bool = False) -> Tensor:
         """Return uint8 images of whitened latents.
 
@@ -100,7 +120,7 @@ class TileGenerator(LoadedModel):
             )
         return pixels_to_images(pixels)
 
-    @torch.no_grad()
+    @_at_border
     def decode_pixels(self, latents: Tensor, *, is_few_step: bool = False) -> Tensor:
         """Return float32 pixels [B, 3, size, size], not clipped; see `decode`."""
         own, name = _own_decoder(self.vae), "vae_decoder"
@@ -114,27 +134,45 @@ class TileGenerator(LoadedModel):
 
         return self.batches.map(decode, latents)[0]
 
-    @torch.no_grad()
+    @_at_border
     def features(self, images: Tensor) -> Features:
         """Return the encoder's features of uint8 images [B, 3, size, size], float32.
 
         Raises:
             ValueError: The model was loaded without an encoder, or the images do not fit it.
         """
+        encoder = self._encoder_for(images)
+
+        def encode(part: Tensor) -> tuple[Tensor, Tensor]:
+            found = encoder(part)
+            return found.cls.float(), found.patches.float()
+
+        return Features(*self.batches.map(encode, images))
+
+    @_at_border
+    def cls_features(self, images: Tensor) -> Tensor:
+        """Return `features(images).cls`, without keeping those of patches, 256 times as many.
+
+        Raises:
+            ValueError: See `features`.
+        """
+        encoder = self._encoder_for(images)
+
+        def encode(part: Tensor) -> tuple[Tensor]:
+            return (encoder(part).cls.to(torch.float32, copy=True),)  # no view of all tokens
+
+        return self.batches.map(encode, images)[0]
+
+    def _encoder_for(self, images: Tensor) -> TileEncoder:
         if self.encoder is None:
             raise ValueError(
                 "this model was loaded without an encoder, so features must be given: pass "
                 'precomputed CLS vectors, or load it with encoder="bioptimus/H0-mini"'
             )
         self.check_images(images)
-        return Features(*self.batches.map(self._features, images))
+        return self.encoder
 
-    def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.encoder is not None
-        found = self.encoder(images)
-        return found.cls.float(), found.patches.float()
-
-    @torch.no_grad()
+    @_at_border
     def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """Return the transformer's velocity at whitened latents.
 
@@ -148,7 +186,7 @@ class TileGenerator(LoadedModel):
         """
         return self.transformer(x, t, condition)
 
-    @torch.no_grad()
+    @_at_border
     def draw(
         self,
         start: Tensor,
@@ -187,12 +225,12 @@ class TileGenerator(LoadedModel):
             taught = self.student.config["taught_guidance"]
         guidance = choose_guidance(guidance_scale, guidance_low, guidance_high, taught)
         times = time_grid(chosen, DEFAULT_STEPS[chosen] if steps is None else steps, start_time)
-        rows = seed_rows(range(len(start)) if seeds is None else seeds)
+        rows = range(len(start)) if seeds is None else seeds
         network = self.student if chosen == "student" else self.transformer
         assert network is not None
         forward: Forward = self._compiled.get(chosen, network.forward_modulated)
 
-        def draw(start: Tensor, condition: Tensor, seeds: Tensor) -> tuple[Tensor]:
+        def draw(start: Tensor, condition: Tensor, seeds: Sequence[int]) -> tuple[Tensor]:
             is_stochastic = chosen == "euler_maruyama"
             latents = draw_latents(
                 network,
@@ -202,14 +240,14 @@ class TileGenerator(LoadedModel):
                 self.null_condition,
                 sampler=chosen,
                 guidance=guidance,
-                step_noise=self._step_noise(seeds.tolist()) if is_stochastic else None,
+                step_noise=self._step_noise(seeds) if is_stochastic else None,
                 forward=forward,
             )
             return (latents.float(),)
 
         return self.batches.map(draw, start, condition, rows)[0]
 
-    @torch.no_grad()
+    @_at_border
     def sample(
         self,
         cls: Conditions | None = None,
@@ -231,8 +269,9 @@ class TileGenerator(LoadedModel):
             steps: Evaluations of the network; None for 4 with "student", 16 with "ab2" and 250
                 with "euler_maruyama".
             sampler: "student" (few jumps, for models that have one), "ab2" (few steps of the
-                transformer) or "euler_maruyama" (the reference); the first two are deterministic.
-                None for "student" if there is one, else "ab2".
+                transformer) or "euler_maruyama" (the reference, for comparison: its noise is drawn
+                on the host in every step); the first two are deterministic. None for "student" if
+                there is one, else "ab2".
             guidance_scale: Classifier-free guidance; 1 for none. A student costs the same with it.
             guidance_low: Lower end of the guidance interval in t (1 = noise); None for 0, or for
                 what the student was taught.
@@ -270,17 +309,18 @@ class TileGenerator(LoadedModel):
     def compile(self) -> None:
         """Compile the networks, whole, for batches that are padded to `batch_size`.
 
-        The first batch then takes minutes. Results move by rounding, less than a grey level.
+        The first batch then takes minutes, and so does the first with guidance, whose two halves
+        are one batch, and the first after memory ran out. Results move by rounding, less than a
+        grey level.
         """
         self.batches.is_static = True
-        parts: dict[str, Callable[..., Tensor]] = {"vae_decoder": _own_decoder(self.vae)}
-        for name in ("ab2", "euler_maruyama"):
-            parts[name] = self.transformer.forward_modulated
+        forward = compile_forward(self.transformer)
+        self._compiled = {"ab2": forward, "euler_maruyama": forward}
+        self._compiled["vae_decoder"] = compile_rows(_own_decoder(self.vae))
         if self.student is not None:
-            parts["student"] = self.student.forward_modulated
+            self._compiled["student"] = compile_forward(self.student)
         if self.decoder is not None:
-            parts["decoder"] = self.decoder
-        self._compiled = {k: torch.compile(v, fullgraph=True) for k, v in parts.items()}
+            self._compiled["decoder"] = compile_rows(self.decoder)
 
     def _sampler(self, given: Sampler | None) -> Sampler:
         if given is None:

@@ -55,6 +55,22 @@ def pixels_to_images(pixels: Tensor) -> Tensor:
     return pixels.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+class FiniteImages(NamedTuple):
+    """Images uint8 [B, 3, H, W], and bool [B]: False where a network failed."""
+
+    images: Tensor
+    is_finite: Tensor
+
+
+def finite_images(pixels: Tensor) -> FiniteImages:
+    """Map network pixels [B, 3, H, W] to images without raising for tiles that are not finite.
+
+    One tile that fails must not cost the others of its batch.
+    """
+    is_finite = pixels.isfinite().all(3).all(2).all(1)
+    return FiniteImages(pixels_to_images(pixels.nan_to_num()), is_finite)
+
+
 def optical_density(images: Tensor) -> Tensor:
     """Return the optical density -ln((value + 1) / 256) of images given in grey levels.
 
@@ -121,7 +137,7 @@ class OpenImage(NamedTuple):
 
     Attributes:
         grey: float32 [B, 3, H, W] in 0 to 255, on the image's device; B = 1 without leading
-            dimensions.
+            dimensions. A copy, which may be written to.
         close: Takes edited grey levels [B, 3, H, W] and bool [B], which tiles were edited, and
             returns what the user gave, in type, shape, dtype and device. The other tiles keep
             their very bits; without any edited one the user's object itself comes back.

@@ -17,7 +17,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
-from cytosyn_aug.batching import MicroBatches, check_device
+from cytosyn_aug.batching import MicroBatches
 from cytosyn_aug.checkpoint import ModelParts, place_parts
 from cytosyn_aug.encoder import StainProbe, TileEncoder
 from cytosyn_aug.origin import GeneratorHandle, Origin, check_process
@@ -173,3 +173,23 @@ class LoadedModel:
         """Shape [C, h, w] of one tile's latents."""
         side = self.transformer.config["input_size"]
         return self.transformer.config["in_channels"], side, side
+
+
+def check_device(given: torch.device | str) -> None:
+    """Fail before weights are read, not after.
+
+    Raises:
+        ValueError: This torch knows or finds no such device.
+    """
+    try:
+        device = torch.device(given)
+    except RuntimeError as error:
+        raise ValueError(f"device is {given!r}, expected one like 'cuda:0' or 'cpu'") from error
+    missing = (device.type == "cuda" and not torch.cuda.is_available()) or (
+        device.type == "mps" and not torch.backends.mps.is_available()
+    )
+    if missing:
+        raise ValueError(
+            f"device is {device}, which this torch ({torch.__version__}) does not find here; "
+            "install the build for it, or use device='cpu'"
+        )

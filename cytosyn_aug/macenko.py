@@ -25,8 +25,9 @@ from torch import Tensor
 from cytosyn_aug.config import TileSpec, Triple
 from cytosyn_aug.images import optical_density
 from cytosyn_aug.json_files import load_record, save_record
+from cytosyn_aug.precision import own_precision
 from cytosyn_aug.stain import DensityMap
-from cytosyn_aug.tile_sets import MAX_TILES, read_tiles
+from cytosyn_aug.tile_sets import MAX_TILES, TileSource, read_tiles
 
 # Transmitted light, least optical density of tissue and percentile, as published.
 WHITE = 240.0
@@ -80,9 +81,10 @@ class MacenkoReference:
     num_tiles: int
 
     @classmethod
+    @own_precision()
     def fit(
         cls,
-        tiles: Tensor | Path | str,
+        tiles: TileSource,
         *,
         tile: TileSpec | None = None,
         max_tiles: int = MAX_TILES,
@@ -90,7 +92,7 @@ class MacenkoReference:
         """Fit to the tissue pixels of all tiles together.
 
         Args:
-            tiles: uint8 [N, 3, H, W], a folder of tile images, or a slide.
+            tiles: uint8 [N, 3, H, W], a folder of tile images, a slide, or several of these two.
             tile: Size and scale of the tiles cut from a slide; None for 224 px at 0.5 mpp.
             max_tiles: Of a larger folder or slide, so many evenly spaced tiles are read.
 

@@ -1,9 +1,13 @@
-"""What a model needs of a device's memory: weights + batch size x the most a tile has alive.
+"""What a model needs of a device's memory: weights, what steps share, and so much a tile.
 
 Counted on the operations that the networks really do, without doing them: their shapes run on the
 meta device, and every tensor counts from its making to its last use. An allocator's fragments and
 the work space of convolutions come on top, and were not measured here. Guidance doubles the
 transformer's share, which is the smaller one where an autoencoder decodes.
+
+Transforms edit `batch_size` tiles at a time, so the same number bounds them, for tiles of the
+model's size. Of the whole batch they hold only what comes in and goes out: 10 bytes a value of
+uint8 batches, 16 of float32, and `StainViews` 5 and 8 more a view.
 """
 
 from __future__ import annotations
@@ -18,7 +22,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from cytosyn_aug.drawing import MAX_ROWS
 from cytosyn_aug.generator import TileGenerator
+
+# What a transform holds of a tile beside the networks, for each of its values: grey levels before
+# and after as float32, and copies of both on the way.
+_EDIT_BYTES = 16
 
 
 class MemoryPlan(NamedTuple):
@@ -27,18 +36,20 @@ class MemoryPlan(NamedTuple):
     Attributes:
         weights: Of all networks.
         per_tile: Most that is alive for a tile while any of them runs.
+        modulation: Of the steps that are modulated together, however small the batch.
     """
 
     weights: int
     per_tile: int
+    modulation: int = 0
 
     def total(self, batch_size: int) -> int:
-        """Return weights + batch_size x per_tile."""
-        return self.weights + batch_size * self.per_tile
+        """Return weights + modulation + batch_size x per_tile."""
+        return self.weights + self.modulation + batch_size * self.per_tile
 
     def largest_batch(self, num_bytes: int) -> int:
         """Return the largest batch whose total fits; 0 if none does."""
-        return max(0, (num_bytes - self.weights) // self.per_tile)
+        return max(0, (num_bytes - self.total(0)) // self.per_tile)
 
 
 def plan_memory(generator: TileGenerator) -> MemoryPlan:
@@ -69,7 +80,10 @@ def plan_memory(generator: TileGenerator) -> MemoryPlan:
         peaks.append(_peak_of(generator.encoder.vit, pixels))
     if generator.decoder is not None:
         peaks.append(_peak_of(generator.decoder, latents))
-    return MemoryPlan(weights, max(peaks))
+    config = generator.transformer.config
+    numbers = (6 * config["depth"] + 2) * config["hidden_size"]
+    per_tile = max(peaks) + _EDIT_BYTES * pixels.numel()
+    return MemoryPlan(weights, per_tile, MAX_ROWS * numbers * dtype.itemsize)
 
 
 def peak_bytes(function: Callable[..., object], known: Iterable[Tensor], *inputs: Tensor) -> int:
@@ -87,13 +101,19 @@ def peak_bytes(function: Callable[..., object], known: Iterable[Tensor], *inputs
 
 
 def _peak_of(network: nn.Module, *inputs: Tensor) -> int:
-    shadow = copy.deepcopy(network).to("meta")
+    shadow = _shadow_of(network)
     return peak_bytes(shadow, [*shadow.parameters(), *shadow.buffers()], *inputs)
+
+
+def _shadow_of(network: nn.Module) -> Any:  # Any: the same class
+    """Return a copy of a network on the meta device, for which no weight is copied."""
+    weights = [*network.parameters(), *network.buffers()]
+    return copy.deepcopy(network, {id(x): x.detach().to("meta") for x in weights})
 
 
 def _peak_of_flow(generator: TileGenerator, latents: Tensor) -> int:
     """Return the transformer's peak for the two halves of a guided tile."""
-    shadow = copy.deepcopy(generator.transformer).to("meta")
+    shadow = _shadow_of(generator.transformer)
     both = torch.cat([latents, latents])
     width = shadow.config["conditioning_dim"]
     t = torch.zeros(2, device="meta")

@@ -21,8 +21,9 @@ from cytosyn_aug.conditions import Conditions, check_finite, read_conditions
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.files import write_atomically
 from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.precision import own_precision
 from cytosyn_aug.stain import MIN_TISSUE, DensityMoments, pool_moments, tissue_moments
-from cytosyn_aug.tile_sets import MAX_TILES, read_tiles
+from cytosyn_aug.tile_sets import MAX_TILES, TileSource, read_tiles
 
 FORMAT_VERSION = 1
 _KIND = "cytosyn_aug.StainReference"
@@ -53,10 +54,11 @@ class StainReference:
     laboratory: str = ""
 
     @classmethod
+    @own_precision()
     def fit(
         cls,
         generator: TileGenerator,
-        tiles: Tensor | Path | str,
+        tiles: TileSource,
         *,
         max_tiles: int = MAX_TILES,
         features: Conditions | None = None,
@@ -67,7 +69,7 @@ class StainReference:
         Args:
             generator: The model whose features describe the stain.
             tiles: uint8 [N, 3, size, size], a folder of tile images of that size (searched
-                recursively), or a slide. Blank tiles are left out.
+                recursively), a slide, or several of these two. Blank tiles are left out.
             max_tiles: Of a larger folder or slide, so many evenly spaced tiles are read.
             features: Precomputed CLS vectors of the tiles, one a row; without them and without an
                 encoder the reference holds colour only, which restaining can do with.
@@ -204,7 +206,7 @@ def _features(generator: TileGenerator, images: Tensor, given: Conditions | None
     if given is None:
         if generator.encoder is None:
             return torch.zeros(len(images), 0)
-        cls = generator.features(images).cls.cpu()
+        cls = generator.cls_features(images).cpu()
         if not cls.isfinite().all():
             raise ValueError(
                 f"the encoder's features of the tiles are not finite in {generator.dtype}; load "

@@ -18,8 +18,9 @@ from torch import Tensor
 from cytosyn_aug.config import TileSpec, Triple
 from cytosyn_aug.images import optical_density
 from cytosyn_aug.json_files import load_record, save_record
+from cytosyn_aug.precision import own_precision
 from cytosyn_aug.stain import MAX_GAIN, MIN_TISSUE, tissue_weight
-from cytosyn_aug.tile_sets import MAX_TILES, read_tiles
+from cytosyn_aug.tile_sets import MAX_TILES, TileSource, read_tiles
 
 _XYZ_FROM_RGB = (
     (0.412453, 0.357580, 0.180423),
@@ -60,9 +61,10 @@ class ReinhardReference:
     num_tiles: int
 
     @classmethod
+    @own_precision()
     def fit(
         cls,
-        tiles: Tensor | Path | str,
+        tiles: TileSource,
         *,
         tile: TileSpec | None = None,
         max_tiles: int = MAX_TILES,

@@ -5,16 +5,35 @@ takes what is in its slot, until that has been used `reuse` times or is older th
 then a new one is made from the tile at hand, in one batch with all others of the step that need
 one. A step of B tiles, of which a share p is drawn, so costs about
 
-    p B (make / reuse + decode)
+    p B (make / uses + decode)
 
 once every tile has been seen, where making a variant anew every time would cost p B (make +
 decode). `make` is the edit, in which the network draws; `decode` is the small decoder where the
-model has one. Reused variants are those of earlier steps: if `reuse` is too large, a model learns
-them by heart.
+model has one. Without `max_age`, `uses` is `reuse`. With it, a tile that comes by every T = N / B
+steps has K = floor(max_age / T) chances of using a variant again before that is too old, each with
+probability p:
+
+    uses = 1 + E[min(reuse - 1, Binomial(K, p))]
+
+exactly so for an order that is the same in every epoch, about so for a shuffled one. Reused
+variants are those of earlier steps: if `reuse` is too large, a model learns them by heart.
+
+A bank is of one process. `DistributedSampler` gives a rank other tiles in every epoch, so that of
+W ranks each sees a tile once in W epochs, and variants wait, and grow old, W times as long. Give
+every rank the same tiles in all epochs instead, and a bank of those:
+
+    share = Subset(dataset, range(rank, len(dataset), world_size))
+    loader = DataLoader(share, batch_size, shuffle=True)  # index: position in the share
+    bank = ReplayBank(generator, edit, num_tiles=len(share))
 """
 
 from __future__ import annotations
 
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +43,9 @@ from torch import Tensor
 
 from cytosyn_aug.filling import Edit
 from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.images import finite_images
+from cytosyn_aug.precision import own_precision
+from cytosyn_aug.stain import is_tissue
 
 _MAX_SEED = 2**62
 
@@ -32,14 +54,25 @@ class ReplayCounts(NamedTuple):
     """What a bank has done so far.
 
     Attributes:
-        num_made: Variants made.
-        num_reused: Variants taken from earlier steps.
-        num_kept: Drawn tiles that the edit left as they were, such as blank ones.
+        num_made: Tiles given to the edit.
+        num_reused: Tiles replaced by variants that were made for earlier uses.
+        num_kept: Drawn tiles that stay as they are: blank ones, which are not given to the edit,
+            and those that it left alone.
+        num_failed: Drawn tiles that stay as they are because their variant, or what it decodes to,
+            is not finite. They are tried again when they are drawn next.
     """
 
     num_made: int
     num_reused: int
     num_kept: int
+    num_failed: int
+
+
+class _Lost(NamedTuple):
+    """Slots that an edit left empty: it left the tile alone, or what it gave is not finite."""
+
+    left_alone: set[int]
+    failed: set[int]
 
 
 class ReplayBank:
@@ -47,22 +80,23 @@ class ReplayBank:
 
     Call it on batches as they come from a loader, before crops and flips: a slot belongs to a tile
     as it was when its variant was made. It does not support several processes: give each rank its
-    own, over its own share of the tiles.
+    own, over its own share of the tiles (see the module).
 
     Args:
         generator: The model.
-        edit: Makes variants, from uint8 images [n, 3, size, size] and one seed a tile to uint8
-            images, or to whitened latents [n, C, h, w] of the model.
+        edit: Makes variants, from uint8 images [n, 3, size, size] with tissue and one seed a tile
+            to uint8 images, or to whitened latents [n, C, h, w] of the model.
         num_tiles: Tiles of the data set; positions in a batch's `index` are below it.
         p: Probability that a tile is replaced.
-        reuse: Times that a variant is used before it is made anew.
+        reuse: Times that a variant is used before it is made anew, also within a batch that holds
+            a tile several times.
         max_age: Steps after which a variant is made anew even so; None for never.
-        folder: Where latents are kept in a file that the system maps, 6.3 kB a tile of CytoSyn;
-            None for memory. What is there is not read again: variants are of one run.
+        folder: Where latents are kept in a nameless file that the system maps, 6.3 kB a tile of
+            CytoSyn; None for memory. It lives as long as the bank: variants are of one run.
 
     Raises:
         ValueError: Numbers out of range.
-        OSError: The folder cannot be written, or the disk is full.
+        OSError: The folder cannot be written, or has no room for all latents.
 
     Example:
         >>> generator = TileGenerator.from_pretrained()
@@ -71,7 +105,7 @@ class ReplayBank:
         >>> for _ in range(4):
         ...     images = bank(tiles, torch.arange(4))
         >>> bank.counts
-        ReplayCounts(num_made=8, num_reused=8, num_kept=0)
+        ReplayCounts(num_made=8, num_reused=8, num_kept=0, num_failed=0)
     """
 
     def __init__(
@@ -98,13 +132,15 @@ class ReplayBank:
         self._uses = np.zeros(num_tiles, np.int32)  # of what is in the slot; 0 for an empty one
         self._made_at = np.zeros(num_tiles, np.int64)
         self._step = 0
-        self._counts = np.zeros(3, np.int64)
+        self._counts = np.zeros(4, np.int64)
+        self._has_warned = False
 
     @property
     def counts(self) -> ReplayCounts:
-        """What was made, reused and kept so far."""
+        """What was made, reused and kept so far, and what failed."""
         return ReplayCounts(*self._counts.tolist())
 
+    @own_precision()
     @torch.no_grad()
     def __call__(self, images: Tensor, index: Tensor) -> Tensor:
         """Return a batch with the drawn tiles replaced; draws from torch's generator.
@@ -127,23 +163,11 @@ class ReplayBank:
         self._step += 1
         if not rows:
             return images
-        spent = self._spent(slots)
-        # A tile that is in the batch twice is made once.
-        making = list({slots[row]: row for row in rows if spent[row]}.values())
-        is_edited = np.ones(len(slots), bool)
-        if making:
-            is_edited = self._make(images, slots, making, seeds)
-        changed = [row for row in rows if is_edited[row]]
-        self._counts += (len(making), len(rows) - len(making), len(rows) - len(changed))
-        if not changed:
-            return images
-        used = [slots[row] for row in changed]
-        np.add.at(self._uses, used, 1)
-        latents = torch.from_numpy(self._latents[used]).float()
-        made = self.generator.decode(latents, is_few_step=True)
-        out = images.clone()
-        out[torch.tensor(changed, device=out.device)] = made.to(out.device)
-        return out
+        shows_tissue = is_tissue(images[rows]).tolist()
+        tissue = [row for row, shows in zip(rows, shows_tissue, strict=True) if shows]
+        self._count(num_kept=len(rows) - len(tissue))
+        taken = self._take(images, slots, tissue, seeds)
+        return self._replaced(images, slots, taken) if taken else images
 
     def seconds_per_step(self, batch_size: int, make: float, decode: float) -> float:
         """Return what a step costs once all tiles have been seen; see the module.
@@ -153,7 +177,19 @@ class ReplayBank:
             make: Seconds that the edit of one tile takes.
             decode: Seconds that decoding one tile takes.
         """
-        return self.p * batch_size * (make / self.reuse + decode)
+        return self.p * batch_size * (make / self._expected_uses(batch_size) + decode)
+
+    def _expected_uses(self, batch_size: int) -> float:
+        """Return how often a variant is used on average; see the module."""
+        if self.max_age is None:
+            return float(self.reuse)
+        chances = self.max_age * batch_size // len(self._uses)
+        more = 0.0  # E[min(r - 1, X)] is the sum of P(X >= k) for k from 1 to r - 1
+        for k in range(1, min(self.reuse - 1, chances) + 1):
+            more += 1 - sum(
+                math.comb(chances, n) * self.p**n * (1 - self.p) ** (chances - n) for n in range(k)
+            )
+        return 1 + more
 
     def _checked(self, index: Tensor, num: int) -> list[int]:
         slots: list[int] = index.tolist()
@@ -173,11 +209,39 @@ class ReplayBank:
             spent |= self._step - self._made_at[slots] > self.max_age
         return spent
 
-    def _make(
+    def _take(
         self, images: Tensor, slots: list[int], rows: list[int], seeds: list[int]
-    ) -> np.ndarray:
-        """Fill slots anew; return which rows of the batch have a variant, bool [B]."""
+    ) -> dict[int, np.ndarray]:
+        """Return the latents of a variant for each row that has one, and count their uses."""
+        taken: dict[int, np.ndarray] = {}
+        while rows:
+            spent = self._spent(slots)
+            first: dict[int, int] = {}  # a tile that is in the batch twice is made once
+            for row in rows:
+                if spent[row]:
+                    first.setdefault(slots[row], row)
+            making = list(first.values())
+            lost = self._make(images, slots, making, seeds) if making else _Lost(set(), set())
+            waiting = []
+            for row in rows:
+                slot = slots[row]
+                if slot in lost.failed:
+                    self._count(num_failed=1)
+                elif slot in lost.left_alone:
+                    self._count(num_kept=1)
+                elif self._uses[slot] >= self.reuse:
+                    waiting.append(row)  # those before it in the batch have used it up
+                else:
+                    taken[row] = self._latents[slot].copy()
+                    self._uses[slot] += 1
+                    self._count(num_reused=int(row not in making))
+            rows = waiting
+        return taken
+
+    def _make(self, images: Tensor, slots: list[int], rows: list[int], seeds: list[int]) -> _Lost:
+        """Fill the slots of rows anew; return those that are empty still, to be asked again."""
         chosen = images[torch.tensor(rows, device=images.device)]
+        places = [slots[row] for row in rows]
         made = self.edit(chosen, [seeds[row] for row in rows])
         is_edited = torch.ones(len(rows), dtype=torch.bool)
         if made.dtype == torch.uint8:
@@ -193,13 +257,45 @@ class ReplayBank:
                 f"the edit gave latents {list(made.shape)}, expected "
                 f"{[num_edited, *self.generator.latent_shape]}"
             )
-        pairs = list(zip((slots[row] for row in rows), is_edited.tolist(), strict=True))
-        places = [slot for slot, is_new in pairs if is_new]
-        self._latents[places] = made.half().cpu().numpy()
+        stored = made.half().cpu()
+        is_finite = stored.isfinite().flatten(1).all(1).tolist()
+        edited = [place for place, is_new in zip(places, is_edited.tolist(), strict=True) if is_new]
+        self._latents[edited] = stored.numpy()
         self._uses[places], self._made_at[places] = 0, self._step
-        # A tile that was left alone has no variant: its slot stays empty, and is asked again.
-        left_alone = {slot for slot, is_new in pairs if not is_new}
-        return np.array([slot not in left_alone for slot in slots])
+        self._count(num_made=len(rows))
+        failed = {place for place, is_fine in zip(edited, is_finite, strict=True) if not is_fine}
+        self._warn_of(failed)
+        return _Lost(set(places) - set(edited), failed)
+
+    def _replaced(self, images: Tensor, slots: list[int], taken: dict[int, np.ndarray]) -> Tensor:
+        """Return the batch with rows replaced by what their latents decode to."""
+        rows = torch.tensor(list(taken))
+        latents = torch.from_numpy(np.stack(list(taken.values()))).float()
+        pixels = self.generator.decode_pixels(latents, is_few_step=True)
+        made, is_finite = finite_images(pixels)
+        failed = [slots[row] for row in rows[~is_finite.cpu()].tolist()]
+        self._uses[failed] = 0
+        self._count(num_failed=len(failed), num_reused=-len(failed))
+        self._warn_of(failed)
+        out = images.clone()
+        out[rows[is_finite.cpu()].to(out.device)] = made[is_finite].to(out.device)
+        return out
+
+    def _warn_of(self, failed: Collection[int]) -> None:
+        """Name the first tile that failed, once."""
+        if failed and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"the variant of tile {min(failed)} of the data set is not finite, so the tile "
+                "comes back unchanged; counts.num_failed counts such tiles. Load the model in "
+                "float32 or bfloat16, or look at the tile",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _count(self, **numbers: int) -> None:
+        for name, number in numbers.items():
+            self._counts[ReplayCounts._fields.index(name)] += number
 
     def _encode(self, images: Tensor) -> Tensor:
         if not len(images):
@@ -213,4 +309,19 @@ def _storage(generator: TileGenerator, num_tiles: int, folder: Path | str | None
         return np.zeros(shape, np.float16)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    return np.memmap(folder / "latents.bin", np.float16, "w+", shape=shape)
+    num_bytes = 2 * math.prod(shape)
+    # Its name is gone at once, so that nobody else opens it, and the system takes the space back
+    # when the process ends, however it ends.
+    with tempfile.NamedTemporaryFile(prefix="replay-", suffix=".latents", dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):  # or a full disk would kill the process later on
+            try:
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
+            except OSError as error:
+                raise OSError(
+                    error.errno,
+                    f"{folder} has no room for the latents of {num_tiles} tiles ({num_bytes:,} "
+                    f"bytes): {error.strerror}; free some, or choose another folder",
+                ) from error
+        else:
+            file.truncate(num_bytes)
+        return np.memmap(file, np.float16, "r+", shape=shape)

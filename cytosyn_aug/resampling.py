@@ -86,6 +86,9 @@ class ConditionedResample(TileTransform):
         """Tiles, in all workers, whose new version was too unlike or too like the old one."""
         return self._rejected.total()
 
+    def _tiles_at_once(self, grey: Tensor) -> int:
+        return self.generator.batch_size
+
     def _edit(self, grey: Tensor, params: dict[str, Any]) -> Edit:
         self.generator.check_process()
         tiles = grey.round().to(torch.uint8)
@@ -95,7 +98,7 @@ class ConditionedResample(TileTransform):
             params["seeds"],
             steps=self.steps,
             guidance_scale=self.guidance_scale,
-            cls=None if self.features is None else self.features(tiles),
+            features=self.features,
         )
         is_usable = result.is_tissue & result.is_finite
         self._count_failed(grey, result.is_tissue & ~result.is_finite)

@@ -133,7 +133,7 @@ def euler_maruyama(
     for i, (now, following) in enumerate(itertools.pairwise(times[:-1])):
         drift = x + (2 - now) * velocity(x, now).to(x.dtype)
         dt = following - now
-        x = x + drift * dt + math.sqrt(2 * now * -dt) * noise(i).to(x)
+        x = x + drift * dt + math.sqrt(2 * now * -dt) * noise(i).to(x, non_blocking=True)
     drift = x + (2 - last_time) * velocity(x, last_time).to(x.dtype)
     return x - last_time * drift
 

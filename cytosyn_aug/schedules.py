@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import SupportsFloat
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ def check_scheduled(name: str, value: Scheduled) -> None:
     """Raise ValueError unless a strength or probability is a Ramp or a number in [0, 1]."""
     if isinstance(value, Ramp):
         return
-    if not isinstance(value, int | float) or not 0 <= value <= 1:
+    if not isinstance(value, SupportsFloat) or not 0 <= value <= 1:
         raise ValueError(f"{name} is {value}, expected a number between 0 and 1, or a Ramp")
 
 

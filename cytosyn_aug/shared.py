@@ -17,11 +17,16 @@ class SharedEpoch:
     """The number of the current epoch, 0 until it is set."""
 
     def __init__(self) -> None:
-        self._value = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._value = torch.full((), -1, dtype=torch.int64).share_memory_()
 
     def get(self) -> int:
         """Return the epoch."""
-        return int(self._value)
+        return max(0, int(self._value))
+
+    @property
+    def is_set(self) -> bool:
+        """Whether any process has set it."""
+        return int(self._value) >= 0
 
     def set(self, epoch: int) -> None:
         """Set the epoch, in all processes.

@@ -25,6 +25,10 @@ from cytosyn_aug.config import TileSpec
 Grid = Literal["exact", "deepzoom"]
 ScaleSource = Literal["user", "properties", "aperio", "tiff", "power"]
 
+SLIDE_SUFFIXES = (
+    *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".svslide", ".bif", ".vms", ".vmu"),
+    ".czi",
+)
 MIN_OPENSLIDE = (4, 0, 1)  # earlier: CVE-2026-48977, CVE-2026-54604
 MAX_REGION_PX = 8192 * 8192  # OpenSlide allocates four bytes a pixel of whatever is asked
 MAX_ENLARGEMENT = 1.05  # "20x" scanners differ from 0.5 microns/pixel by as much
@@ -33,7 +37,7 @@ _PLAUSIBLE_MPP = (0.05, 10.0)
 _PLAUSIBLE_TIFF_MPP = (0.1, 2.0)  # outside: the 72 or 300 dpi that software writes by default
 _MICRONS = {"centimeter": 1e4, "inch": 25_400.0}
 _THUMBNAIL_BLOCK_PX = 128
-_GIVE_MPP = "give the right one yourself (mpp=, or the column mpp of a slides table)"
+_GIVE_MPP = "give the right one yourself (mpp=, slide_mpp=, --slide-mpp, or a slides table's mpp)"
 
 
 class SlideError(ValueError):
@@ -171,6 +175,8 @@ class Slide:
         height_level0: Height in level-0 pixels.
         downsamples: Downsample of each level.
         identity: OpenSlide's hash of the coarsest level, "" where there is none.
+        comment: What its first image is described with, "" for nothing.
+        has_colour_profile: Whether it comes with an ICC profile.
 
     Raises:
         SlideError: Missing, unsupported, truncated or damaged, or without a usable scale.
@@ -190,6 +196,8 @@ class Slide:
         self.width_level0, self.height_level0 = handle.dimensions
         self.downsamples: tuple[float, ...] = handle.level_downsamples
         self.identity: str = properties.get("openslide.quickhash-1", "")
+        self.comment: str = properties.get("openslide.comment", "")
+        self.has_colour_profile = "openslide.icc-size" in properties
         self._background = "#" + properties.get("openslide.background-color", "ffffff")
 
     def plan(self, tile: TileSpec, grid: Grid = "exact") -> Reading:
@@ -215,15 +223,38 @@ class Slide:
         Raises:
             SlideError: The region cannot be decoded, after a second attempt, or is too large.
         """
-        region = self._read_region(x_level0, y_level0, reading.level, reading.level_px)
-        if region.getchannel("A").getextrema()[0] == 255:
-            opaque = region.convert("RGB")
-        else:
-            opaque = Image.new("RGB", region.size, self._background)
-            opaque.paste(region, mask=region)
+        size = (reading.level_px, reading.level_px)
+        opaque = self.read_region(x_level0, y_level0, reading.level, size)
         if reading.level_px == reading.size_px:
             return opaque
         return opaque.resize((reading.size_px,) * 2, Image.Resampling.LANCZOS)
+
+    def read_region(
+        self, x_level0: int, y_level0: int, level: int, size: tuple[int, int]
+    ) -> Image.Image:
+        """Return a region of a level as RGB, with the background where nothing was scanned.
+
+        Args:
+            x_level0: Column of the corner.
+            y_level0: Row of the corner.
+            level: Level that is read.
+            size: Width and height in pixels of that level.
+
+        Raises:
+            SlideError: See `read_tile`.
+        """
+        region = self._read_region(x_level0, y_level0, level, size)
+        if region.getchannel("A").getextrema()[0] == 255:
+            return region.convert("RGB")
+        opaque = Image.new("RGB", region.size, self._background)
+        opaque.paste(region, mask=region)
+        return opaque
+
+    def scanner_thumbnail(self) -> Image.Image | None:
+        """Return the small picture of the slide that some scanners add, never their label."""
+        self._handle = self._handle or self._open()
+        found = self._handle.associated_images.get("thumbnail")
+        return None if found is None else found.convert("RGB")
 
     def thumbnail(self, mpp: float) -> Thumbnail:
         """Return the whole slide at a coarse scale, read in blocks so that memory stays bounded.
@@ -235,7 +266,7 @@ class Slide:
             SlideError: The slide has no level coarse enough to be read in bounded memory.
         """
         reading = self.plan(TileSpec(size_px=_THUMBNAIL_BLOCK_PX, mpp=mpp))
-        _check_region(self.file, reading.level_px)
+        _check_region(self.file, reading.level_px, reading.level_px)
         block, extent = _THUMBNAIL_BLOCK_PX, reading.extent_level0
         pixel_level0 = extent / block
         columns, rows = -(-self.width_level0 // extent), -(-self.height_level0 // extent)
@@ -279,14 +310,14 @@ class Slide:
                 "the download manifest"
             ) from error
 
-    def _read_region(self, x: int, y: int, level: int, side_px: int) -> Image.Image:
+    def _read_region(self, x: int, y: int, level: int, size: tuple[int, int]) -> Image.Image:
         """Read, and once more with a new handle: after an error OpenSlide's old one stays dead."""
-        _check_region(self.file, side_px)
+        _check_region(self.file, *size)
         failure: openslide.OpenSlideError | None = None
         for _ in range(2):
             try:
                 self._handle = self._handle or self._open()
-                return self._handle.read_region((x, y), level, (side_px, side_px))
+                return self._handle.read_region((x, y), level, size)
             except openslide.OpenSlideError as error:
                 self.close()
                 failure = error
@@ -313,10 +344,10 @@ def grid_positions(width_level0: int, height_level0: int, extent_level0: int) ->
     return np.stack([x, y], axis=1) * extent_level0
 
 
-def _check_region(file: Path, side_px: int) -> None:
-    if side_px * side_px > MAX_REGION_PX:
+def _check_region(file: Path, width_px: int, height_px: int) -> None:
+    if width_px * height_px > MAX_REGION_PX:
         raise SlideError(
-            f"{file.name} has no level coarse enough: {side_px}x{side_px} px would be read at "
+            f"{file.name} has no level coarse enough: {width_px}x{height_px} px would be read at "
             f"once, expected at most {MAX_REGION_PX:,} px; convert it to a pyramid"
         )
 

@@ -107,6 +107,15 @@ def tissue_moments(images: Tensor) -> DensityMoments:
     return density_moments(density, tissue_weight(density))
 
 
+def is_tissue(images: Tensor) -> Tensor:
+    """Return which tiles show tissue, bool [B]; the others are blank and must stay as they are.
+
+    Args:
+        images: uint8 or float [B, 3, H, W] in grey levels 0 to 255.
+    """
+    return tissue_weight(pooled_density(images)).double().mean((1, 2, 3)) >= MIN_TISSUE
+
+
 def pool_moments(moments: DensityMoments) -> DensityMoments:
     """Combine the moments of many tiles into those of their union, batch size 1."""
     share = moments.tissue / moments.tissue.sum().clamp_min(1e-9)

@@ -1,10 +1,11 @@
 """What all transforms share: the grammar of torchvision v2, for single tiles, batches and samples.
 
-`make_params` draws everything random, for every tile of the sample, from torch's generator;
-`transform` is pure. PIL images, uint8 and float tensors and tv_tensors come out as they went in;
-tiles that are not edited keep their very bits. Masks, boxes, key points and everything else pass by
-identity, or are refused by an edit that would make masks wrong. As in torchvision, of several plain
-tensors only the first is an image, and none where the sample holds a PIL image or `Image`.
+`make_params` draws everything random, for every tile of the sample, from torch's generator, which
+the ranks of a job must seed differently, or they draw alike; `transform` is pure. PIL images, uint8
+and float tensors and tv_tensors come out as they went in; tiles that are not edited keep their very
+bits, and autocast around a call changes nothing. Masks, boxes, key points and everything else pass
+by identity, or are refused by an edit that would make masks wrong. As in torchvision, of several
+plain tensors only the first is an image, and none where the sample holds a PIL image or `Image`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torchvision.transforms import v2
 from cytosyn_aug.draws import MAX_SEED
 from cytosyn_aug.facts import NO_FACTS, Facts, read_labels
 from cytosyn_aug.images import is_image_tensor, num_tiles, open_image, tile_key
+from cytosyn_aug.precision import own_precision
 from cytosyn_aug.schedules import Probability, Ramp, check_probability, probabilities
 from cytosyn_aug.shared import SharedCount, SharedEpoch
 
@@ -52,7 +54,7 @@ class TileTransform(v2.Transform):
     def __init__(self, *, p: Probability, keeps_structure: bool) -> None:
         super().__init__()
         check_probability(p)
-        self.p = p
+        self.p = p if isinstance(p, Mapping | Ramp) else float(p)
         self.keeps_structure = keeps_structure
         self._epoch = SharedEpoch()
         self._failed = SharedCount()
@@ -84,6 +86,7 @@ class TileTransform(v2.Transform):
                 shown.append(f"{name}={len(value)}")
         return ", ".join(s for s in shown if not s.startswith(("_", "training=")))
 
+    @own_precision()
     def forward(self, *inputs: Any) -> Any:
         """Edit the images of a sample.
 
@@ -147,22 +150,26 @@ class TileTransform(v2.Transform):
         seeds = torch.randint(0, MAX_SEED, (num,))
         return {"chosen": chosen.tolist(), "seeds": seeds.tolist()}
 
+    @own_precision()
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Edit an image as drawn; the same image and params give the same result."""
         index = [k for k, is_chosen in enumerate(params["chosen"]) if is_chosen]
         if not index:
             return inpt
         grey, close = open_image(inpt)
-        if len(index) == len(grey):
-            edit = self._edit(grey, params)
-            return close(edit.grey.to(grey), edit.is_edited)
-        rows = torch.tensor(index, device=grey.device)
-        edit = self._edit(grey[rows], {k: _pick(v, index) for k, v in params.items()})
         is_edited = torch.zeros(len(grey), dtype=torch.bool, device=grey.device)
-        is_edited[rows] = edit.is_edited.to(grey.device)
-        edited = grey.clone()
-        edited[rows] = edit.grey.to(grey)
-        return close(edited, is_edited)
+        size = self._tiles_at_once(grey)
+        for start in range(0, len(index), size):
+            part = index[start : start + size]
+            rows = torch.tensor(part, device=grey.device)
+            edit = self._edit(grey[rows], {k: _pick(v, part) for k, v in params.items()})
+            is_edited[rows] = edit.is_edited.to(grey.device)
+            grey[rows] = edit.grey.to(grey)
+        return close(grey, is_edited)
+
+    def _tiles_at_once(self, grey: Tensor) -> int:
+        """Return how many tiles are edited at once: intermediate results of all may not fit."""
+        return len(grey)
 
     def _edit(self, grey: Tensor, params: dict[str, Any]) -> Edit:
         """Edit the chosen tiles, float32 grey levels [n, 3, H, W], 0 to 255; params are theirs."""

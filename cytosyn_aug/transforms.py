@@ -6,6 +6,7 @@ see `cytosyn_aug.editing`. The grammar is that of `cytosyn_aug.tile_transform`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -37,8 +38,10 @@ from cytosyn_aug.editing import (
 from cytosyn_aug.facts import LABORATORY, NO_FACTS, SLIDE, Facts, read_fact
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import num_tiles, open_image
+from cytosyn_aug.precision import own_precision
 from cytosyn_aug.reference import StainReference
 from cytosyn_aug.schedules import Probability, Scheduled, check_scheduled, probabilities, value_at
+from cytosyn_aug.shared import SharedCount
 from cytosyn_aug.stain import (
     apply_density_map,
     blend_with_identity,
@@ -78,7 +81,8 @@ class StainTransfer(TileTransform):
         seed: Of the draws of mode "slide", which do not depend on torch's generator.
         recipe: How the model edits.
         features: Gives CLS vectors [B, D] of uint8 tiles at the model's size and scale, such as
-            `features_cached`; None asks the encoder. Not asked where `source` is given.
+            `features_cached`; None asks the encoder. Asked for tiles with tissue, and not where
+            `source` is given.
         allow_geometry_change: Accept masks and boxes although structure may move.
 
     Raises:
@@ -139,6 +143,7 @@ class StainTransfer(TileTransform):
         self._laboratories = [r.laboratory for r in self.references]
         self._groups = group_by_laboratory(self._laboratories)
         self._targets: Tensor | None = None
+        self._warned = {kind: SharedCount() for kind in ("epoch", "laboratory")}
 
     def make_params(self, flat_inputs: list[Any], facts: Facts = NO_FACTS) -> dict[str, Any]:
         """Draw also the reference of every tile, and its strength in this epoch.
@@ -162,7 +167,15 @@ class StainTransfer(TileTransform):
                     f"draws go by {fact}, and make_params was not told which; call the transform "
                     f'on a sample that carries it: {{"image": ..., "{fact}": ...}}'
                 )
+        if self.sampling == "own_excluded":
+            self._check_laboratories(own)
         if facts.slides is not None and self.mode == "slide":
+            if not self._epoch.is_set:
+                self._warn_once(
+                    "epoch",
+                    "mode='slide' draws the same for a slide until transform.set_epoch(epoch) says "
+                    "that another epoch has begun, and it was never called; call it before each",
+                )
             params = self._draw_by_slide(facts.slides, facts, own, count)
         else:
             params = super().make_params(flat_inputs, facts)
@@ -171,6 +184,22 @@ class StainTransfer(TileTransform):
             params["references"] = self._farthest(flat_inputs[0], num, count)
         params["strengths"] = [value_at(self.strength, self.epoch)] * num
         return params
+
+    def _check_laboratories(self, own: Sequence[Hashable]) -> None:
+        unknown = [x for x in own if x not in self._laboratories]
+        if unknown:
+            known = ", ".join(sorted({repr(x) for x in self._laboratories}))
+            self._warn_once(
+                "laboratory",
+                f"the sample is of laboratory {unknown[0]!r}, and the references are of {known}: "
+                "nothing is left out for it. Spell it as they do, if it is one of them",
+            )
+
+    def _warn_once(self, kind: str, sentence: str) -> None:
+        """Warn once in all processes."""
+        if not self._warned[kind].total():
+            self._warned[kind].add(1)
+            warnings.warn(sentence, stacklevel=2)
 
     def _draw_by_slide(
         self, slides: Sequence[Hashable], facts: Facts, own: Sequence[Hashable], count: int
@@ -191,19 +220,30 @@ class StainTransfer(TileTransform):
     ) -> list[int]:
         groups: Sequence[Sequence[int]] = self._groups
         if self.sampling == "own_excluded":
-            groups = without_laboratory(groups, self._laboratories, own)
+            groups = without_laboratory(groups, self._laboratories, own, count)
         return draw_references(groups, count, generator)
 
+    @own_precision()
     def _farthest(self, image: Any, num: int, count: int) -> list[list[int]]:
         """Return the farthest references, by what the pixels alone say: it has to be cheap."""
         targets = torch.cat([measured_statistics(r) for r in self.references])
         if self.source is not None:
             own = measured_statistics(self.source).expand(num, -1)
         else:
-            tiles = central_tiles(open_image(image).grey, self.mpp, self.generator.tile)
-            moments = tissue_moments(tiles)
-            own = moment_statistics(moments.mean, moments.covariance)
+            own = torch.cat(
+                [
+                    self._measured(part)
+                    for part in open_image(image).grey.split(self.generator.batch_size)
+                ]
+            )
         return farthest_references(own.cpu(), targets, count)
+
+    def _measured(self, grey: Tensor) -> Tensor:
+        moments = tissue_moments(central_tiles(grey, self.mpp, self.generator.tile))
+        return moment_statistics(moments.mean, moments.covariance)
+
+    def _tiles_at_once(self, grey: Tensor) -> int:
+        return self.generator.batch_size
 
     def _edit(self, grey: Tensor, params: dict[str, Any]) -> Edit:
         return self._restain(grey, self._estimate(grey), params["references"], params)
@@ -214,8 +254,7 @@ class StainTransfer(TileTransform):
             self.generator.check_images(grey.round().to(torch.uint8))
         tiles = central_tiles(grey, self.mpp, self.generator.tile)
         ask = self.features if self.source is None else None
-        cls = None if ask is None else ask(tiles)
-        estimate = estimate_stain(self.generator, tiles, self.source, self.recipe, cls)
+        estimate = estimate_stain(self.generator, tiles, self.source, self.recipe, ask)
         self._count_failed(grey, estimate.is_tissue & ~estimate.is_finite)
         return estimate
 
@@ -229,12 +268,21 @@ class StainTransfer(TileTransform):
         recoloured = apply_density_map(grey, change)
         is_edited = estimate.is_tissue & estimate.is_finite & (strength > 0)
         if self.preserve == "none":
-            tiles = recoloured.round().to(torch.uint8)
-            made = redraw(self.generator, tiles, self.recipe, params["seeds"])
-            is_drawn = made.is_finite.to(grey.device)
+            is_drawn = self._redraw(recoloured, is_edited, params["seeds"])
             self._count_failed(grey, is_edited & ~is_drawn)
-            recoloured, is_edited = made.images, is_edited & is_drawn
+            is_edited = is_drawn
         return Edit(recoloured, is_edited)
+
+    def _redraw(self, recoloured: Tensor, is_edited: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Draw edited tiles anew, in place; return which of them came out well, bool [n]."""
+        is_drawn = torch.zeros_like(is_edited)
+        rows = is_edited.nonzero()[:, 0].tolist()
+        if rows:
+            tiles = recoloured[rows].round().to(torch.uint8)
+            made = redraw(self.generator, tiles, self.recipe, [seeds[k] for k in rows])
+            recoloured[rows] = made.images.to(recoloured)
+            is_drawn[rows] = made.is_finite.to(is_drawn.device)
+        return is_drawn
 
     def _reference_statistics(self) -> Tensor:
         """Return the stain of all references [R, 9], on the CPU, computed at first use."""

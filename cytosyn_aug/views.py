@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
@@ -13,6 +14,7 @@ from cytosyn_aug.editing import EditRecipe
 from cytosyn_aug.facts import NO_FACTS, Facts
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import open_image
+from cytosyn_aug.precision import own_precision
 from cytosyn_aug.reference import StainReference
 from cytosyn_aug.schedules import Scheduled
 from cytosyn_aug.transforms import StainTransfer
@@ -32,13 +34,13 @@ class StainViews(StainTransfer):
 
     Args:
         generator: The model.
-        references: Laboratories to choose from.
+        references: Laboratories to choose from, at least one for each restained view.
         views: Number of versions, at least 2.
         has_original: Whether the first version is the sample itself.
         source: Statistics of the slide the tiles come from; None for each tile's own.
         strength: 1 goes to the reference, 0 stays; or a `Ramp` over epochs.
         mpp: Scale of the images in microns per pixel.
-        sampling: See `StainTransfer`.
+        sampling: See `StainTransfer`; "own_excluded" must leave a reference for every view.
         mode: See `StainTransfer`.
         seed: See `StainTransfer`.
         recipe: How the model edits.
@@ -71,6 +73,13 @@ class StainViews(StainTransfer):
     ) -> None:
         if views < 2:
             raise ValueError(f"views is {views}, expected at least 2; StainTransfer gives one")
+        num_made = views - has_original
+        if 0 < len(references) < num_made:
+            raise ValueError(
+                f"{num_made} restained views of a tile need as many references, or some would be "
+                f"alike; got {len(references)} references. Add some, ask for fewer views, or set "
+                "has_original=True"
+            )
         super().__init__(
             generator,
             references,
@@ -91,15 +100,24 @@ class StainViews(StainTransfer):
         """Draw for every tile one reference a view: `references` is a list of lists."""
         return self._draw(flat_inputs, facts, count=self.views - self.has_original)
 
+    @own_precision()
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Return the versions of one image, a tuple."""
         grey, close = open_image(inpt)
-        estimate = self._estimate(grey)  # once for all views
-        versions = [inpt] if self.has_original else []
-        for view in range(self.views - self.has_original):
-            drawn = [references[view] for references in params["references"]]
-            versions.append(close(*self._restain(grey, estimate, drawn, params)))
-        return tuple(versions)
+        num_made = self.views - self.has_original
+        made = [torch.empty_like(grey) for _ in range(num_made)]
+        is_edited = torch.zeros(num_made, len(grey), dtype=torch.bool, device=grey.device)
+        size = self._tiles_at_once(grey)
+        for start in range(0, len(grey), size):
+            part = slice(start, start + size)
+            own = {k: v[part] for k, v in params.items()}
+            estimate = self._estimate(grey[part])  # once for all views
+            for view in range(num_made):
+                drawn = [references[view] for references in own["references"]]
+                edit = self._restain(grey[part], estimate, drawn, own)
+                made[view][part], is_edited[view, part] = edit
+        edited = [close(*pair) for pair in zip(made, is_edited, strict=True)]
+        return (inpt, *edited) if self.has_original else tuple(edited)
 
     def _assemble(self, done: list[Any], is_image: list[bool], spec: TreeSpec) -> Any:
         columns = [

@@ -37,6 +37,7 @@ def check_transform(transform, tiles):
     check_randomness(transform, tiles)
     check_tiles_that_stay(transform, tiles)
     check_float_range(transform, tiles)
+    check_autocast(transform, tiles)
     check_pickle(transform, tiles)
 
 
@@ -140,6 +141,18 @@ def check_float_range(transform, tiles):
     after = versions(transform(to_float(tiles)), transform)
     for a, b in zip(before, after, strict=True):
         assert (to_float(a) - b).abs().max() <= 1 / 255
+
+
+def check_autocast(transform, tiles):
+    """A training step under autocast gets the very tiles that it gets without."""
+    results = []
+    for is_enabled in (False, True):
+        torch.manual_seed(6)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_enabled):
+            drawn = transform(tiles)
+            params = transform.make_params([tiles])
+            results.append((drawn, transform.transform(tiles, params)))
+    assert_equal(*results)
 
 
 def check_pickle(transform, tiles):

@@ -1,5 +1,7 @@
 """Micro-batches: the same rows whatever the cut, smaller parts when memory runs out."""
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -42,6 +44,40 @@ def test_when_memory_runs_out_rows_are_tried_again_in_halves():
     assert torch.equal(found, torch.arange(10) * 2)
     assert tried == [8, 4, 2, 2, 2, 2, 2]
     assert batches.size == 2
+
+
+def test_what_did_not_fit_is_gone_before_memory_is_given_back(monkeypatch):
+    activations = []
+
+    def function(x):
+        made = torch.zeros(1000)
+        activations.append(weakref.ref(made))
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return (x + made[: len(x)],)
+
+    batches, shrink = MicroBatches(CPU, 4), MicroBatches._shrink
+
+    def give_back(self):
+        assert activations[-1]() is None
+        shrink(self)
+
+    monkeypatch.setattr(MicroBatches, "_shrink", give_back)
+    with pytest.warns(UserWarning, match="ran out of memory"):
+        batches.map(function, torch.arange(4))
+    assert len(activations) == 3
+
+
+def test_numbers_are_cut_beside_tensors_and_stay_on_the_host():
+    seen = []
+
+    def function(x, seeds):
+        seen.append(seeds)
+        return (x,)
+
+    MicroBatches(CPU, 2).map(function, torch.arange(5), range(7, 12))
+    MicroBatches(CPU, 2, is_static=True).map(function, torch.arange(3), [1, 2, 3])
+    assert seen == [[7, 8], [9, 10], [11], [1, 2], [3, 3]]
 
 
 def test_one_row_that_does_not_fit_is_an_error():

@@ -39,6 +39,13 @@ def test_references_survive_disk(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", REFERENCES)
+def test_fitting_under_autocast_gives_the_same(kind):
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = kind.fit(synthetic_tiles(2))
+    assert inside == kind.fit(synthetic_tiles(2))
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
 def test_a_folder_gives_what_its_tiles_give(kind, tmp_path):
     tiles = synthetic_tiles(3)
     for k, tile in enumerate(tiles):
@@ -56,6 +63,15 @@ def test_a_slide_is_fitted_to_its_tissue(synthetic_slide):
     few = DensityReference.fit(slide, tile=tile, max_tiles=5)
     assert few.num_tiles == 5
     np.testing.assert_allclose(few.mean, reference.mean, atol=0.02)
+
+
+def test_blurred_tiles_of_a_slide_do_not_count_unless_all_are(synthetic_slide):
+    pytest.importorskip("tifffile", reason="fitting to slides is not tested")
+    facts = {"side": 224, "mpp": "0.5", "power": "20"}
+    some = synthetic_slide("some.svs", grid="####\n#b##", **facts)
+    assert DensityReference.fit(some).num_tiles == 7
+    every = synthetic_slide("all.svs", grid="bb\nbb", **facts)
+    assert DensityReference.fit(every).num_tiles == 4
 
 
 def test_a_slide_without_tissue_is_refused(synthetic_slide):

@@ -55,7 +55,7 @@ def inputs(network, num=3):
 def test_a_bound_velocity_is_that_of_step_by_step_guidance(
     network, guidance, max_rows, monkeypatch
 ):
-    monkeypatch.setattr(drawing, "_MAX_ROWS", max_rows)
+    monkeypatch.setattr(drawing, "MAX_ROWS", max_rows)
     x, condition, null = inputs(network)
     times = time_grid("ab2", 6)
     bound = bind_velocity(network, times, condition, null, guidance, network.forward_modulated)

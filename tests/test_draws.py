@@ -1,5 +1,6 @@
 """Schedules, what they read from samples, and which references are drawn."""
 
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -179,6 +180,28 @@ def test_no_reference_repeats_before_all_were_drawn():
         assert sorted(drawn[:5]) == [0, 1, 2, 3, 4]
 
 
+def test_one_draw_of_many_references_reads_only_what_it_takes():
+    class Slides(list):
+        reads = 0
+
+        def __getitem__(self, k):
+            Slides.reads += 1
+            return super().__getitem__(k)
+
+        def __iter__(self):
+            raise AssertionError("shuffled as a whole")
+
+    groups = [Slides(range(10 * k, 10 * k + 10)) for k in range(50)]
+    drawn = Counter()
+    for seed in range(1000):
+        found = draw_references(groups, 2, torch.Generator().manual_seed(seed))
+        assert found[0] // 10 != found[1] // 10
+        drawn.update(k // 10 for k in found)
+    assert Slides.reads == 2000
+    assert set(drawn) == set(range(50))
+    assert 15 < min(drawn.values()) <= max(drawn.values()) < 75  # 40 each, by chance
+
+
 def test_own_excluded_never_draws_the_own_laboratory(generator, references, tiles):
     transform = StainTransfer(generator, references, p=1.0, sampling="own_excluded", recipe=FAST)
     sample = {"image": tiles, "laboratory": ["a", "b", "c", "elsewhere"]}
@@ -248,6 +271,45 @@ def test_slide_mode_reads_one_name_a_tile(generator, references, tiles):
         transform.make_params([tiles])
 
 
+def test_slide_mode_without_epochs_says_once_that_it_repeats(generator, references, tiles):
+    transform = StainTransfer(generator, references, mode="slide", recipe=FAST)
+    sample = {"image": tiles[0], "slide": "x"}
+    with pytest.warns(UserWarning, match=r"set_epoch.*never called"):
+        transform(sample)
+    told = StainTransfer(generator, references, mode="slide", recipe=FAST)
+    told.set_epoch(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        transform(sample)
+        told(sample)
+
+
+def test_slide_mode_reads_names_however_they_are_stored(generator, references, tiles):
+    transform = StainTransfer(generator, references, mode="slide")
+    seeds = set()
+    for name in ("A", np.str_("A"), ["A"] * 4, [np.str_("A")] * 4, np.array(["A"] * 4)):
+        sample = {"image": tiles, "slide": name}
+        seeds |= set(transform.make_params([tiles], transform.read_facts(sample, [tiles]))["seeds"])
+    assert len(seeds) == 1
+
+
+def test_a_laboratory_that_no_reference_names_is_named_once(generator, references, tiles):
+    transform = StainTransfer(generator, references, p=0.0, sampling="own_excluded")
+    with pytest.warns(UserWarning, match=r"laboratory 'A ',.*'a', 'b', 'c'.* nothing is left out"):
+        transform({"image": tiles, "laboratory": ["a", "A ", "B", "b"]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        transform({"image": tiles, "laboratory": "A "})
+
+
+def test_probabilities_and_labels_of_numpy_and_torch_serve(generator, references, tiles):
+    transform = StainTransfer(generator, references, p=np.float32(0.5), strength=np.float32(0.5))
+    assert isinstance(transform.p, float)
+    by_class = StainTransfer(generator, references, p={0: 0.0, 1: 1.0}, recipe=FAST)
+    images = by_class((tiles, [torch.tensor(0), torch.tensor(1)] * 2))[0]
+    assert (images != tiles).flatten(1).any(1).tolist() == [False, True] * 2
+
+
 class Slides(Dataset):
     def __init__(self, transform, tiles):
         self.transform, self.tiles = transform, tiles
@@ -314,6 +376,17 @@ def test_views_collate_to_one_batch_a_view(generator, references, tiles):
     (first, labels), (second, _) = batch
     assert first.shape == second.shape == tiles.shape
     assert labels.tolist() == [1] * 4
+
+
+def test_views_that_would_be_alike_are_refused(generator, references, tiles):
+    with pytest.raises(ValueError, match=r"3 restained views .* 2 references"):
+        StainViews(generator, references[:2], views=3)
+    StainViews(generator, references[:2], views=3, has_original=True)
+    views = StainViews(generator, references[:4], views=2, sampling="own_excluded", recipe=FAST)
+    with pytest.raises(ValueError, match=r"2 .* 1 reference.* of other laboratories than 'a'"):
+        views({"image": tiles[0], "laboratory": "a"})
+    first, second = views({"image": tiles[0], "laboratory": "b"})
+    assert not torch.equal(first["image"], second["image"])
 
 
 def test_one_view_is_refused(generator, references):

@@ -3,7 +3,7 @@ import torch
 from conftest import random_parts, synthetic_tiles
 
 from cytosyn_aug import EditRecipe, StainReference
-from cytosyn_aug.editing import redraw, stain_change
+from cytosyn_aug.editing import redraw, resample, stain_change
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.stain import apply_density_map, pool_moments, tissue_moments
 
@@ -69,6 +69,33 @@ def test_redrawing_depends_on_seed_and_noise_level(generator, tiles):
     )
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
+
+
+@pytest.mark.parametrize("function", ["redraw", "resample"])
+def test_networks_never_see_blank_tiles(generator, tiles, function, monkeypatch):
+    mixed = tiles.clone()
+    mixed[[0, 2]] = 243
+    seen = []
+    for name in ("cls_features", "draw", "decode_pixels"):
+        original = getattr(generator, name)
+        monkeypatch.setattr(
+            generator, name, lambda x, *a, _f=original, **k: seen.append(len(x)) or _f(x, *a, **k)
+        )
+
+    def edit(images, seeds):
+        if function == "redraw":
+            return redraw(generator, images, EditRecipe(steps=2), seeds)
+        return resample(generator, images, seeds, steps=2)
+
+    made = edit(mixed, [1, 2, 3, 4])
+    assert set(seen) == {2}
+    assert torch.equal(made.images[::2], mixed[::2])
+    assert made.is_finite.all()
+    assert torch.equal(made.images[1::2], edit(mixed[1::2], [2, 4]).images)
+    seen.clear()
+    blank = torch.full_like(tiles, 255)
+    assert torch.equal(edit(blank, [1, 2, 3, 4]).images, blank)
+    assert not seen
 
 
 @pytest.mark.parametrize(

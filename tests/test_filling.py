@@ -122,11 +122,12 @@ def test_a_full_disk_stops_filling_and_the_rest_is_filled_later(generator, cache
 def test_transforms_take_cached_features(generator, cache, tiles):
     features = partial(features_cached, generator, cache=cache)
     reference = StainReference.fit(generator, synthetic_tiles(3, seed=5))
+    both = [reference, StainReference.fit(generator, synthetic_tiles(3, seed=6))]
     for make in (
         partial(ConditionedResample, generator, p=1.0, steps=2),
         partial(StainTransfer, generator, [reference], p=1.0),
         partial(StainNormalize, generator, reference),
-        lambda features: lambda x: StainViews(generator, [reference], features=features)(x)[0],
+        lambda features: lambda x: StainViews(generator, both, features=features)(x)[0],
     ):
         results = []
         for given in (None, features, features):

@@ -1,8 +1,11 @@
 import pytest
 import torch
 from conftest import SIZE, random_parts, synthetic_tiles
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from cytosyn_aug import EditRecipe, StainReference
 from cytosyn_aug.checkpoint import load_model
+from cytosyn_aug.editing import redraw
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.sampling import bind_student, flow_map, sample_noise
 
@@ -102,6 +105,66 @@ def test_bfloat16_networks_stay_close_to_float32(model_folder, tiles):
     assert short.dtype == torch.float32
     # bfloat16 keeps 8 bits: about 1 % after a dozen layers.
     assert (exact - short).norm() / exact.norm() < 0.05
+
+
+def test_nothing_changes_under_autocast(generator, tiles):
+    def compute():
+        latents = generator.whiten(generator.encode(tiles).mean)
+        cls = generator.features(tiles).cls
+        reference = StainReference.fit(generator, tiles)
+        return (
+            latents, cls, generator.decode(latents), generator.sample(cls, steps=2),
+            redraw(generator, tiles, EditRecipe(steps=2), [1, 2, 3, 4]).images,
+            reference.cls, *reference.moments,
+        )  # fmt: skip
+
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = compute()
+        assert torch.is_autocast_enabled("cpu")
+    for a, b in zip(inside, compute(), strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+@pytest.fixture
+def count_graphs(monkeypatch):
+    """Compile without a compiler, and count what would have been compiled."""
+    counter = CompileCounterWithBackend("eager")
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: original(f, backend=counter, **kw))
+    torch._dynamo.reset()
+    return counter
+
+
+def test_compiled_networks_are_few_graphs_and_compute_the_same(student_folder, tiles, count_graphs):
+    plain, compiled = (
+        TileGenerator.from_pretrained(student_folder, batch_size=3) for _ in range(2)
+    )
+    compiled.compile()
+    few = {"sampler": "ab2", "steps": 5}
+    odd = tiles.contiguous(memory_format=torch.channels_last)[::2]
+    uses = [
+        (lambda g: g.sample(per_condition=5, guidance_scale=2.0, **few), 3),  # 3 and 6 rows
+        (lambda g: g.sample(per_condition=3, **few), 3),
+        (lambda g: g.sample(torch.ones(4, 24), **few), 3),
+        (lambda g: g.sample(per_condition=2, sampler="euler_maruyama", steps=4), 3),
+        (lambda g: g.sample(per_condition=4), 4),  # the student
+        (lambda g: redraw(g, tiles, EditRecipe(steps=3), [1, 2, 3, 4]).images, 4),
+        (lambda g: redraw(g, odd, EditRecipe(steps=2), [1, 2]).images, 4),
+    ]  # fmt: skip
+    for use, num_graphs in uses:
+        assert (use(plain).int() - use(compiled).int()).abs().max() <= 1
+        assert count_graphs.frame_count == num_graphs
+
+
+def test_a_compiled_model_goes_on_when_memory_runs_out_again_and_again(model_folder, count_graphs):
+    generator = TileGenerator.from_pretrained(model_folder, batch_size=32)
+    generator.compile()
+    expected = generator.sample(per_condition=1, steps=4, guidance_scale=2.0, seed=3)
+    for size in (16, 8, 4, 2, 1):
+        generator.batches.size = size
+        found = generator.sample(per_condition=1, steps=4, guidance_scale=2.0, seed=3)
+        assert (found.int() - expected.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize(

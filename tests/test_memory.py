@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import Tensor
 
+from cytosyn_aug import ConditionedResample, StainReference, StainTransfer, StainViews
 from cytosyn_aug.generator import TileGenerator
-from cytosyn_aug.memory import MemoryPlan, peak_bytes, plan_memory
+from cytosyn_aug.memory import MemoryPlan, _shadow_of, peak_bytes, plan_memory
 
 KB = 1024
 
@@ -68,8 +70,56 @@ def test_shorter_numbers_need_half_of_it(model_folder):
     assert half.per_tile < 0.75 * whole.per_tile
 
 
+TRANSFORMS = {
+    "colour": lambda g, r: StainTransfer(g, r, p=1.0),
+    "farthest": lambda g, r: StainTransfer(g, r, p=1.0, sampling="farthest"),
+    "redraw": lambda g, r: StainTransfer(g, r, p=1.0, preserve="none"),
+    "resample": lambda g, r: ConditionedResample(g, p=1.0, guidance_scale=2.0),
+    "views": lambda g, r: StainViews(g, r),
+}
+
+
+@pytest.mark.parametrize("convert", [lambda x: x, lambda x: x / 255], ids=["uint8", "float32"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("num_parts", [1, 8])
+def test_transforms_stay_within_the_plan(student_folder, tiles, name, num_parts, convert):
+    generator = TileGenerator.from_pretrained(student_folder, batch_size=2)
+    references = [StainReference.fit(generator, x) for x in (tiles[:2], tiles[2:])]
+    batch = convert(tiles[:2]).repeat(num_parts, 1, 1, 1)
+    parts = ("vae", "transformer", "encoder", "stain_probe", "student")
+    known = [
+        x for part in parts for m in [getattr(generator, part)]
+        for x in (*m.parameters(), *m.buffers())
+    ]  # fmt: skip
+    plan = plan_memory(generator)
+    transform = TRANSFORMS[name](generator, references)
+    held = 10 if batch.dtype == torch.uint8 else 16
+    held += held // 2 * getattr(transform, "views", 0)
+    peak = peak_bytes(transform, known, batch)
+    assert peak <= plan.total(2) - plan.weights + held * batch.numel()
+
+
+def test_a_plan_copies_no_weights(generator):
+    weights = [*generator.transformer.parameters()]
+    shadows = _shadow_of(generator.transformer)
+    assert {x.device.type for x in (*shadows.parameters(), *shadows.buffers())} == {"meta"}
+    assert {x.device.type for x in weights} == {"cpu"}
+
+
+@pytest.mark.parametrize("name", ["colour", "views"])
+def test_a_change_of_colour_is_the_same_however_the_batch_is_cut(model_folder, tiles, name):
+    results = []
+    for batch_size in (1, 3, 16):
+        generator = TileGenerator.from_pretrained(model_folder, batch_size=batch_size)
+        references = [StainReference.fit(generator, x) for x in (tiles[:2], tiles[2:])]
+        torch.manual_seed(0)
+        made = TRANSFORMS[name](generator, references)(tiles)
+        results.append(made if isinstance(made, Tensor) else torch.cat(made))
+    assert all((x.int() - results[0].int()).abs().max() <= 1 for x in results)
+
+
 def test_a_plan_tells_what_fits():
-    plan = MemoryPlan(weights=100, per_tile=30)
+    plan = MemoryPlan(weights=80, per_tile=30, modulation=20)
     assert plan.total(2) == 160
     assert plan.largest_batch(160) == 2
     assert plan.largest_batch(159) == 1

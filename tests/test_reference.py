@@ -35,6 +35,19 @@ def test_a_slide_is_fitted_to_its_tissue(generator, synthetic_slide):
     assert len(StainReference.fit(generator, slide, max_tiles=5).cls) == 5
 
 
+def test_several_folders_and_slides_have_equal_parts(generator, synthetic_slide, tmp_path):
+    pytest.importorskip("tifffile", reason="fitting to slides is not tested")
+    slide = synthetic_slide(grid="####\n####", side=256, mpp="0.5", power="20")
+    (tmp_path / "tiles").mkdir()
+    for k, tile in enumerate(synthetic_tiles(5)):
+        Image.fromarray(tile.permute(1, 2, 0).numpy()).save(tmp_path / "tiles" / f"{k}.png")
+    both = StainReference.fit(generator, [tmp_path / "tiles", slide], max_tiles=6)
+    alone = [StainReference.fit(generator, x, max_tiles=3) for x in (tmp_path / "tiles", slide)]
+    torch.testing.assert_close(both.cls, torch.cat([x.cls for x in alone]))
+    with pytest.raises(ValueError, match="no folders and no slides"):
+        StainReference.fit(generator, [])
+
+
 def test_the_laboratory_travels_along(generator, tmp_path):
     reference = StainReference.fit(generator, synthetic_tiles(2), laboratory="Utrecht")
     reference.save(tmp_path / "lab.json")

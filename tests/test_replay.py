@@ -1,5 +1,9 @@
 """ReplayBank: variants are made when they must be, used as often as said, and cost as said."""
 
+import errno
+import os
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -39,7 +43,7 @@ def test_a_variant_is_used_reuse_times_and_then_made_anew(generator, tiles):
     assert torch.equal(seen[0], seen[2])
     assert not torch.equal(seen[2], seen[3])
     assert torch.equal(seen[3], seen[5])
-    assert bank.counts == ReplayCounts(num_made=6, num_reused=8, num_kept=0)
+    assert bank.counts == ReplayCounts(num_made=6, num_reused=8, num_kept=0, num_failed=0)
 
 
 def test_what_is_reused_is_what_was_made(generator, tiles):
@@ -66,6 +70,18 @@ def test_a_tile_twice_in_a_batch_is_made_once_and_used_twice(generator, tiles):
     assert torch.equal(images[0], images[1])
     bank(tiles[:1], torch.tensor([2]))
     assert edits.sizes == [1, 1]
+
+
+def test_no_variant_is_used_more_often_than_said_within_a_batch_either(generator, tiles):
+    bank, edits = bank_of(generator, reuse=2)
+    images = bank(tiles[:1].repeat(5, 1, 1, 1), torch.zeros(5, dtype=torch.int64))
+    assert edits.sizes == [1, 1, 1]
+    assert torch.equal(images[0], images[1])
+    assert not torch.equal(images[1], images[2])
+    assert torch.equal(images[2], images[3])
+    bank(tiles[:1].repeat(2, 1, 1, 1), torch.zeros(2, dtype=torch.int64))
+    assert edits.sizes == [1, 1, 1, 1]  # one use of the third was left
+    assert bank.counts == ReplayCounts(num_made=4, num_reused=3, num_kept=0, num_failed=0)
 
 
 @settings(deadline=None, max_examples=10)
@@ -104,9 +120,65 @@ def test_tiles_that_the_edit_left_alone_keep_their_bits(generator, tiles):
     images = bank(tiles[:3], torch.arange(3))
     assert not torch.equal(images[0], tiles[0])
     assert torch.equal(images[1:], tiles[1:3])
-    assert bank.counts == ReplayCounts(num_made=3, num_reused=0, num_kept=2)
+    assert bank.counts == ReplayCounts(num_made=3, num_reused=0, num_kept=2, num_failed=0)
     moved = generator.whiten(generator.encode(255 - tiles[:1]).mean).half().float()
     assert torch.equal(images[:1], generator.decode(moved, is_few_step=True))
+
+
+def test_a_tile_that_fails_comes_back_counted_named_once_and_is_tried_again(generator, tiles):
+    calls = []
+
+    def fail_on_the_second(images, seeds):
+        latents = torch.zeros(len(images), *generator.latent_shape)
+        latents[1:2] = (float("nan"), 1e6)[len(calls) % 2]  # 1e6 is no float16
+        calls.append(len(images))
+        return latents
+
+    bank = ReplayBank(generator, fail_on_the_second, num_tiles=4, p=1.0, reuse=2)
+    with pytest.warns(RuntimeWarning, match="tile 1 of the data set is not finite"):
+        images = bank(tiles[:3], torch.arange(3))
+    assert torch.equal(images[1], tiles[1])
+    assert (images[::2] != tiles[:3:2]).flatten(1).any(1).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bank(tiles[:3], torch.arange(3))
+    assert calls == [3, 1]
+    # Alone in the second call, it is the first of its batch and does not fail.
+    assert bank.counts == ReplayCounts(num_made=4, num_reused=2, num_kept=0, num_failed=1)
+
+
+def test_a_variant_that_cannot_be_decoded_empties_its_slot(model_folder, tiles, monkeypatch):
+    generator = TileGenerator.from_pretrained(model_folder, batch_size=3)
+    bank, edits = bank_of(generator, reuse=9)
+    bank(tiles[:2], torch.arange(2))
+    decode = generator.decode_pixels
+
+    def broken(latents, **options):
+        pixels = decode(latents, **options)
+        pixels[1] = float("inf")
+        return pixels
+
+    monkeypatch.setattr(generator, "decode_pixels", broken)
+    with pytest.warns(RuntimeWarning, match="tile 1 of"):
+        images = bank(tiles[:2], torch.arange(2))
+    assert torch.equal(images[1], tiles[1])
+    assert not torch.equal(images[0], tiles[0])
+    monkeypatch.undo()
+    bank(tiles[:2], torch.arange(2))
+    assert edits.sizes == [2, 1]
+    assert bank.counts == ReplayCounts(num_made=3, num_reused=2, num_kept=0, num_failed=1)
+
+
+def test_blank_tiles_are_kept_and_never_given_to_the_edit(generator, tiles):
+    mixed = tiles.clone()
+    mixed[[0, 2]] = 243
+    bank, edits = bank_of(generator, reuse=2)
+    for _ in range(2):
+        images = bank(mixed, torch.arange(4))
+        assert torch.equal(images[::2], mixed[::2])
+        assert (images[1::2] != mixed[1::2]).flatten(1).any(1).all()
+    assert edits.sizes == [2]
+    assert bank.counts == ReplayCounts(num_made=2, num_reused=2, num_kept=4, num_failed=0)
 
 
 def test_latents_in_a_file_are_those_in_memory(generator, tiles, tmp_path):
@@ -115,8 +187,33 @@ def test_latents_in_a_file_are_those_in_memory(generator, tiles, tmp_path):
         bank, _ = bank_of(generator, folder=folder)
         seen.append([bank(tiles[:2], torch.tensor([0, 3])) for _ in range(2)])
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
-    size = 4 * 2 * torch.Size(generator.latent_shape).numel()
-    assert (tmp_path / "bank" / "latents.bin").stat().st_size == size
+
+
+def test_banks_of_one_folder_do_not_touch_each_other_and_leave_nothing(
+    generator, tiles, tmp_path, monkeypatch
+):
+    reserved = []
+    fallocate = os.posix_fallocate
+    monkeypatch.setattr(
+        os, "posix_fallocate", lambda *given: reserved.append(given[1:]) or fallocate(*given)
+    )
+    banks = [bank_of(generator, folder=tmp_path)[0] for _ in range(2)]
+    assert reserved == 2 * [(0, 4 * 2 * torch.Size(generator.latent_shape).numel())]
+    first = banks[0](tiles[:1], torch.tensor([0]))
+    banks[1].edit = lambda images, seeds: torch.full((1, *generator.latent_shape), -2.0)
+    assert not torch.equal(banks[1](tiles[:1], torch.tensor([0])), first)
+    assert torch.equal(banks[0](tiles[:1], torch.tensor([0])), first)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_an_error_at_once(generator, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"no room for the latents of 4 tiles \(.* bytes\)"):
+        bank_of(generator, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_cost_of_a_step_is_what_was_counted(generator, tiles):
@@ -127,6 +224,24 @@ def test_the_cost_of_a_step_is_what_was_counted(generator, tiles):
     made, decoded = sum(edits.sizes) / 8, 4
     assert bank.seconds_per_step(4, make=1.0, decode=0.0) == made
     assert bank.seconds_per_step(4, make=0.0, decode=1.0) == decoded
+
+
+@pytest.mark.parametrize(
+    ("p", "reuse", "max_age", "within"),
+    [(1.0, 4, 2, 0), (1.0, 4, 10, 0), (1.0, 9, 11, 0), (0.5, 4, None, 0.15), (0.5, 8, 12, 0.15)],
+)
+def test_age_makes_a_step_dearer_as_the_formula_says(generator, tiles, p, reuse, max_age, within):
+    """A tile comes every 4 steps, so a variant of age 10 has seen two chances of being reused."""
+    bank, edits = bank_of(generator, num_tiles=8, p=p, reuse=reuse, max_age=max_age)
+    torch.manual_seed(0)
+    num_steps = 0
+    for _ in range(36):
+        for step in range(4):
+            bank(tiles[:2], torch.tensor([2 * step, 2 * step + 1]))
+            num_steps += 1
+    expected = bank.seconds_per_step(2, make=1.0, decode=0.0)
+    assert sum(edits.sizes) / num_steps == pytest.approx(expected, rel=within + 1e-6)
+    assert bank.seconds_per_step(2, make=0.0, decode=1.0) == p * 2
 
 
 @pytest.mark.parametrize(

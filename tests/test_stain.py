@@ -4,11 +4,13 @@ from conftest import synthetic_tiles
 
 from cytosyn_aug.stain import (
     MAX_GAIN,
+    MIN_TISSUE,
     DensityMap,
     DensityMoments,
     apply_density_map,
     blend_with_identity,
     density_moments,
+    is_tissue,
     match_moments,
     pool_moments,
     tissue_moments,
@@ -89,6 +91,14 @@ def test_no_tissue_gives_finite_moments_and_no_weight():
     blank = tissue_moments(torch.full((1, 3, 16, 16), 250, dtype=torch.uint8))
     assert blank.tissue.item() == 0
     assert torch.isfinite(blank.mean).all()
+
+
+def test_tissue_is_told_from_glass_in_any_number_type(tiles):
+    glass = torch.full_like(tiles[:2], 243)
+    mixed = torch.cat([tiles[:1], glass, tiles[1:2]])
+    for images in (mixed, mixed.float(), mixed.double()):
+        assert is_tissue(images).tolist() == [True, False, False, True]
+    assert torch.equal(is_tissue(mixed), tissue_moments(mixed).tissue >= MIN_TISSUE)
 
 
 def test_the_identity_leaves_every_pixel():

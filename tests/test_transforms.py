@@ -22,6 +22,7 @@ from cytosyn_aug import (
     Ramp,
     ReinhardNormalize,
     ReinhardReference,
+    ReplayBank,
     StainNormalize,
     StainReference,
     StainViews,
@@ -359,6 +360,27 @@ def test_a_gpu_in_a_forked_worker_gets_one_message_that_names_both_ways(model_fo
     transform = ConditionedResample(generator, p=1.0, steps=2)
     generator.device = torch.device("cuda:0")  # says so; no GPU is needed to refuse one
     loader = DataLoader(Edited(list(tiles), transform), num_workers=1)
+    with pytest.raises(RuntimeError, match=r"(?s)on cuda:0.*after collation.*CachedVariants"):
+        next(iter(loader))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda g, x: g.features(x[None]),
+        lambda g, x: g.cls_features(x[None]),
+        lambda g, x: g.encode(x[None]),
+        lambda g, x: g.sample(per_condition=1, steps=2),
+        lambda g, x: g.decode(torch.zeros(1, *g.latent_shape)),
+        lambda g, x: ReplayBank(g, lambda i, s: 255 - i, num_tiles=1, p=1.0)(
+            x[None], torch.tensor([0])
+        ),
+    ],
+)
+def test_every_use_of_a_gpu_in_a_forked_worker_gets_that_message(model_folder, tiles, use):
+    generator = TileGenerator.from_pretrained(model_folder)
+    generator.device = torch.device("cuda:0")
+    loader = DataLoader(Edited(list(tiles), lambda x: use(generator, x)), num_workers=1)
     with pytest.raises(RuntimeError, match=r"(?s)on cuda:0.*after collation.*CachedVariants"):
         next(iter(loader))
 

@@ -19,12 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from cytosyn_aug.slides import SLIDE_SUFFIXES
 from training.tcga import SECTIONS, parse_barcode, patient_and_site, read_manifest
 
-SLIDE_SUFFIXES = (
-    *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".svslide", ".bif", ".vms", ".vmu"),
-    ".czi",
-)
 RESERVED_NAMES = ("work", "masks", "provenance")
 _GDC_SHEET = {"File Name": "slide", "Case ID": "patient", "Project ID": "project"}
 _COLUMNS = ("slide", "patient", "site", "project", "split", "mpp")

@@ -1,0 +1,165 @@
+"""One change of colour for all pixels of a slide, from its stain to that of a reference.
+
+The four kinds of references, each of which names its method, and what they have in common: they are
+fitted to tiles, and two of a kind give a function of colour. The functions are those of the
+transforms (`StainNormalize`, `MacenkoNormalize`, ...) with `source`, without their question whether
+a tile is worth changing, which would answer differently for neighbours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cytosyn_aug.classical import DensityReference
+from cytosyn_aug.colour_table import Recolour
+from cytosyn_aug.editing import EditRecipe, reference_statistics
+from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.images import optical_density
+from cytosyn_aug.json_files import record_to_dict
+from cytosyn_aug.macenko import MacenkoReference, normalising_map
+from cytosyn_aug.reference import StainReference
+from cytosyn_aug.reinhard import ReinhardReference, grey_to_lab, match_colour
+from cytosyn_aug.stain import (
+    DensityMap,
+    apply_density_map,
+    blend_with_identity,
+    match_moments,
+    moments_from_statistics,
+    tissue_weight,
+)
+from cytosyn_aug.tile_sets import MAX_TILES, TileSource
+
+Method = Literal["cytosyn", "macenko", "reinhard", "density"]
+Reference = StainReference | MacenkoReference | ReinhardReference | DensityReference
+
+_KINDS: dict[Method, type[Reference]] = {
+    "cytosyn": StainReference,
+    "macenko": MacenkoReference,
+    "reinhard": ReinhardReference,
+    "density": DensityReference,
+}
+_CPU = torch.device("cpu")
+
+
+def method_of(reference: Reference) -> Method:
+    """Return the method that a kind of reference stands for.
+
+    Raises:
+        TypeError: It is no reference.
+    """
+    for method, kind in _KINDS.items():
+        if isinstance(reference, kind):
+            return method
+    names = ", ".join(kind.__name__ for kind in _KINDS.values())
+    raise TypeError(f"reference is {type(reference).__name__}, expected one of {names}")
+
+
+def fit_reference(
+    method: Method,
+    tiles: TileSource,
+    generator: TileGenerator | None = None,
+    max_tiles: int = MAX_TILES,
+) -> Reference:
+    """Fit the reference of a method to tiles; see `StainReference.fit`.
+
+    Raises:
+        ValueError: No such method, no generator for "cytosyn", or tiles that tell no stain.
+    """
+    if method == "cytosyn":
+        return StainReference.fit(_needed(generator), tiles, max_tiles=max_tiles)
+    if method == "macenko":
+        return MacenkoReference.fit(tiles, max_tiles=max_tiles)
+    if method == "reinhard":
+        return ReinhardReference.fit(tiles, max_tiles=max_tiles)
+    if method == "density":
+        return DensityReference.fit(tiles, max_tiles=max_tiles)
+    raise ValueError(f"method is {method!r}, expected one of {sorted(_KINDS)}")
+
+
+def load_reference(method: Method, file: Path) -> Reference:
+    """Read a saved reference of a method; raises ValueError if it is not one."""
+    return _KINDS[method].load(file)
+
+
+def reference_digest(reference: Reference) -> str:
+    """Return 16 hexadecimal digits of SHA-256 over all of a reference."""
+    if isinstance(reference, StainReference):
+        content = reference.to_dict()
+    else:
+        content = record_to_dict(reference)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def recolour_to(
+    reference: Reference,
+    source: Reference,
+    *,
+    generator: TileGenerator | None,
+    edit: EditRecipe,
+    strength: float,
+) -> Recolour:
+    """Return the function of grey levels [1, 3, H, W] that takes `source` to `reference`.
+
+    Args:
+        reference: Where to go.
+        source: The slide's own stain, of the same kind.
+        generator: The model of a `StainReference`.
+        edit: How the model reads stain.
+        strength: 1 goes to the reference, 0 stays.
+
+    Raises:
+        ValueError: Of two kinds, or of another model.
+    """
+    if type(source) is not type(reference):
+        raise ValueError(
+            f"source is {type(source).__name__} and reference {type(reference).__name__}; fit both "
+            "with one method"
+        )
+    if isinstance(reference, ReinhardReference) and isinstance(source, ReinhardReference):
+        return _lab_change(reference, source, strength)
+    change = _density_change(reference, source, generator, edit)
+    change = blend_with_identity(change, torch.tensor([strength]))
+    return lambda grey: apply_density_map(grey, change)
+
+
+def _density_change(
+    reference: Reference, source: Reference, generator: TileGenerator | None, edit: EditRecipe
+) -> DensityMap:
+    if isinstance(reference, MacenkoReference) and isinstance(source, MacenkoReference):
+        return normalising_map(source.stains(_CPU), reference.stains(_CPU))
+    if isinstance(reference, DensityReference) and isinstance(source, DensityReference):
+        return match_moments(source.moments(_CPU), reference.moments(_CPU))
+    assert isinstance(reference, StainReference)
+    assert isinstance(source, StainReference)
+    start, target = (
+        moments_from_statistics(reference_statistics(_needed(generator), x, edit))
+        for x in (source, reference)
+    )
+    return match_moments(start, target)
+
+
+def _lab_change(
+    reference: ReinhardReference, source: ReinhardReference, strength: float
+) -> Recolour:
+    own, target = source.moments(_CPU), reference.moments(_CPU)
+
+    def recolour(grey: Tensor) -> Tensor:
+        mapped = match_colour(grey_to_lab(grey), own, target)
+        return torch.lerp(grey, mapped, tissue_weight(optical_density(grey)) * strength)
+
+    return recolour
+
+
+def _needed(generator: TileGenerator | None) -> TileGenerator:
+    if generator is None:
+        raise ValueError(
+            "a StainReference is read with the model it was fitted with: pass generator=, or use "
+            "a MacenkoReference, ReinhardReference or DensityReference, which need none"
+        )
+    return generator

@@ -1,0 +1,345 @@
+"""Whole slides, normalised: a slide in, a pyramid with the stain of a reference out.
+
+The slide's stain is measured once, on tiles spread over its tissue, and gives one change of colour
+for all its pixels. Neighbouring tiles cannot differ then: there is no field of changes to blend,
+and no noise, because changes of colour do not run the diffusion model. Glass keeps its bits, up to
+the compression that is chosen.
+
+Kept of the slide are pixels and scale. Dropped are label, macro image, file name, barcodes, all
+that its scanner wrote, and its colour profile: what is written has the reference's colours,
+which the profile does not describe. OpenSlide's hash of its pixels names the source to those who
+have it.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+from xml.sax.saxutils import unescape
+
+import numpy as np
+from PIL import Image
+
+from cytosyn_aug.colour_table import ColourTable, Recolour
+from cytosyn_aug.config import Preserve, TileSpec
+from cytosyn_aug.editing import EditRecipe
+from cytosyn_aug.files import atomic_file
+from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.slide_blocks import BlockMaker, BlockTotals
+from cytosyn_aug.slide_stain import (
+    Method,
+    Reference,
+    fit_reference,
+    method_of,
+    recolour_to,
+    reference_digest,
+)
+from cytosyn_aug.slide_view import Region, SlideView
+from cytosyn_aug.slide_writer import (
+    SOFTWARE,
+    TILE_PX,
+    Codec,
+    Compression,
+    PyramidWriter,
+    level_sizes,
+)
+from cytosyn_aug.slides import Slide, SlideError
+from cytosyn_aug.threads import in_order
+from cytosyn_aug.tile_sets import MAX_TILES, read_slide_tiles
+
+_SUFFIXES = (".tif", ".tiff")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlideRecipe:
+    """How a slide is normalised and written.
+
+    Attributes:
+        strength: 1 goes to the reference, 0 stays.
+        preserve: "color"; slides cannot be drawn anew.
+        region: x, y, width and height in level-0 pixels, for trying; None for the whole slide.
+            The stain is that of the whole slide all the same.
+        mpp: Scale of the result; None for the slide's own.
+        slide_mpp: Scale of the slide, where it states none or a wrong one.
+        max_tiles: Tiles that the slide's stain is measured on.
+        compression: "jpeg", or "deflate" without loss.
+        quality: Of JPEG.
+        keeps_thumbnail: Keep the scanner's small picture of the slide, recoloured; a thumbnail may
+            show pen marks and what was written on the glass.
+        allows_damage: Leave blocks that cannot be decoded black and name them, instead of giving
+            the slide up.
+        edit: How the model reads stain.
+    """
+
+    strength: float = 1.0
+    preserve: Preserve = "color"
+    region: Region | None = None
+    mpp: float | None = None
+    slide_mpp: float | None = None
+    max_tiles: int = MAX_TILES
+    compression: Compression = "jpeg"
+    quality: int = 90
+    keeps_thumbnail: bool = False
+    allows_damage: bool = False
+    edit: EditRecipe = field(default_factory=EditRecipe)
+
+    def __post_init__(self) -> None:
+        if self.preserve != "color":
+            raise ValueError(
+                f"preserve is {self.preserve!r}, and slides are normalised with 'color' only: "
+                "pixels drawn anew would differ at the borders of tiles; normalise tiles instead"
+            )
+        if not 0 <= self.strength <= 1:
+            raise ValueError(f"strength is {self.strength:g}, expected 0 to 1")
+        if self.max_tiles < 1:
+            raise ValueError(f"max_tiles is {self.max_tiles}, expected at least 1")
+        Codec(compression=self.compression, quality=self.quality)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlideReport:
+    """What became of a slide.
+
+    Attributes:
+        out: The file that was written.
+        status: "normalized", or "no_tissue": written with its own colours.
+        method: What was asked for.
+        width_px: Width of the finest level.
+        height_px: Height of the finest level.
+        mpp: Its scale.
+        num_levels: Levels of the pyramid.
+        num_tiles: Tiles of the finest level.
+        num_bytes: Size of the file.
+        tissue: Share of tissue, 0 to 1.
+        seam_ratio: Of the result's tiles, see `cytosyn_aug.seams`; None where too little is tissue.
+        seam_ratio_before: The same of the slide's own colours.
+        damaged: Corners, in level-0 pixels, of blocks that could not be decoded and are black.
+        notes: Remarks on the slide.
+        source_digest: OpenSlide's hash of the slide, "" where there is none.
+        change_digest: Of the change of colour.
+        pixels_digest: Of the pixels of the finest level, before compression.
+        seconds: Wall-clock time.
+    """
+
+    out: Path
+    status: Literal["normalized", "no_tissue"]
+    method: Method
+    width_px: int
+    height_px: int
+    mpp: float
+    num_levels: int
+    num_tiles: int
+    num_bytes: int
+    tissue: float
+    seam_ratio: float | None
+    seam_ratio_before: float | None
+    damaged: tuple[tuple[int, int], ...]
+    notes: tuple[str, ...]
+    source_digest: str
+    change_digest: str
+    pixels_digest: str
+    seconds: float
+
+
+def normalize_slide(
+    slide: Path | str,
+    out: Path | str,
+    reference: Reference,
+    *,
+    generator: TileGenerator | None = None,
+    source: Reference | None = None,
+    recipe: SlideRecipe | None = None,
+    overwrite: bool = False,
+    num_threads: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> SlideReport:
+    """Write a slide with the stain of a reference.
+
+    Args:
+        slide: Any slide that OpenSlide reads.
+        out: .tif or .tiff, by custom .ome.tif. It is complete or absent; one process at a time.
+        reference: Where to go; its kind is the method.
+        generator: The model, for a `StainReference`.
+        source: The slide's own stain, if known; of the kind of `reference`.
+        recipe: See `SlideRecipe`.
+        overwrite: Replace `out`.
+        num_threads: That read, recolour and compress; the result does not depend on it.
+        progress: Called with the number of blocks done and of all blocks.
+
+    Raises:
+        SlideError: The slide or a block of it cannot be read, states no scale, is too coarse,
+            does not tell its stain, or the region is outside.
+        FileExistsError: `out` exists.
+        ValueError: `out` is the slide, or the arguments do not fit each other.
+        OSError: The disk is full, or will be.
+    """
+    began = time.perf_counter()
+    recipe = recipe if recipe is not None else SlideRecipe()
+    file, out = Path(slide), Path(out)
+    _check_out(file, out, overwrite)
+    with Slide(file, recipe.slide_mpp) as opened:
+        view = SlideView.of(opened, recipe.region, recipe.mpp)
+        recolour = _recolour(opened, reference, generator, source, recipe)
+        thumbnail = opened.scanner_thumbnail() if recipe.keeps_thumbnail else None
+        notes = _notes(opened, recipe, recolour is None, thumbnail is None)
+    maker = _block_maker(file, view, ColourTable(recolour), recipe)
+    provenance = _request(opened, reference, recipe) | {
+        "software": _software(),
+        "status": "no_tissue" if recolour is None else "normalized",
+        "change_digest": maker.table.digest,
+    }
+    totals, num_bytes = _write(maker, out, provenance, thumbnail, num_threads, progress)
+    return SlideReport(
+        out=out,
+        status="no_tissue" if recolour is None else "normalized",
+        method=method_of(reference),
+        width_px=view.width,
+        height_px=view.height,
+        mpp=view.mpp,
+        num_levels=len(level_sizes(view.width, view.height)),
+        num_tiles=totals.num_blocks,
+        num_bytes=num_bytes,
+        tissue=totals.tissue / (view.width * view.height),
+        seam_ratio=totals.after.ratio,
+        seam_ratio_before=totals.before.ratio,
+        damaged=tuple(view.corner(c * TILE_PX, r * TILE_PX) for r, c in totals.damaged),
+        notes=notes,
+        source_digest=opened.identity,
+        change_digest=maker.table.digest,
+        pixels_digest=totals.digest,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def is_made(out: Path | str, slide: Path | str, reference: Reference, recipe: SlideRecipe) -> bool:
+    """Return whether a file is what `normalize_slide` makes of these, by what it says of itself.
+
+    Raises:
+        SlideError: The slide cannot be opened, or the file is no slide.
+    """
+    with Slide(out, mpp=1.0) as written, Slide(slide, recipe.slide_mpp) as opened:
+        found = re.search(r"<Description>(\{.*\})</Description>", written.comment, re.DOTALL)
+        wanted = json.loads(json.dumps(_request(opened, reference, recipe)))
+    said = {} if found is None else json.loads(unescape(found[1]))
+    return {k: said.get(k) for k in wanted} == wanted
+
+
+def _software() -> str:
+    try:
+        return f"{SOFTWARE} {version('cytosyn-aug')}"
+    except PackageNotFoundError:  # run from a checkout
+        return SOFTWARE
+
+
+def _request(slide: Slide, reference: Reference, recipe: SlideRecipe) -> dict[str, Any]:
+    """Return what a result is a function of."""
+    return {
+        "source_digest": slide.identity,
+        "method": method_of(reference),
+        "reference_digest": reference_digest(reference),
+        "recipe": asdict(recipe),
+    }
+
+
+def _write(
+    maker: BlockMaker,
+    out: Path,
+    provenance: dict[str, Any],
+    thumbnail: Image.Image | None,
+    num_threads: int,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[BlockTotals, int]:
+    """Write all blocks; return what they add up to, and the size of the file."""
+    view, totals = maker.view, BlockTotals()
+    small = None if thumbnail is None else maker.table.look_up(np.asarray(thumbnail))[0]
+    with maker, closing(in_order(maker.make, maker.positions, num_threads)) as blocks:
+        _check_disk(out, maker.estimate_bytes())
+        with atomic_file(out) as stream:
+            writer = PyramidWriter(stream, view.width, view.height, mpp=view.mpp, codec=maker.codec)
+            for block in blocks:
+                writer.add(block.encoded, block.half)
+                totals.add(block)
+                if progress is not None:
+                    progress(totals.num_blocks, len(maker.positions))
+            provenance["pixels_digest"] = totals.digest
+            return totals, writer.finish(json.dumps(provenance), small)
+
+
+def _check_disk(out: Path, needed: int) -> None:
+    free = shutil.disk_usage(out.parent).free
+    if free < needed:
+        reason = f"about {needed:,} bytes are needed and {free:,} are free"
+        raise OSError(errno.ENOSPC, reason, str(out))
+
+
+def _recolour(
+    slide: Slide,
+    reference: Reference,
+    generator: TileGenerator | None,
+    source: Reference | None,
+    recipe: SlideRecipe,
+) -> Recolour | None:
+    """Return the change of a slide; None if it shows no tissue to measure."""
+    method = method_of(reference)
+    if source is None:
+        tile = generator.tile if method == "cytosyn" and generator is not None else TileSpec()
+        tiles = read_slide_tiles(slide, tile, recipe.max_tiles, skips_damaged=recipe.allows_damage)
+        if not len(tiles):
+            return None
+        try:
+            source = fit_reference(method, tiles, generator)
+        except ValueError as error:
+            raise SlideError(f"{slide.file.name}: {error}") from error
+    return recolour_to(
+        reference, source, generator=generator, edit=recipe.edit, strength=recipe.strength
+    )
+
+
+def _check_out(slide: Path, out: Path, overwrite: bool) -> None:
+    """Refuse what must not be written, and remove what a killed run left of it."""
+    if out.suffix.lower() not in _SUFFIXES:
+        raise ValueError(f"{out.name} ends in {out.suffix!r}, expected .tif or .tiff")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.exists():
+        if slide.exists() and out.samefile(slide):
+            raise ValueError(f"{out} is the slide itself; give another name")
+        if not overwrite:
+            raise FileExistsError(errno.EEXIST, "exists; allow overwriting it", str(out))
+    for leftover in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def _block_maker(
+    file: Path, view: SlideView, table: ColourTable, recipe: SlideRecipe
+) -> BlockMaker:
+    return BlockMaker(
+        file,
+        view,
+        table,
+        Codec(compression=recipe.compression, quality=recipe.quality),
+        slide_mpp=recipe.slide_mpp,
+        allows_damage=recipe.allows_damage,
+    )
+
+
+def _notes(
+    slide: Slide, recipe: SlideRecipe, has_no_tissue: bool, has_no_thumbnail: bool
+) -> tuple[str, ...]:
+    notes = list(slide.scale.notes)
+    if has_no_tissue:
+        notes.append("no tissue was found, and the colours are the slide's own")
+    if slide.has_colour_profile:
+        notes.append("the colour profile was neither applied nor kept")
+    if recipe.keeps_thumbnail and has_no_thumbnail:
+        notes.append("the slide has no thumbnail to keep")
+    return tuple(notes)
