@@ -105,6 +105,21 @@ def check_scale(mpp: float, tile: TileSpec) -> None:
         )
 
 
+def check_extent(height_px: int, width_px: int, mpp: float, tile: TileSpec) -> tuple[int, int]:
+    """Return height and width of an image in pixels of the model's scale.
+
+    Raises:
+        ValueError: It covers less than the model's tile.
+    """
+    height, width = (round(n * mpp / tile.mpp) for n in (height_px, width_px))
+    if min(height, width) < tile.size_px:
+        raise ValueError(
+            f"image is {width_px}x{height_px} px at {mpp:g} microns/pixel, the model "
+            f"expects at least {tile.describe()}; re-tile larger or correct mpp"
+        )
+    return height, width
+
+
 def central_tiles(grey: Tensor, mpp: float, tile: TileSpec) -> Tensor:
     """Return the centre of each image as uint8 tiles at the model's size and scale.
 
@@ -119,13 +134,8 @@ def central_tiles(grey: Tensor, mpp: float, tile: TileSpec) -> Tensor:
     Raises:
         ValueError: The image covers less than the model's tile.
     """
-    size, ratio = tile.size_px, mpp / tile.mpp
-    height, width = (round(n * ratio) for n in grey.shape[2:])
-    if min(height, width) < size:
-        raise ValueError(
-            f"image is {grey.shape[3]}x{grey.shape[2]} px at {mpp:g} microns/pixel, the model "
-            f"expects at least {tile.describe()}; re-tile larger or correct mpp"
-        )
+    size = tile.size_px
+    height, width = check_extent(grey.shape[2], grey.shape[3], mpp, tile)
     if (height, width) != tuple(grey.shape[2:]):
         grey = F.interpolate(grey, (height, width), mode="bilinear", antialias=True)
     top, left = (height - size) // 2, (width - size) // 2

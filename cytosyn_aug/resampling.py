@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cytosyn_aug.editing import resample
 from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.images import check_sides
 from cytosyn_aug.schedules import Probability
 from cytosyn_aug.shared import SharedCount
 from cytosyn_aug.tile_transform import Edit, TileTransform
@@ -85,6 +86,9 @@ class ConditionedResample(TileTransform):
     def num_rejected(self) -> int:
         """Tiles, in all workers, whose new version was too unlike or too like the old one."""
         return self._rejected.total()
+
+    def _check_size(self, height_px: int, width_px: int) -> None:
+        check_sides(height_px, width_px, self.generator.tile)
 
     def _tiles_at_once(self, grey: Tensor) -> int:
         return self.generator.batch_size

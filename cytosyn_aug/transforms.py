@@ -28,6 +28,7 @@ from cytosyn_aug.editing import (
     EditRecipe,
     StainEstimate,
     central_tiles,
+    check_extent,
     check_scale,
     estimate_stain,
     match_statistics,
@@ -37,7 +38,7 @@ from cytosyn_aug.editing import (
 )
 from cytosyn_aug.facts import LABORATORY, NO_FACTS, SLIDE, Facts, read_fact
 from cytosyn_aug.generator import TileGenerator
-from cytosyn_aug.images import num_tiles, open_image
+from cytosyn_aug.images import check_sides, num_tiles, open_image
 from cytosyn_aug.precision import own_precision
 from cytosyn_aug.reference import StainReference
 from cytosyn_aug.schedules import Probability, Scheduled, check_scheduled, probabilities, value_at
@@ -238,6 +239,11 @@ class StainTransfer(TileTransform):
             )
         return farthest_references(own.cpu(), targets, count)
 
+    def _check_size(self, height_px: int, width_px: int) -> None:
+        if self.preserve == "none":
+            check_sides(height_px, width_px, self.generator.tile)
+        check_extent(height_px, width_px, self.mpp, self.generator.tile)
+
     def _measured(self, grey: Tensor) -> Tensor:
         moments = tissue_moments(central_tiles(grey, self.mpp, self.generator.tile))
         return moment_statistics(moments.mean, moments.covariance)
@@ -250,8 +256,6 @@ class StainTransfer(TileTransform):
 
     def _estimate(self, grey: Tensor) -> StainEstimate:
         self.generator.check_process()
-        if self.preserve == "none":
-            self.generator.check_images(grey.round().to(torch.uint8))
         tiles = central_tiles(grey, self.mpp, self.generator.tile)
         ask = self.features if self.source is None else None
         estimate = estimate_stain(self.generator, tiles, self.source, self.recipe, ask)

@@ -201,6 +201,48 @@ def test_float_images_out_of_range_are_refused_by_all(transform, value):
         transform(image)
 
 
+def test_images_are_checked_whether_drawn_or_not(generator, references):
+    def never(image, message, resamples=False):
+        transform = (
+            ConditionedResample(generator, p=0.0)
+            if resamples
+            else Transfer(generator, references, p=0.0)
+        )
+        with pytest.raises((TypeError, ValueError), match=message):
+            transform(image)
+
+    tile = synthetic_tiles(1)[0]
+    never(tile.float(), r"expected \[0, 1\]")
+    never(torch.full((3, SIZE, SIZE), torch.nan), r"expected \[0, 1\]")
+    never(tile.to(torch.int16), "expected uint8 or float")
+    never(tile[:, :50, :50], "re-tile larger")
+    never(PIL.Image.new("RGB", (50, 50)), "re-tile larger")
+    never(PIL.Image.new("L", (SIZE, SIZE)), "expected RGB")
+    never(tile.repeat(1, 2, 2), "re-tile the slide", resamples=True)
+    classical = MacenkoNormalize(MacenkoReference.fit(synthetic_tiles(3, seed=5)), p=0.0)
+    with pytest.raises(ValueError, match=r"expected \[0, 1\]"):
+        classical(tile.float())
+
+
+def test_what_may_be_a_mask_is_named(generator, references, tiles):
+    transform = Transfer(generator, references, p=1.0, recipe=FAST)
+    for mask in (torch.ones(1, SIZE, SIZE), PIL.Image.new("L", (SIZE, SIZE))):
+        with pytest.raises(ValueError, match=r"tv_tensors\.Mask"):
+            transform({"mask": mask, "image": tiles[0]} if isinstance(mask, torch.Tensor)
+                      else (PIL.Image.new("RGB", (SIZE, SIZE)), mask))  # fmt: skip
+    resample = ConditionedResample(generator, p=0.0)
+    for mask in (torch.ones(SIZE, SIZE), torch.ones(3, SIZE, SIZE, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"(?s)moves structure.*tv_tensors\.Mask"):
+            resample((tiles[0], mask))
+        ConditionedResample(generator, p=0.0, allow_geometry_change=True)((tiles[0], mask))
+    resample((tiles, torch.arange(4), torch.ones(4, 24)))
+
+
+def test_a_call_without_a_sample_says_so(transfer):
+    with pytest.raises(TypeError, match="got no sample"):
+        transfer()
+
+
 def test_images_of_mixed_sizes_are_edited_each(transfer, tiles):
     large = synthetic_tiles(1, size=160)[0]
     sample = [tv_tensors.Image(tiles[0]), tv_tensors.Image(large)]
