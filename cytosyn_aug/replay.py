@@ -157,7 +157,7 @@ class ReplayBank:
         """
         self.generator.check_images(images)
         slots = self._checked(index, len(images))
-        is_drawn = torch.rand(len(images)) < self.p
+        is_drawn = torch.rand(len(images), dtype=torch.float32) < self.p
         seeds = torch.randint(0, _MAX_SEED, (len(images),)).tolist()
         rows = is_drawn.nonzero()[:, 0].tolist()
         self._step += 1
@@ -299,7 +299,7 @@ class ReplayBank:
 
     def _encode(self, images: Tensor) -> Tensor:
         if not len(images):
-            return torch.empty(0, *self.generator.latent_shape)
+            return torch.empty(0, *self.generator.latent_shape, dtype=torch.float32)
         return self.generator.whiten(self.generator.encode(images).mean)
 
 
