@@ -196,7 +196,7 @@ def estimate_stain(
         statistics = moment_statistics(own.mean, own.covariance)
         rows = has_tissue.nonzero()[:, 0]
         # Only the probe needs features; a model without one restains without an encoder too.
-        if generator.stain_probe is not None and len(rows):
+        if generator.stain_probe is not None and recipe.probe_share > 0 and len(rows):
             cls = _describe(generator, images[rows], features)
             statistics[rows] = _blend(generator, statistics[rows], cls, recipe)
     statistics = statistics.to(images.device)
@@ -290,7 +290,7 @@ class Resampled(NamedTuple):
     Attributes:
         images: uint8 [B, 3, size, size]; blank tiles are those that came in.
         similarity: float32 [B], cosine of the features of new and old tile; NaN for blank tiles,
-            and without an encoder, which alone could tell it.
+            where it was not asked, and without an encoder, which alone could tell it.
         is_tissue: bool [B]; False where the old tile is blank.
         is_finite: bool [B]; False where the networks failed and the old tile must be returned.
     """
@@ -311,6 +311,7 @@ def resample(
     steps: int | None = None,
     guidance_scale: float = 1.0,
     features: Callable[[Tensor], Conditions] | None = None,
+    compares: bool = True,
 ) -> Resampled:
     """Generate a new tile from the features of each old one.
 
@@ -321,6 +322,7 @@ def resample(
         steps: Forwards; None for 4 of a student, or 16 of the transformer of a model without.
         guidance_scale: Classifier-free guidance in t <= 0.75 (1 = noise); 1 for none.
         features: Gives CLS vectors of the tiles with tissue; None asks the encoder.
+        compares: Tell similarity, for which the encoder sees the new tiles too.
 
     Returns:
         On the generator's device; see `Resampled`.
@@ -339,7 +341,7 @@ def resample(
     latents = generator.draw(noise, cls, steps=steps, guidance_scale=guidance_scale, seeds=chosen)
     made = _decode(generator, latents)
     out[rows], is_finite[rows] = made
-    if generator.encoder is not None:
+    if compares and generator.encoder is not None:
         similarity[rows] = torch.cosine_similarity(cls, generator.cls_features(made.images))
         is_finite &= similarity.isfinite() | ~has_tissue
     return Resampled(out, similarity, has_tissue, is_finite)
@@ -363,7 +365,7 @@ def _decode(generator: TileGenerator, latents: Tensor) -> FiniteImages:
 def _blend(
     generator: TileGenerator, measured: Tensor, cls: Tensor | None, recipe: EditRecipe
 ) -> Tensor:
-    if generator.stain_probe is None or cls is None:
+    if generator.stain_probe is None or cls is None or recipe.probe_share == 0:
         return measured
     probed = generator.stain_probe.statistics(cls.to(generator.device)).to(measured)
     return torch.lerp(measured.expand_as(probed), probed, recipe.probe_share)

@@ -67,8 +67,8 @@ class ConditionedResample(TileTransform):
                 f"similarities are {min_similarity} and {max_similarity}, expected "
                 "-1 <= min_similarity <= max_similarity <= 1"
             )
-        is_bounded = (min_similarity, max_similarity) != (-1.0, 1.0)
-        if not generator.has_encoder and (features is None or is_bounded):
+        self._is_bounded = (min_similarity, max_similarity) != (-1.0, 1.0)
+        if not generator.has_encoder and (features is None or self._is_bounded):
             raise ValueError(
                 "this model was loaded without an encoder: pass features (a FeatureTable of "
                 "precomputed ones) and leave min_similarity and max_similarity alone, or load it "
@@ -103,6 +103,7 @@ class ConditionedResample(TileTransform):
             steps=self.steps,
             guidance_scale=self.guidance_scale,
             features=self.features,
+            compares=self._is_bounded,
         )
         is_usable = result.is_tissue & result.is_finite
         self._count_failed(grey, result.is_tissue & ~result.is_finite)

@@ -252,6 +252,8 @@ class StainTransfer(TileTransform):
         return self.generator.batch_size
 
     def _edit(self, grey: Tensor, params: dict[str, Any]) -> Edit:
+        if not any(params["strengths"]):
+            return Edit(grey, torch.zeros(len(grey), dtype=torch.bool, device=grey.device))
         return self._restain(grey, self._estimate(grey), params["references"], params)
 
     def _estimate(self, grey: Tensor) -> StainEstimate:
@@ -267,7 +269,7 @@ class StainTransfer(TileTransform):
     ) -> Edit:
         """Restain tiles to one drawn reference each."""
         targets = self._reference_statistics().to(grey.device)[drawn]
-        strength = torch.tensor(params["strengths"], device=grey.device)
+        strength = torch.tensor(params["strengths"], dtype=torch.float32, device=grey.device)
         change = blend_with_identity(match_statistics(estimate, targets), strength)
         recoloured = apply_density_map(grey, change)
         is_edited = estimate.is_tissue & estimate.is_finite & (strength > 0)

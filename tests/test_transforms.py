@@ -136,6 +136,27 @@ def test_strength_zero_changes_nothing_and_one_half_goes_part_of_the_way(
     assert 0 < moved[1] < moved[2]
 
 
+def test_networks_run_only_where_they_have_a_say(generator, references, tiles, monkeypatch):
+    asked = []
+    original = generator.cls_features
+    monkeypatch.setattr(generator, "cls_features", lambda x: asked.append(len(x)) or original(x))
+    pixels_only = EditRecipe(probe_share=0.0)
+    assert not torch.equal(Transfer(generator, references, p=1.0, recipe=pixels_only)(tiles), tiles)
+    for preserve in ("color", "none"):
+        weak = Transfer(generator, references, p=1.0, strength=0.0, preserve=preserve)
+        assert weak(tiles) is tiles
+    views = StainViews(generator, references, strength=0.0)(tiles)
+    assert all(view is tiles for view in views)
+    assert asked == []
+    torch.manual_seed(0)
+    free = ConditionedResample(generator, p=1.0, steps=2)(tiles)
+    assert asked == [4]  # of the old tiles; nobody asks how alike the new ones are
+    torch.manual_seed(0)
+    bounded = ConditionedResample(generator, p=1.0, steps=2, max_similarity=0.9999)(tiles)
+    assert asked == [4, 4, 4]
+    assert torch.equal(free, bounded)
+
+
 def test_masks_boxes_and_labels_pass_by_identity(transfer, tiles):
     mask = tv_tensors.Mask(torch.ones(SIZE, SIZE, dtype=torch.uint8))
     boxes = tv_tensors.BoundingBoxes([[1, 2, 3, 4]], format="XYXY", canvas_size=(SIZE, SIZE))
