@@ -81,20 +81,6 @@ class StainEstimate(NamedTuple):
     is_finite: Tensor
 
 
-class StainChange(NamedTuple):
-    """Result of `stain_change`.
-
-    Attributes:
-        change: The change of optical density, one affine map a tile.
-        is_tissue: bool [B]; False where the tile is blank and must be returned as it is.
-        is_finite: bool [B]; False where the networks failed and the tile must be returned too.
-    """
-
-    change: DensityMap
-    is_tissue: Tensor
-    is_finite: Tensor
-
-
 def check_scale(mpp: float, tile: TileSpec) -> None:
     """Raise ValueError for images of a scale that the model's tiles cannot be cut from."""
     ratio = mpp / tile.mpp
@@ -145,40 +131,6 @@ def central_tiles(grey: Tensor, mpp: float, tile: TileSpec) -> Tensor:
 
 @own_precision()
 @torch.no_grad()
-def stain_change(
-    generator: TileGenerator,
-    images: Tensor,
-    reference: StainReference,
-    source: StainReference | None,
-    recipe: EditRecipe,
-    features: Callable[[Tensor], Conditions] | None = None,
-) -> StainChange:
-    """Estimate how tiles change colour under the stain of a reference.
-
-    1. Describe the stain of tile and reference by nine statistics of tissue optical density: as
-       measured on the pixels, and as the stain probe reads them from the features.
-    2. Average the two descriptions with `recipe.probe_share`.
-    3. Match the moments of the source to those of the reference by optimal transport.
-
-    Args:
-        generator: The model.
-        images: uint8 [B, 3, size, size].
-        reference: Where to go.
-        source: Statistics of the slide the tiles come from; None for each tile's own.
-        recipe: See `EditRecipe`.
-        features: Gives CLS vectors of tiles with tissue, if they are needed; None asks the encoder.
-
-    Returns:
-        Maps and tissue gate, on the device of `images`.
-    """
-    estimate = estimate_stain(generator, images, source, recipe, features)
-    targets = reference_statistics(generator, reference, recipe).to(images.device)
-    change = match_statistics(estimate, targets)
-    return StainChange(change, estimate.is_tissue, estimate.is_finite)
-
-
-@own_precision()
-@torch.no_grad()
 def estimate_stain(
     generator: TileGenerator,
     images: Tensor,
@@ -186,7 +138,22 @@ def estimate_stain(
     recipe: EditRecipe,
     features: Callable[[Tensor], Conditions] | None = None,
 ) -> StainEstimate:
-    """Return the stain of tiles: steps 1 and 2 of `stain_change`, on the device of `images`."""
+    """Return the stain of tiles, on the device of `images`.
+
+    1. Describe the stain of a tile by nine statistics of tissue optical density: as measured on the
+       pixels, and as the stain probe reads them from the features.
+    2. Average the two descriptions with `recipe.probe_share`.
+
+    `match_statistics` then goes to those of a reference, which `reference_statistics` describes in
+    the same two ways.
+
+    Args:
+        generator: The model.
+        images: uint8 [B, 3, size, size].
+        source: Statistics of the slide the tiles come from; None for each tile's own.
+        recipe: See `EditRecipe`.
+        features: Gives CLS vectors of tiles with tissue, if they are needed; None asks the encoder.
+    """
     generator.check_images(images)
     own = tissue_moments(images)
     has_tissue = own.tissue >= MIN_TISSUE
@@ -221,7 +188,7 @@ def measured_statistics(reference: StainReference) -> Tensor:
 
 
 def match_statistics(estimate: StainEstimate, targets: Tensor) -> DensityMap:
-    """Return the map from each tile's stain to its target's: step 3 of `stain_change`.
+    """Return the map from each tile's stain to its target's, by optimal transport.
 
     Args:
         estimate: The stain of tiles.
