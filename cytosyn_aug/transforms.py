@@ -308,10 +308,11 @@ class StainTransfer(TileTransform):
 
 
 class StainNormalize(StainTransfer):
-    """Restain every tile to one reference, the same way every time.
+    """Restain tiles to one reference, the same way every time.
 
-    StainTransfer with one reference, probability 1 and a fixed seed. For tiles of one slide give
-    `source`, fitted to tiles of that slide, so that neighbouring tiles are changed alike.
+    StainTransfer with one reference and a fixed seed, and with p = 1 nothing is random. For tiles of
+    one slide give `source`, fitted to tiles of that slide, so that neighbouring tiles are changed
+    alike.
 
     Args:
         generator: The model.
@@ -324,6 +325,7 @@ class StainNormalize(StainTransfer):
         features: See `StainTransfer`.
         seed: Seed of the model's noise, for every tile.
         allow_geometry_change: Accept masks and boxes although structure may move.
+        p: Probability that a tile is normalised; a `Ramp`, or one of them by class.
     """
 
     def __init__(
@@ -339,6 +341,7 @@ class StainNormalize(StainTransfer):
         features: Callable[[Tensor], Tensor] | None = None,
         seed: int = 0,
         allow_geometry_change: bool = False,
+        p: Probability = 1.0,
     ) -> None:
         super().__init__(
             generator,
@@ -347,7 +350,7 @@ class StainNormalize(StainTransfer):
             strength=strength,
             preserve=preserve,
             mpp=mpp,
-            p=1.0,
+            p=p,
             seed=seed,
             recipe=recipe,
             features=features,
@@ -355,8 +358,10 @@ class StainNormalize(StainTransfer):
         )
 
     def make_params(self, flat_inputs: list[Any], facts: Facts = NO_FACTS) -> dict[str, Any]:
-        """Choose every tile, with the same seed; nothing is random."""
+        """Choose tiles, all with the same seed; draw nothing where all are chosen."""
         num = num_tiles(flat_inputs[0])
+        if self.p != 1.0:
+            return super().make_params(flat_inputs, facts) | {"seeds": [self.seed] * num}
         return {
             "chosen": [True] * num,
             "seeds": [self.seed] * num,

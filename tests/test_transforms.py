@@ -99,6 +99,25 @@ def test_p_draws_per_sample(generator, references):
     assert 16 < changed.sum() < 48
 
 
+def test_normalising_draws_by_p_and_nothing_else(generator, references, tiles):
+    many = synthetic_tiles(1).expand(64, 3, SIZE, SIZE)
+    some = StainNormalize(generator, references[0], recipe=FAST, p=0.5, seed=7)
+    torch.manual_seed(0)
+    params = some.make_params([many])
+    assert 16 < sum(params["chosen"]) < 48
+    assert set(params["seeds"]) == {7}
+    all_of_them = StainNormalize(generator, references[0], recipe=FAST)
+    torch.manual_seed(1)
+    params = some.make_params([tiles])
+    made = some.transform(tiles, params)
+    for k, is_chosen in enumerate(params["chosen"]):
+        expected = all_of_them(tiles[k]) if is_chosen else tiles[k]
+        assert (made[k].int() - expected.int()).abs().max() <= 1
+    state = torch.get_rng_state()
+    all_of_them(tiles)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_p_of_zero_returns_the_very_object(generator, references, tiles):
     assert Transfer(generator, references, p=0.0)(tiles) is tiles
 
