@@ -177,7 +177,7 @@ class ReplayBank:
         return self._replaced(images, slots, taken) if taken else images
 
     def seconds_per_step(self, batch_size: int, make: float, decode: float) -> float:
-        """Return what a step costs at this epoch's p, once all tiles have been seen; see the module.
+        """Return what a step costs, at this epoch's p, once all tiles were seen; see the module.
 
         Args:
             batch_size: Tiles a step.
