@@ -117,7 +117,7 @@ class _Classical(TileTransform):
         return _CHUNK if grey.device.type == "cpu" else len(grey)
 
     def _edit(self, grey: Tensor, params: dict[str, Any]) -> Edit:
-        strength = torch.tensor(params["strengths"], device=grey.device)
+        strength = torch.tensor(params["strengths"], dtype=torch.float32, device=grey.device)
         edit = self._change(grey, strength)
         return Edit(edit.grey, edit.is_edited & (strength > 0))
 

@@ -212,7 +212,7 @@ class _Steps:
         counts = [len(c) for c in conditions]
 
         def spread(values: Sequence[float]) -> Tensor:
-            host = torch.tensor(values).repeat_interleave(torch.tensor(counts))
+            host = torch.tensor(values, dtype=torch.float32).repeat_interleave(torch.tensor(counts))
             return host.to(conditions[0].device, non_blocking=True)
 
         r = None if self.following is None else spread([self.following[t] for t in times])

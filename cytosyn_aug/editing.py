@@ -81,20 +81,6 @@ class StainEstimate(NamedTuple):
     is_finite: Tensor
 
 
-class StainChange(NamedTuple):
-    """Result of `stain_change`.
-
-    Attributes:
-        change: The change of optical density, one affine map a tile.
-        is_tissue: bool [B]; False where the tile is blank and must be returned as it is.
-        is_finite: bool [B]; False where the networks failed and the tile must be returned too.
-    """
-
-    change: DensityMap
-    is_tissue: Tensor
-    is_finite: Tensor
-
-
 def check_scale(mpp: float, tile: TileSpec) -> None:
     """Raise ValueError for images of a scale that the model's tiles cannot be cut from."""
     ratio = mpp / tile.mpp
@@ -103,6 +89,21 @@ def check_scale(mpp: float, tile: TileSpec) -> None:
             f"mpp is {mpp}, the model expects {tile.describe()}; give the scale of the "
             "images in microns per pixel, between a fifth of and twice the model's"
         )
+
+
+def check_extent(height_px: int, width_px: int, mpp: float, tile: TileSpec) -> tuple[int, int]:
+    """Return height and width of an image in pixels of the model's scale.
+
+    Raises:
+        ValueError: It covers less than the model's tile.
+    """
+    height, width = (round(n * mpp / tile.mpp) for n in (height_px, width_px))
+    if min(height, width) < tile.size_px:
+        raise ValueError(
+            f"image is {width_px}x{height_px} px at {mpp:g} microns/pixel, the model "
+            f"expects at least {tile.describe()}; re-tile larger or correct mpp"
+        )
+    return height, width
 
 
 def central_tiles(grey: Tensor, mpp: float, tile: TileSpec) -> Tensor:
@@ -119,52 +120,13 @@ def central_tiles(grey: Tensor, mpp: float, tile: TileSpec) -> Tensor:
     Raises:
         ValueError: The image covers less than the model's tile.
     """
-    size, ratio = tile.size_px, mpp / tile.mpp
-    height, width = (round(n * ratio) for n in grey.shape[2:])
-    if min(height, width) < size:
-        raise ValueError(
-            f"image is {grey.shape[3]}x{grey.shape[2]} px at {mpp:g} microns/pixel, the model "
-            f"expects at least {tile.describe()}; re-tile larger or correct mpp"
-        )
+    size = tile.size_px
+    height, width = check_extent(grey.shape[2], grey.shape[3], mpp, tile)
     if (height, width) != tuple(grey.shape[2:]):
         grey = F.interpolate(grey, (height, width), mode="bilinear", antialias=True)
     top, left = (height - size) // 2, (width - size) // 2
     crop = grey[:, :, top : top + size, left : left + size]
     return crop.round().clamp(0, 255).to(torch.uint8)
-
-
-@own_precision()
-@torch.no_grad()
-def stain_change(
-    generator: TileGenerator,
-    images: Tensor,
-    reference: StainReference,
-    source: StainReference | None,
-    recipe: EditRecipe,
-    features: Callable[[Tensor], Conditions] | None = None,
-) -> StainChange:
-    """Estimate how tiles change colour under the stain of a reference.
-
-    1. Describe the stain of tile and reference by nine statistics of tissue optical density: as
-       measured on the pixels, and as the stain probe reads them from the features.
-    2. Average the two descriptions with `recipe.probe_share`.
-    3. Match the moments of the source to those of the reference by optimal transport.
-
-    Args:
-        generator: The model.
-        images: uint8 [B, 3, size, size].
-        reference: Where to go.
-        source: Statistics of the slide the tiles come from; None for each tile's own.
-        recipe: See `EditRecipe`.
-        features: Gives CLS vectors of tiles with tissue, if they are needed; None asks the encoder.
-
-    Returns:
-        Maps and tissue gate, on the device of `images`.
-    """
-    estimate = estimate_stain(generator, images, source, recipe, features)
-    targets = reference_statistics(generator, reference, recipe).to(images.device)
-    change = match_statistics(estimate, targets)
-    return StainChange(change, estimate.is_tissue, estimate.is_finite)
 
 
 @own_precision()
@@ -176,7 +138,22 @@ def estimate_stain(
     recipe: EditRecipe,
     features: Callable[[Tensor], Conditions] | None = None,
 ) -> StainEstimate:
-    """Return the stain of tiles: steps 1 and 2 of `stain_change`, on the device of `images`."""
+    """Return the stain of tiles, on the device of `images`.
+
+    1. Describe the stain of a tile by nine statistics of tissue optical density: as measured on the
+       pixels, and as the stain probe reads them from the features.
+    2. Average the two descriptions with `recipe.probe_share`.
+
+    `match_statistics` then goes to those of a reference, which `reference_statistics` describes in
+    the same two ways.
+
+    Args:
+        generator: The model.
+        images: uint8 [B, 3, size, size].
+        source: Statistics of the slide the tiles come from; None for each tile's own.
+        recipe: See `EditRecipe`.
+        features: Gives CLS vectors of tiles with tissue, if they are needed; None asks the encoder.
+    """
     generator.check_images(images)
     own = tissue_moments(images)
     has_tissue = own.tissue >= MIN_TISSUE
@@ -186,7 +163,7 @@ def estimate_stain(
         statistics = moment_statistics(own.mean, own.covariance)
         rows = has_tissue.nonzero()[:, 0]
         # Only the probe needs features; a model without one restains without an encoder too.
-        if generator.stain_probe is not None and len(rows):
+        if generator.stain_probe is not None and recipe.probe_share > 0 and len(rows):
             cls = _describe(generator, images[rows], features)
             statistics[rows] = _blend(generator, statistics[rows], cls, recipe)
     statistics = statistics.to(images.device)
@@ -211,7 +188,7 @@ def measured_statistics(reference: StainReference) -> Tensor:
 
 
 def match_statistics(estimate: StainEstimate, targets: Tensor) -> DensityMap:
-    """Return the map from each tile's stain to its target's: step 3 of `stain_change`.
+    """Return the map from each tile's stain to its target's, by optimal transport.
 
     Args:
         estimate: The stain of tiles.
@@ -280,7 +257,7 @@ class Resampled(NamedTuple):
     Attributes:
         images: uint8 [B, 3, size, size]; blank tiles are those that came in.
         similarity: float32 [B], cosine of the features of new and old tile; NaN for blank tiles,
-            and without an encoder, which alone could tell it.
+            where it was not asked, and without an encoder, which alone could tell it.
         is_tissue: bool [B]; False where the old tile is blank.
         is_finite: bool [B]; False where the networks failed and the old tile must be returned.
     """
@@ -301,6 +278,7 @@ def resample(
     steps: int | None = None,
     guidance_scale: float = 1.0,
     features: Callable[[Tensor], Conditions] | None = None,
+    compares: bool = True,
 ) -> Resampled:
     """Generate a new tile from the features of each old one.
 
@@ -311,6 +289,7 @@ def resample(
         steps: Forwards; None for 4 of a student, or 16 of the transformer of a model without.
         guidance_scale: Classifier-free guidance in t <= 0.75 (1 = noise); 1 for none.
         features: Gives CLS vectors of the tiles with tissue; None asks the encoder.
+        compares: Tell similarity, for which the encoder sees the new tiles too.
 
     Returns:
         On the generator's device; see `Resampled`.
@@ -329,7 +308,7 @@ def resample(
     latents = generator.draw(noise, cls, steps=steps, guidance_scale=guidance_scale, seeds=chosen)
     made = _decode(generator, latents)
     out[rows], is_finite[rows] = made
-    if generator.encoder is not None:
+    if compares and generator.encoder is not None:
         similarity[rows] = torch.cosine_similarity(cls, generator.cls_features(made.images))
         is_finite &= similarity.isfinite() | ~has_tissue
     return Resampled(out, similarity, has_tissue, is_finite)
@@ -353,7 +332,7 @@ def _decode(generator: TileGenerator, latents: Tensor) -> FiniteImages:
 def _blend(
     generator: TileGenerator, measured: Tensor, cls: Tensor | None, recipe: EditRecipe
 ) -> Tensor:
-    if generator.stain_probe is None or cls is None:
+    if generator.stain_probe is None or cls is None or recipe.probe_share == 0:
         return measured
     probed = generator.stain_probe.statistics(cls.to(generator.device)).to(measured)
     return torch.lerp(measured.expand_as(probed), probed, recipe.probe_share)

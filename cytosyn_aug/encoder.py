@@ -92,8 +92,12 @@ class TileEncoder(ModelMixin, ConfigMixin):
         """Return the features of uint8 images [B, 3, input_px, input_px]."""
         weight = self.vit.patch_embed.proj.weight
         shape = (1, 3, 1, 1)
-        mean = torch.tensor(self.config["mean"], device=images.device).view(shape)
-        std = torch.tensor(self.config["std"], device=images.device).view(shape)
+        mean = torch.tensor(self.config["mean"], dtype=torch.float32, device=images.device).view(
+            shape
+        )
+        std = torch.tensor(self.config["std"], dtype=torch.float32, device=images.device).view(
+            shape
+        )
         tokens = self.vit((images.float().div(255.0).sub(mean).div(std)).to(weight.dtype))
         return Features(tokens[:, 0], tokens[:, self.vit.num_prefix_tokens :])
 

@@ -125,9 +125,14 @@ def check_images(images: Tensor, tile: TileSpec) -> None:
         )
     if images.shape[0] == 0:
         raise ValueError(f"got an empty batch, expected [B, 3, {size}, {size}] with B >= 1")
-    if images.shape[2:] != (size, size):
+    check_sides(images.shape[2], images.shape[3], tile)
+
+
+def check_sides(height_px: int, width_px: int, tile: TileSpec) -> None:
+    """Raise ValueError for an image of other sides than the tile's."""
+    if (height_px, width_px) != (tile.size_px, tile.size_px):
         raise ValueError(
-            f"tile is {images.shape[3]}x{images.shape[2]} px, the model expects "
+            f"tile is {width_px}x{height_px} px, the model expects "
             f"{tile.describe()}; re-tile the slide at that size and scale"
         )
 
@@ -162,6 +167,34 @@ def num_tiles(image: PIL.Image.Image | Tensor) -> int:
     return math.prod(image.shape[:-3]) if isinstance(image, Tensor) else 1
 
 
+def sides_of(image: PIL.Image.Image | Tensor) -> tuple[int, int]:
+    """Return height and width in pixels."""
+    if isinstance(image, PIL.Image.Image):
+        return image.height, image.width
+    return image.shape[-2], image.shape[-1]
+
+
+def check_image(image: PIL.Image.Image | Tensor) -> None:
+    """Raise what `open_image` raises, without opening."""
+    if isinstance(image, PIL.Image.Image):
+        if image.mode != "RGB":
+            raise ValueError(
+                f"got a PIL image of mode {image.mode}, expected RGB; use image.convert('RGB'), or "
+                "wrap a mask in tv_tensors.Mask"
+            )
+        return
+    _check_shape(image)
+    if image.dtype.is_floating_point:
+        low, high = image.as_subclass(Tensor).aminmax()
+        if not (low >= 0 and high <= 1):
+            raise ValueError(
+                f"got a float image in [{float(low):g}, {float(high):g}], expected [0, 1]; "
+                "divide by the largest value, and normalise after this transform"
+            )
+    elif image.dtype != torch.uint8:
+        raise TypeError(f"got an image of {image.dtype}, expected uint8 or float in [0, 1]")
+
+
 def open_image(image: PIL.Image.Image | Tensor) -> OpenImage:
     """Return a user's image as grey levels, and the way back.
 
@@ -172,23 +205,15 @@ def open_image(image: PIL.Image.Image | Tensor) -> OpenImage:
         TypeError: Not 8-bit and not float.
         ValueError: Not RGB, a float image outside [0, 1] or not finite, or an empty batch.
     """
+    check_image(image)
     if isinstance(image, PIL.Image.Image):
         return _open_pil(image)
-    _check_shape(image)
     # Tensors of a TVTensor class would dispatch every operation below.
     plain = image.as_subclass(Tensor)
     shape, dtype = plain.shape, plain.dtype
     grey = plain.reshape(-1, *shape[-3:]).float()
     if dtype.is_floating_point:
-        low, high = grey.aminmax()
-        if not (low >= 0 and high <= 1):
-            raise ValueError(
-                f"got a float image in [{float(low):g}, {float(high):g}], expected [0, 1]; "
-                "divide by the largest value, and normalise after this transform"
-            )
         grey = grey * 255.0
-    elif dtype != torch.uint8:
-        raise TypeError(f"got an image of {dtype}, expected uint8 or float in [0, 1]")
 
     def close(edited: Tensor, is_edited: Tensor) -> Any:
         if not is_edited.any():
@@ -241,7 +266,7 @@ def _check_shape(image: Tensor) -> None:
     if image.ndim < 3 or image.shape[-3] != 3:
         raise ValueError(
             f"got an image of shape {list(image.shape)}, expected [..., 3, H, W] RGB; "
-            "repeat grey-scale channels, drop alpha"
+            "repeat grey-scale channels, drop alpha, wrap a mask in tv_tensors.Mask"
         )
     if 0 in image.shape:
         raise ValueError(
@@ -261,10 +286,6 @@ def _mixed(image: Tensor, edited: Tensor, is_edited: Tensor) -> Tensor:
 
 
 def _open_pil(image: PIL.Image.Image) -> OpenImage:
-    if image.mode != "RGB":
-        raise ValueError(
-            f"got a PIL image of mode {image.mode}, expected RGB; use image.convert('RGB')"
-        )
     grey = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
 
     def close(edited: Tensor, is_edited: Tensor) -> Any:

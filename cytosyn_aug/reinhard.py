@@ -106,8 +106,8 @@ def grey_to_lab(grey: Tensor) -> Tensor:
     """
     rgb = grey.float() / 255.0
     linear = torch.where(rgb > 0.04045, _power((rgb + 0.055) / 1.055, 2.4), rgb / 12.92)
-    matrix = torch.tensor(_XYZ_FROM_RGB, device=grey.device)
-    matrix = matrix / torch.tensor(_WHITE, device=grey.device)[:, None]
+    matrix = torch.tensor(_XYZ_FROM_RGB, dtype=torch.float32, device=grey.device)
+    matrix = matrix / torch.tensor(_WHITE, dtype=torch.float32, device=grey.device)[:, None]
     xyz = (matrix @ linear.flatten(2)).view_as(linear)
     root = torch.where(xyz > 0.008856, _power(xyz, 1 / 3), 7.787 * xyz + 16 / 116)
     x, y, z = root.unbind(1)

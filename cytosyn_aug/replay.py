@@ -45,6 +45,7 @@ from cytosyn_aug.filling import Edit
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import finite_images
 from cytosyn_aug.precision import own_precision
+from cytosyn_aug.schedules import Scheduled, check_scheduled, value_at
 from cytosyn_aug.stain import is_tissue
 
 _MAX_SEED = 2**62
@@ -87,7 +88,7 @@ class ReplayBank:
         edit: Makes variants, from uint8 images [n, 3, size, size] with tissue and one seed a tile
             to uint8 images, or to whitened latents [n, C, h, w] of the model.
         num_tiles: Tiles of the data set; positions in a batch's `index` are below it.
-        p: Probability that a tile is replaced.
+        p: Probability that a tile is replaced; or a `Ramp` over the epochs that `set_epoch` says.
         reuse: Times that a variant is used before it is made anew, also within a batch that holds
             a tile several times.
         max_age: Steps after which a variant is made anew even so; None for never.
@@ -114,13 +115,12 @@ class ReplayBank:
         edit: Edit,
         *,
         num_tiles: int,
-        p: float = 0.5,
+        p: Scheduled = 0.5,
         reuse: int = 4,
         max_age: int | None = None,
         folder: Path | str | None = None,
     ) -> None:
-        if not 0 <= p <= 1:
-            raise ValueError(f"p is {p}, expected a probability between 0 and 1")
+        check_scheduled("p", p)
         if num_tiles < 1 or reuse < 1 or (max_age is not None and max_age < 0):
             raise ValueError(
                 f"num_tiles is {num_tiles}, reuse {reuse} and max_age {max_age}; expected at least "
@@ -132,6 +132,7 @@ class ReplayBank:
         self._uses = np.zeros(num_tiles, np.int32)  # of what is in the slot; 0 for an empty one
         self._made_at = np.zeros(num_tiles, np.int64)
         self._step = 0
+        self._epoch = 0
         self._counts = np.zeros(4, np.int64)
         self._has_warned = False
 
@@ -139,6 +140,12 @@ class ReplayBank:
     def counts(self) -> ReplayCounts:
         """What was made, reused and kept so far, and what failed."""
         return ReplayCounts(*self._counts.tolist())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch begins, counted from 0, where `p` is a `Ramp`."""
+        if epoch < 0:
+            raise ValueError(f"epoch is {epoch}, expected 0 or more")
+        self._epoch = epoch
 
     @own_precision()
     @torch.no_grad()
@@ -157,7 +164,7 @@ class ReplayBank:
         """
         self.generator.check_images(images)
         slots = self._checked(index, len(images))
-        is_drawn = torch.rand(len(images)) < self.p
+        is_drawn = torch.rand(len(images), dtype=torch.float32) < value_at(self.p, self._epoch)
         seeds = torch.randint(0, _MAX_SEED, (len(images),)).tolist()
         rows = is_drawn.nonzero()[:, 0].tolist()
         self._step += 1
@@ -170,16 +177,17 @@ class ReplayBank:
         return self._replaced(images, slots, taken) if taken else images
 
     def seconds_per_step(self, batch_size: int, make: float, decode: float) -> float:
-        """Return what a step costs once all tiles have been seen; see the module.
+        """Return what a step costs, at this epoch's p, once all tiles were seen; see the module.
 
         Args:
             batch_size: Tiles a step.
             make: Seconds that the edit of one tile takes.
             decode: Seconds that decoding one tile takes.
         """
-        return self.p * batch_size * (make / self._expected_uses(batch_size) + decode)
+        p = value_at(self.p, self._epoch)
+        return p * batch_size * (make / self._expected_uses(batch_size, p) + decode)
 
-    def _expected_uses(self, batch_size: int) -> float:
+    def _expected_uses(self, batch_size: int, p: float) -> float:
         """Return how often a variant is used on average; see the module."""
         if self.max_age is None:
             return float(self.reuse)
@@ -187,7 +195,7 @@ class ReplayBank:
         more = 0.0  # E[min(r - 1, X)] is the sum of P(X >= k) for k from 1 to r - 1
         for k in range(1, min(self.reuse - 1, chances) + 1):
             more += 1 - sum(
-                math.comb(chances, n) * self.p**n * (1 - self.p) ** (chances - n) for n in range(k)
+                math.comb(chances, n) * p**n * (1 - p) ** (chances - n) for n in range(k)
             )
         return 1 + more
 
@@ -299,7 +307,7 @@ class ReplayBank:
 
     def _encode(self, images: Tensor) -> Tensor:
         if not len(images):
-            return torch.empty(0, *self.generator.latent_shape)
+            return torch.empty(0, *self.generator.latent_shape, dtype=torch.float32)
         return self.generator.whiten(self.generator.encode(images).mean)
 
 

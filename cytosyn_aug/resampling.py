@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cytosyn_aug.editing import resample
 from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.images import check_sides
 from cytosyn_aug.schedules import Probability
 from cytosyn_aug.shared import SharedCount
 from cytosyn_aug.tile_transform import Edit, TileTransform
@@ -66,8 +67,8 @@ class ConditionedResample(TileTransform):
                 f"similarities are {min_similarity} and {max_similarity}, expected "
                 "-1 <= min_similarity <= max_similarity <= 1"
             )
-        is_bounded = (min_similarity, max_similarity) != (-1.0, 1.0)
-        if not generator.has_encoder and (features is None or is_bounded):
+        self._is_bounded = (min_similarity, max_similarity) != (-1.0, 1.0)
+        if not generator.has_encoder and (features is None or self._is_bounded):
             raise ValueError(
                 "this model was loaded without an encoder: pass features (a FeatureTable of "
                 "precomputed ones) and leave min_similarity and max_similarity alone, or load it "
@@ -86,6 +87,9 @@ class ConditionedResample(TileTransform):
         """Tiles, in all workers, whose new version was too unlike or too like the old one."""
         return self._rejected.total()
 
+    def _check_size(self, height_px: int, width_px: int) -> None:
+        check_sides(height_px, width_px, self.generator.tile)
+
     def _tiles_at_once(self, grey: Tensor) -> int:
         return self.generator.batch_size
 
@@ -99,6 +103,7 @@ class ConditionedResample(TileTransform):
             steps=self.steps,
             guidance_scale=self.guidance_scale,
             features=self.features,
+            compares=self._is_bounded,
         )
         is_usable = result.is_tissue & result.is_finite
         self._count_failed(grey, result.is_tissue & ~result.is_finite)

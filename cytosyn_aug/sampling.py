@@ -166,8 +166,8 @@ def guide(
 
     def guided(x: Tensor, t: float) -> Tensor:
         if scale == 1.0 or not low <= t <= high:
-            return velocity(x, torch.full((len(x),), t, device=x.device), condition)
-        times = torch.full((2 * len(x),), t, device=x.device)
+            return velocity(x, _times(t, len(x), x.device), condition)
+        times = _times(t, 2 * len(x), x.device)
         v_condition, v_null = velocity(torch.cat([x, x]), times, both).chunk(2)
         return v_null + scale * (v_condition - v_null)
 
@@ -188,12 +188,14 @@ def bind_student(
     """
 
     def average_velocity(x: Tensor, t: float, r: float) -> Tensor:
-        start, end, scales = (
-            torch.full((len(x),), value, device=x.device) for value in (t, r, scale)
-        )
+        start, end, scales = (_times(value, len(x), x.device) for value in (t, r, scale))
         return student(x, start, condition, end, scales)
 
     return average_velocity
+
+
+def _times(value: float, num: int, device: torch.device) -> Tensor:
+    return torch.full((num,), value, dtype=torch.float32, device=device)
 
 
 def sample_noise(seeds: Sequence[int], shape: Sequence[int], stream: int = 0) -> Tensor:
@@ -211,5 +213,5 @@ def sample_noise(seeds: Sequence[int], shape: Sequence[int], stream: int = 0) ->
     for seed in seeds:
         state = np.random.SeedSequence([seed, stream]).generate_state(2, np.uint32)
         generator = torch.Generator().manual_seed((int(state[0]) << 31) ^ int(state[1]))
-        rows.append(torch.randn(tuple(shape), generator=generator))
+        rows.append(torch.randn(tuple(shape), dtype=torch.float32, generator=generator))
     return torch.stack(rows)

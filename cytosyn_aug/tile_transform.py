@@ -23,7 +23,14 @@ from torchvision.transforms import v2
 
 from cytosyn_aug.draws import MAX_SEED
 from cytosyn_aug.facts import NO_FACTS, Facts, read_labels
-from cytosyn_aug.images import is_image_tensor, num_tiles, open_image, tile_key
+from cytosyn_aug.images import (
+    check_image,
+    is_image_tensor,
+    num_tiles,
+    open_image,
+    sides_of,
+    tile_key,
+)
 from cytosyn_aug.precision import own_precision
 from cytosyn_aug.schedules import Probability, Ramp, check_probability, probabilities
 from cytosyn_aug.shared import SharedCount, SharedEpoch
@@ -92,6 +99,8 @@ class TileTransform(v2.Transform):
 
         torchvision's own forward, which forgets the keys of the sample that facts are found by.
         """
+        if not inputs:
+            raise TypeError("got no sample; call the transform on an image, or a sample with one")
         sample = inputs if len(inputs) > 1 else inputs[0]
         flat, spec = tree_flatten(sample)
         self.check_inputs(flat)
@@ -119,11 +128,14 @@ class TileTransform(v2.Transform):
             raise TypeError(
                 f"got no image among {names}; pass a PIL image or an image tensor [..., 3, H, W]"
             )
-        moved = [type(x).__name__ for x in flat_inputs if isinstance(x, _STRUCTURE)]
+        rest = [x for x, edits in zip(flat_inputs, is_image, strict=True) if not edits]
+        moved = [type(x).__name__ for x in rest if isinstance(x, _STRUCTURE)]
+        moved += [f"a tensor {list(x.shape)}" for x in rest if _may_be_mask(x, images)]
         if moved and not self.keeps_structure:
             raise ValueError(
                 f"{type(self).__name__} moves structure, and the sample carries {moved}; drop "
-                "them, keep structure, or pass allow_geometry_change=True"
+                "them (a second image wrap in tv_tensors.Image, a mask in tv_tensors.Mask), keep "
+                "structure, or pass allow_geometry_change=True"
             )
         counts = {num_tiles(x) for x in images}
         if 0 in counts:
@@ -154,7 +166,9 @@ class TileTransform(v2.Transform):
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Edit an image as drawn; the same image and params give the same result."""
         index = [k for k, is_chosen in enumerate(params["chosen"]) if is_chosen]
+        self._check_size(*sides_of(inpt))
         if not index:
+            check_image(inpt)
             return inpt
         grey, close = open_image(inpt)
         is_edited = torch.zeros(len(grey), dtype=torch.bool, device=grey.device)
@@ -166,6 +180,9 @@ class TileTransform(v2.Transform):
             is_edited[rows] = edit.is_edited.to(grey.device)
             grey[rows] = edit.grey.to(grey)
         return close(grey, is_edited)
+
+    def _check_size(self, height_px: int, width_px: int) -> None:
+        """Raise ValueError for images of a size that cannot be edited."""
 
     def _tiles_at_once(self, grey: Tensor) -> int:
         """Return how many tiles are edited at once: intermediate results of all may not fit."""
@@ -201,6 +218,13 @@ class TileTransform(v2.Transform):
                 stacklevel=2,
             )
         self._failed.add(number)
+
+
+def _may_be_mask(x: object, images: list[Any]) -> bool:
+    """Return whether a plain tensor has the sides of an image: torchvision would leave it alone."""
+    if not isinstance(x, Tensor) or isinstance(x, tv_tensors.TVTensor) or x.ndim < 2:
+        return False
+    return (x.shape[-2], x.shape[-1]) in {sides_of(y) for y in images}
 
 
 def _pick(values: Sequence[Any], index: list[int]) -> list[Any]:

@@ -28,6 +28,7 @@ from cytosyn_aug.editing import (
     EditRecipe,
     StainEstimate,
     central_tiles,
+    check_extent,
     check_scale,
     estimate_stain,
     match_statistics,
@@ -37,7 +38,7 @@ from cytosyn_aug.editing import (
 )
 from cytosyn_aug.facts import LABORATORY, NO_FACTS, SLIDE, Facts, read_fact
 from cytosyn_aug.generator import TileGenerator
-from cytosyn_aug.images import num_tiles, open_image
+from cytosyn_aug.images import check_sides, num_tiles, open_image
 from cytosyn_aug.precision import own_precision
 from cytosyn_aug.reference import StainReference
 from cytosyn_aug.schedules import Probability, Scheduled, check_scheduled, probabilities, value_at
@@ -238,6 +239,11 @@ class StainTransfer(TileTransform):
             )
         return farthest_references(own.cpu(), targets, count)
 
+    def _check_size(self, height_px: int, width_px: int) -> None:
+        if self.preserve == "none":
+            check_sides(height_px, width_px, self.generator.tile)
+        check_extent(height_px, width_px, self.mpp, self.generator.tile)
+
     def _measured(self, grey: Tensor) -> Tensor:
         moments = tissue_moments(central_tiles(grey, self.mpp, self.generator.tile))
         return moment_statistics(moments.mean, moments.covariance)
@@ -246,12 +252,12 @@ class StainTransfer(TileTransform):
         return self.generator.batch_size
 
     def _edit(self, grey: Tensor, params: dict[str, Any]) -> Edit:
+        if not any(params["strengths"]):
+            return Edit(grey, torch.zeros(len(grey), dtype=torch.bool, device=grey.device))
         return self._restain(grey, self._estimate(grey), params["references"], params)
 
     def _estimate(self, grey: Tensor) -> StainEstimate:
         self.generator.check_process()
-        if self.preserve == "none":
-            self.generator.check_images(grey.round().to(torch.uint8))
         tiles = central_tiles(grey, self.mpp, self.generator.tile)
         ask = self.features if self.source is None else None
         estimate = estimate_stain(self.generator, tiles, self.source, self.recipe, ask)
@@ -263,7 +269,7 @@ class StainTransfer(TileTransform):
     ) -> Edit:
         """Restain tiles to one drawn reference each."""
         targets = self._reference_statistics().to(grey.device)[drawn]
-        strength = torch.tensor(params["strengths"], device=grey.device)
+        strength = torch.tensor(params["strengths"], dtype=torch.float32, device=grey.device)
         change = blend_with_identity(match_statistics(estimate, targets), strength)
         recoloured = apply_density_map(grey, change)
         is_edited = estimate.is_tissue & estimate.is_finite & (strength > 0)
@@ -302,10 +308,10 @@ class StainTransfer(TileTransform):
 
 
 class StainNormalize(StainTransfer):
-    """Restain every tile to one reference, the same way every time.
+    """Restain tiles to one reference, the same way every time.
 
-    StainTransfer with one reference, probability 1 and a fixed seed. For tiles of one slide give
-    `source`, fitted to tiles of that slide, so that neighbouring tiles are changed alike.
+    StainTransfer with one reference and a fixed seed; with p = 1 nothing is random. For tiles of one
+    slide give `source`, fitted to tiles of that slide, so that neighbouring tiles are changed alike.
 
     Args:
         generator: The model.
@@ -318,6 +324,7 @@ class StainNormalize(StainTransfer):
         features: See `StainTransfer`.
         seed: Seed of the model's noise, for every tile.
         allow_geometry_change: Accept masks and boxes although structure may move.
+        p: Probability that a tile is normalised; a `Ramp`, or one of them by class.
     """
 
     def __init__(
@@ -333,6 +340,7 @@ class StainNormalize(StainTransfer):
         features: Callable[[Tensor], Tensor] | None = None,
         seed: int = 0,
         allow_geometry_change: bool = False,
+        p: Probability = 1.0,
     ) -> None:
         super().__init__(
             generator,
@@ -341,7 +349,7 @@ class StainNormalize(StainTransfer):
             strength=strength,
             preserve=preserve,
             mpp=mpp,
-            p=1.0,
+            p=p,
             seed=seed,
             recipe=recipe,
             features=features,
@@ -349,8 +357,10 @@ class StainNormalize(StainTransfer):
         )
 
     def make_params(self, flat_inputs: list[Any], facts: Facts = NO_FACTS) -> dict[str, Any]:
-        """Choose every tile, with the same seed; nothing is random."""
+        """Choose tiles, all with the same seed; draw nothing where all are chosen."""
         num = num_tiles(flat_inputs[0])
+        if self.p != 1.0:
+            return super().make_params(flat_inputs, facts) | {"seeds": [self.seed] * num}
         return {
             "chosen": [True] * num,
             "seeds": [self.seed] * num,

@@ -13,7 +13,7 @@ from cytosyn_aug.draws import Mode, Sampling
 from cytosyn_aug.editing import EditRecipe
 from cytosyn_aug.facts import NO_FACTS, Facts
 from cytosyn_aug.generator import TileGenerator
-from cytosyn_aug.images import open_image
+from cytosyn_aug.images import check_image, open_image, sides_of
 from cytosyn_aug.precision import own_precision
 from cytosyn_aug.reference import StainReference
 from cytosyn_aug.schedules import Scheduled
@@ -103,6 +103,10 @@ class StainViews(StainTransfer):
     @own_precision()
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Return the versions of one image, a tuple."""
+        self._check_size(*sides_of(inpt))
+        if not any(params["strengths"]):
+            check_image(inpt)
+            return (inpt,) * self.views
         grey, close = open_image(inpt)
         num_made = self.views - self.has_original
         made = [torch.empty_like(grey) for _ in range(num_made)]

@@ -1,6 +1,7 @@
 """Way (b) into a training loop: variants made beforehand, or made once and used several times.
 
-usage: python examples/train_on_cache.py CACHE [--data BRCA_M2C] [--way cached|replay] [--epochs 4]
+usage: python examples/train_on_cache.py CACHE [--data BRCA_M2C] [--epochs 4]
+       python examples/train_on_cache.py --way replay [--data BRCA_M2C] [--epochs 4]
 cached: every tile gets two restained variants, written to CACHE before training; DataLoader workers
 look them up, and no network runs in the loop.
 replay: a bank in the training process makes a variant of a tile when it must, and uses it four
@@ -24,6 +25,7 @@ from cytosyn_aug.demo import load_laboratories
 from cytosyn_aug.editing import redraw_latents
 
 BATCH_SIZE = 16
+P = 0.5
 
 
 class CachedTiles(Dataset[tuple[Tensor, int]]):
@@ -112,7 +114,7 @@ def replay(task: Task, epochs: int) -> nn.Module:
     recipe = ca.EditRecipe(noise_level=0.4)
     make = Clock(lambda images, seeds: redraw_latents(generator, images, recipe, seeds))
     num_tiles = int((~task.is_held_out).sum())
-    bank = ca.ReplayBank(generator, make, num_tiles=num_tiles, p=0.5, reuse=4)
+    bank = ca.ReplayBank(generator, make, num_tiles=num_tiles, p=P, reuse=4)
     step = Clock(bank)
     classifier = train_replayed(task, step, epochs)
 
@@ -123,7 +125,8 @@ def replay(task: Task, epochs: int) -> nn.Module:
     counts = bank.counts
     uses = (counts.num_made + counts.num_reused) / counts.num_made
     each = make.seconds / counts.num_made, decode.seconds / (2 * len(latents))
-    expected = bank.p * num_tiles * epochs / step.num_calls * (each[0] / uses + each[1])
+    share = P * num_tiles * epochs / step.num_calls
+    expected = share * (each[0] / uses + each[1])
     print(
         f"{counts.num_made} variants made, {counts.num_reused} reused: {uses:.1f} uses of each so "
         f"far, 4 in the long run\n"
@@ -138,12 +141,14 @@ def replay(task: Task, epochs: int) -> nn.Module:
 def main() -> None:
     """Train one way and print a row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cache", type=Path, metavar="CACHE")
+    parser.add_argument("cache", type=Path, metavar="CACHE", nargs="?", help="for --way cached")
     parser.add_argument("--data", type=Path, help="folder of BRCA-M2C; default: sample tiles")
     parser.add_argument("--way", choices=("cached", "replay"), default="cached")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
+    if args.way == "cached" and args.cache is None:
+        parser.error("--way cached needs a folder, CACHE")
     task = load_task(args.data)
     if args.way == "replay":
         classifier = replay(task, args.epochs)

@@ -38,6 +38,7 @@ def check_transform(transform, tiles):
     check_tiles_that_stay(transform, tiles)
     check_float_range(transform, tiles)
     check_autocast(transform, tiles)
+    check_default_dtype(transform, tiles)
     check_pickle(transform, tiles)
 
 
@@ -153,6 +154,20 @@ def check_autocast(transform, tiles):
             params = transform.make_params([tiles])
             results.append((drawn, transform.transform(tiles, params)))
     assert_equal(*results)
+
+
+def check_default_dtype(transform, tiles):
+    """What a user has set as torch's default type changes nothing."""
+    results = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        torch.manual_seed(8)
+        torch.set_default_dtype(dtype)
+        try:
+            results.append(transform(tiles))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert_equal(*results[:2])
+    assert_equal(*results[1:])
 
 
 def check_pickle(transform, tiles):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.replay import ReplayBank, ReplayCounts
+from cytosyn_aug.schedules import Ramp
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,15 @@ def test_tiles_that_are_not_drawn_come_back_and_the_counts_add_up(reuse, p, seed
     assert counts.num_made == sum(edits.sizes)
     assert counts.num_made + counts.num_reused == num_drawn
     assert num_drawn <= reuse * counts.num_made
+
+
+def test_a_ramp_replaces_more_tiles_by_epoch(generator, tiles):
+    bank, edits = bank_of(generator, p=Ramp(0.0, 1.0, 3), reuse=1)
+    for epoch, num_made in ((0, 0), (2, 4)):
+        bank.set_epoch(epoch)
+        bank(tiles, torch.arange(4))
+        assert sum(edits.sizes) == num_made
+        assert bank.seconds_per_step(4, make=1.0, decode=0.0) == num_made
 
 
 def test_draws_repeat_under_a_seed(generator, tiles):

@@ -99,6 +99,25 @@ def test_p_draws_per_sample(generator, references):
     assert 16 < changed.sum() < 48
 
 
+def test_normalising_draws_by_p_and_nothing_else(generator, references, tiles):
+    many = synthetic_tiles(1).expand(64, 3, SIZE, SIZE)
+    some = StainNormalize(generator, references[0], recipe=FAST, p=0.5, seed=7)
+    torch.manual_seed(0)
+    params = some.make_params([many])
+    assert 16 < sum(params["chosen"]) < 48
+    assert set(params["seeds"]) == {7}
+    all_of_them = StainNormalize(generator, references[0], recipe=FAST)
+    torch.manual_seed(1)
+    params = some.make_params([tiles])
+    made = some.transform(tiles, params)
+    for k, is_chosen in enumerate(params["chosen"]):
+        expected = all_of_them(tiles[k]) if is_chosen else tiles[k]
+        assert (made[k].int() - expected.int()).abs().max() <= 1
+    state = torch.get_rng_state()
+    all_of_them(tiles)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_p_of_zero_returns_the_very_object(generator, references, tiles):
     assert Transfer(generator, references, p=0.0)(tiles) is tiles
 
@@ -134,6 +153,27 @@ def test_strength_zero_changes_nothing_and_one_half_goes_part_of_the_way(
         moved.append((transform(tiles).float() - tiles.float()).abs().mean().item())
     assert moved[0] == 0
     assert 0 < moved[1] < moved[2]
+
+
+def test_networks_run_only_where_they_have_a_say(generator, references, tiles, monkeypatch):
+    asked = []
+    original = generator.cls_features
+    monkeypatch.setattr(generator, "cls_features", lambda x: asked.append(len(x)) or original(x))
+    pixels_only = EditRecipe(probe_share=0.0)
+    assert not torch.equal(Transfer(generator, references, p=1.0, recipe=pixels_only)(tiles), tiles)
+    for preserve in ("color", "none"):
+        weak = Transfer(generator, references, p=1.0, strength=0.0, preserve=preserve)
+        assert weak(tiles) is tiles
+    views = StainViews(generator, references, strength=0.0)(tiles)
+    assert all(view is tiles for view in views)
+    assert asked == []
+    torch.manual_seed(0)
+    free = ConditionedResample(generator, p=1.0, steps=2)(tiles)
+    assert asked == [4]  # of the old tiles; nobody asks how alike the new ones are
+    torch.manual_seed(0)
+    bounded = ConditionedResample(generator, p=1.0, steps=2, max_similarity=0.9999)(tiles)
+    assert asked == [4, 4, 4]
+    assert torch.equal(free, bounded)
 
 
 def test_masks_boxes_and_labels_pass_by_identity(transfer, tiles):
@@ -199,6 +239,48 @@ def test_float_images_out_of_range_are_refused_by_all(transform, value):
     image[0, 3, 3] = value
     with pytest.raises(ValueError, match=r"expected \[0, 1\]"):
         transform(image)
+
+
+def test_images_are_checked_whether_drawn_or_not(generator, references):
+    def never(image, message, resamples=False):
+        transform = (
+            ConditionedResample(generator, p=0.0)
+            if resamples
+            else Transfer(generator, references, p=0.0)
+        )
+        with pytest.raises((TypeError, ValueError), match=message):
+            transform(image)
+
+    tile = synthetic_tiles(1)[0]
+    never(tile.float(), r"expected \[0, 1\]")
+    never(torch.full((3, SIZE, SIZE), torch.nan), r"expected \[0, 1\]")
+    never(tile.to(torch.int16), "expected uint8 or float")
+    never(tile[:, :50, :50], "re-tile larger")
+    never(PIL.Image.new("RGB", (50, 50)), "re-tile larger")
+    never(PIL.Image.new("L", (SIZE, SIZE)), "expected RGB")
+    never(tile.repeat(1, 2, 2), "re-tile the slide", resamples=True)
+    classical = MacenkoNormalize(MacenkoReference.fit(synthetic_tiles(3, seed=5)), p=0.0)
+    with pytest.raises(ValueError, match=r"expected \[0, 1\]"):
+        classical(tile.float())
+
+
+def test_what_may_be_a_mask_is_named(generator, references, tiles):
+    transform = Transfer(generator, references, p=1.0, recipe=FAST)
+    for mask in (torch.ones(1, SIZE, SIZE), PIL.Image.new("L", (SIZE, SIZE))):
+        with pytest.raises(ValueError, match=r"tv_tensors\.Mask"):
+            transform({"mask": mask, "image": tiles[0]} if isinstance(mask, torch.Tensor)
+                      else (PIL.Image.new("RGB", (SIZE, SIZE)), mask))  # fmt: skip
+    resample = ConditionedResample(generator, p=0.0)
+    for mask in (torch.ones(SIZE, SIZE), torch.ones(3, SIZE, SIZE, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"(?s)moves structure.*tv_tensors\.Mask"):
+            resample((tiles[0], mask))
+        ConditionedResample(generator, p=0.0, allow_geometry_change=True)((tiles[0], mask))
+    resample((tiles, torch.arange(4), torch.ones(4, 24)))
+
+
+def test_a_call_without_a_sample_says_so(transfer):
+    with pytest.raises(TypeError, match="got no sample"):
+        transfer()
 
 
 def test_images_of_mixed_sizes_are_edited_each(transfer, tiles):

@@ -25,12 +25,18 @@ from scipy.stats import wasserstein_distance
 from skimage.color import rgb2lab
 from torch import Tensor
 
-from cytosyn_aug.editing import EditRecipe, stain_change
+from cytosyn_aug.editing import (
+    EditRecipe,
+    estimate_stain,
+    match_statistics,
+    reference_statistics,
+)
 from cytosyn_aug.flow import interpolate
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.reference import StainReference
 from cytosyn_aug.sampling import adams_bashforth2, euler, guide, linear_grid, sample_noise
 from cytosyn_aug.stain import (
+    DensityMap,
     apply_density_map,
     density_moments,
     match_moments,
@@ -117,8 +123,8 @@ def stain_method(
     def run(content: Tensor, reference: Tensor) -> Tensor:
         target = StainReference.fit(generator, reference)
         source = StainReference.fit(generator, content) if by_slide else None
-        estimate = stain_change(generator, content, target, source, recipe)
-        restained = apply_density_map(content, estimate.change).round().to(torch.uint8)
+        change = stain_change(generator, content, target, source, recipe)
+        restained = apply_density_map(content, change).round().to(torch.uint8)
         if then is None:
             return restained
         own = generator.features(restained).cls
@@ -128,6 +134,27 @@ def stain_method(
         return recolour(restained, *(generator.decode(x) for x in (z, edited)))
 
     return run
+
+
+def stain_change(
+    generator: TileGenerator,
+    images: Tensor,
+    reference: StainReference,
+    source: StainReference | None,
+    recipe: EditRecipe,
+) -> DensityMap:
+    """Return how tiles change colour under the stain of a reference, on the device of `images`.
+
+    Args:
+        generator: The model.
+        images: uint8 [B, 3, size, size].
+        reference: Where to go.
+        source: Statistics of the slide the tiles come from; None for each tile's own.
+        recipe: See `EditRecipe`.
+    """
+    estimate = estimate_stain(generator, images, source, recipe)
+    targets = reference_statistics(generator, reference, recipe).to(images.device)
+    return match_statistics(estimate, targets)
 
 
 def rival_method(name: Literal["macenko", "reinhard"]) -> Restain:
