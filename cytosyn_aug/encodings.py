@@ -252,7 +252,7 @@ def _fill_missing(
     if "moments" in cache.spec.names:
         fields["moments"] = torch.stack(generator.encode(missing), 1).cpu()
     if "cls" in cache.spec.names:
-        fields["cls"] = generator.features(missing).cls.cpu()
+        fields["cls"] = generator.cls_features(missing).cpu()
     made = {keys[row]: {k: v[n] for k, v in fields.items()} for n, row in enumerate(rows)}
     kept = [n for n, one in enumerate(made.values()) if _is_finite(one)]
     if writes and kept:

@@ -181,7 +181,7 @@ def test_given_features_are_used_instead_of_the_encoder(generator, reference, im
         return [alb.Compose([each])(image=image)["image"] for each in (transfer, normalize)]
 
     expected = edit(None)
-    monkeypatch.setattr(generator, "features", None)  # whoever asks, fails
+    monkeypatch.setattr(generator, "cls_features", None)  # whoever asks, fails
     for got, want in zip(edit(table), expected, strict=True):
         np.testing.assert_array_equal(got, want)
 

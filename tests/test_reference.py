@@ -5,7 +5,7 @@ import torch
 from conftest import SIZE, synthetic_tiles
 from PIL import Image
 
-from cytosyn_aug import Features, StainReference
+from cytosyn_aug import StainReference
 
 
 @pytest.fixture
@@ -64,8 +64,7 @@ def test_it_survives_json(reference):
 
 
 def test_features_that_are_not_finite_are_refused(generator, monkeypatch):
-    broken = Features(torch.full((2, 24), torch.nan), torch.zeros(2, 64, 24))
-    monkeypatch.setattr(generator, "features", lambda images: broken)
+    monkeypatch.setattr(generator, "cls_features", lambda images: torch.full((2, 24), torch.nan))
     with pytest.raises(ValueError, match="are not finite in"):
         StainReference.fit(generator, synthetic_tiles(2))
 

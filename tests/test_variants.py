@@ -209,7 +209,7 @@ def test_only_chosen_samples_are_looked_up_and_reach_the_network(
     monkeypatch.setattr(latents_cache, "get", get)
     monkeypatch.setattr(generator, "decode_pixels", decode_pixels)
     monkeypatch.setattr(generator, "encode", None)
-    monkeypatch.setattr(generator, "features", None)
+    monkeypatch.setattr(generator, "cls_features", None)
     batch = transform({"image": tiles, "label": list("abbaab")})["image"]
     transform.decode(generator, batch)
     chosen = [0, 3, 4]
