@@ -25,12 +25,13 @@ from cytosyn_aug.colour import colour_distance
 from cytosyn_aug.config import Method
 from cytosyn_aug.editing import (
     EditRecipe,
-    StainChange,
     central_tiles,
     check_scale,
+    estimate_stain,
+    match_statistics,
     redraw,
+    reference_statistics,
     resample,
-    stain_change,
 )
 from cytosyn_aug.filling import derive_seed
 from cytosyn_aug.generator import TileGenerator
@@ -259,8 +260,8 @@ def _changes(
     ways: Sequence[tuple[StainReference, StainReference | None]],
     recipe: EditRecipe,
     cls: Tensor | None,
-) -> StainChange:
-    """Return the change of each tile to its own reference.
+) -> tuple[DensityMap, Tensor, Tensor]:
+    """Return each tile's change to its own reference, and which have tissue and are finite.
 
     Args:
         generator: The model.
@@ -281,10 +282,12 @@ def _changes(
         own = None
         if cls is not None and generator.stain_probe is not None:
             own = partial(_known, cls[rows][is_tissue(tiles[rows])])
-        found = stain_change(generator, tiles[rows], reference, source, recipe, own)
-        matrix[rows], offset[rows] = found.change.matrix, found.change.offset
+        found = estimate_stain(generator, tiles[rows], source, recipe, own)
+        targets = reference_statistics(generator, reference, recipe).to(tiles.device)
+        change = match_statistics(found, targets)
+        matrix[rows], offset[rows] = change.matrix, change.offset
         has_tissue[rows], is_finite[rows] = found.is_tissue, found.is_finite
-    return StainChange(DensityMap(matrix, offset), has_tissue, is_finite)
+    return DensityMap(matrix, offset), has_tissue, is_finite
 
 
 def _known(cls: Tensor, _: Tensor) -> Tensor:

@@ -310,8 +310,9 @@ class StainTransfer(TileTransform):
 class StainNormalize(StainTransfer):
     """Restain tiles to one reference, the same way every time.
 
-    StainTransfer with one reference and a fixed seed; with p = 1 nothing is random. For tiles of one
-    slide give `source`, fitted to tiles of that slide, so that neighbouring tiles are changed alike.
+    StainTransfer with one reference and a fixed seed; with p = 1 nothing is random. For tiles of
+    one slide give `source`, fitted to tiles of that slide, so that neighbouring tiles are changed
+    alike.
 
     Args:
         generator: The model.
