@@ -101,7 +101,7 @@ class StainNormalize(TileImageTransform):
         features: See `StainTransfer`.
         seed: Seed of the model's noise, for every tile.
         allow_geometry_change: Accept masks and boxes although structure may move.
-        p: Probability that an image is normalised; or a `Ramp` over epochs.
+        p: Probability that an image is normalised; a `Ramp`, or one of them by class.
     """
 
     def __init__(
@@ -117,8 +117,9 @@ class StainNormalize(TileImageTransform):
         features: Callable[[Tensor], Tensor] | None = None,
         seed: int = 0,
         allow_geometry_change: bool = False,
-        p: Scheduled = 1.0,
+        p: Probability = 1.0,
     ) -> None:
+        p = read_argument(p)
         arguments = {
             "generator": read_argument(generator),
             "reference": _pooled(reference),
@@ -131,7 +132,8 @@ class StainNormalize(TileImageTransform):
             "seed": seed,
             "allow_geometry_change": allow_geometry_change,
         }
-        super().__init__(transforms.StainNormalize(**arguments), read_argument(p), arguments)
+        inner_p = p if isinstance(p, Mapping) else 1.0
+        super().__init__(transforms.StainNormalize(**arguments, p=inner_p), p, arguments)
 
 
 class ConditionedResample(TileImageTransform):

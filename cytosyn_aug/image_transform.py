@@ -9,7 +9,6 @@ from instead of its weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -51,7 +50,7 @@ class TileImageTransform(albumentations.ImageOnlyTransform):
         arguments: What the transform is made of beside p, for `to_dict`.
 
     Raises:
-        ValueError: p is no probability, or is by class for a transform that does not draw.
+        ValueError: p is no probability.
     """
 
     def __init__(
@@ -61,11 +60,6 @@ class TileImageTransform(albumentations.ImageOnlyTransform):
         arguments: dict[str, Any],  # Any: arguments of any type
     ) -> None:
         check_probability(p)
-        if isinstance(p, Mapping) and inner.p != p:
-            raise ValueError(
-                f"p of {type(self).__name__} is by class, and it edits images of any; give a "
-                "number or a Ramp, or use StainTransfer with one reference"
-            )
         # albumentations compares p with numbers, in OneOf and elsewhere.
         super().__init__(p=p if isinstance(p, int | float) else 1.0)
         self.inner = inner

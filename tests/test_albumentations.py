@@ -336,9 +336,12 @@ def test_bad_probabilities_are_refused(generator, reference, variants, p):
         caa.CachedVariants(variants, p=p)
 
 
-def test_probabilities_by_class_are_refused_where_nothing_is_drawn(generator, reference):
-    with pytest.raises(ValueError, match="p of StainNormalize is by class"):
-        caa.StainNormalize(generator, reference, p={"tumour": 1.0, "stroma": 0.0})
+def test_normalising_draws_by_class(generator, reference, image):
+    transform = caa.StainNormalize(generator, reference, p={"tumour": 1.0, "stroma": 0.0})
+    pipeline = alb.Compose([transform])
+    for label, is_edited in (("tumour", True), ("stroma", False)):
+        out = pipeline(image=image, label=label)["image"]
+        assert np.array_equal(out, image) != is_edited
 
 
 @pytest.mark.parametrize(
