@@ -122,6 +122,7 @@ def _offline() -> object:
         if error.name == "fcntl":
             raise ModuleNotFoundError("offline needs a POSIX system, for its locks") from error
         raise ModuleNotFoundError(
-            f'{error.name} is missing; install it with: pip install "cytosyn-aug[offline]"',
+            f'{error.name} is missing; install it with: pip install "cytosyn-aug[offline]", in '
+            'a checkout -e ".[offline]"',
             name=error.name,
         ) from error

@@ -24,8 +24,7 @@ try:
     import albumentations
 except ImportError as error:
     raise ImportError(
-        "cytosyn_aug.albumentations needs albumentations 2.0.8; "
-        'pip install "cytosyn-aug[albumentations]"'
+        "cytosyn_aug.albumentations needs albumentations 2.0.8; pip install albumentations==2.0.8"
     ) from error
 if albumentations.__version__ != "2.0.8":
     # AlbumentationsX has the same import name and goes on from 2.0.9, under another licence.
@@ -33,7 +32,7 @@ if albumentations.__version__ != "2.0.8":
         f"found albumentations {albumentations.__version__}, expected 2.0.8, the last release "
         "under the MIT licence and the one this is tested with; AlbumentationsX is not. Use the "
         "torchvision transforms of cytosyn_aug beside it (tensors and PIL images), or "
-        '`pip uninstall albumentationsx` and `pip install "cytosyn-aug[albumentations]"`'
+        '`pip uninstall albumentationsx` and `pip install albumentations==2.0.8`'
     )
 
 _STRUCTURE = frozenset({"mask", "masks", "mask3d", "masks3d", "bboxes", "keypoints"})
