@@ -32,7 +32,7 @@ if albumentations.__version__ != "2.0.8":
         f"found albumentations {albumentations.__version__}, expected 2.0.8, the last release "
         "under the MIT licence and the one this is tested with; AlbumentationsX is not. Use the "
         "torchvision transforms of cytosyn_aug beside it (tensors and PIL images), or "
-        '`pip uninstall albumentationsx` and `pip install albumentations==2.0.8`'
+        "`pip uninstall albumentationsx` and `pip install albumentations==2.0.8`"
     )
 
 _STRUCTURE = frozenset({"mask", "masks", "mask3d", "masks3d", "bboxes", "keypoints"})
