@@ -1,6 +1,7 @@
 """ReplayBank: variants are made when they must be, used as often as said, and cost as said."""
 
 import errno
+import itertools
 import os
 import warnings
 
@@ -68,7 +69,7 @@ def test_a_tile_twice_in_a_batch_is_made_once_and_used_twice(generator, tiles):
     bank, edits = bank_of(generator, reuse=2)
     images = bank(tiles[:1].repeat(2, 1, 1, 1), torch.tensor([2, 2]))
     assert edits.sizes == [1]
-    assert torch.equal(images[0], images[1])
+    assert (images[0].int() - images[1].int()).abs().max() <= 1
     bank(tiles[:1], torch.tensor([2]))
     assert edits.sizes == [1, 1]
 
@@ -77,9 +78,9 @@ def test_no_variant_is_used_more_often_than_said_within_a_batch_either(generator
     bank, edits = bank_of(generator, reuse=2)
     images = bank(tiles[:1].repeat(5, 1, 1, 1), torch.zeros(5, dtype=torch.int64))
     assert edits.sizes == [1, 1, 1]
-    assert torch.equal(images[0], images[1])
-    assert not torch.equal(images[1], images[2])
-    assert torch.equal(images[2], images[3])
+    # Equal latents in other rows of a batch may round to other pixels by one grey level.
+    apart = [int((a.int() - b.int()).abs().max()) for a, b in itertools.pairwise(images)]
+    assert [step > 1 for step in apart] == [False, True, False, True]
     bank(tiles[:1].repeat(2, 1, 1, 1), torch.zeros(2, dtype=torch.int64))
     assert edits.sizes == [1, 1, 1, 1]  # one use of the third was left
     assert bank.counts == ReplayCounts(num_made=4, num_reused=3, num_kept=0, num_failed=0)
