@@ -18,7 +18,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -54,11 +54,22 @@ _MAX_OPEN_SHARDS = 128
 _READ_COLUMNS = ("shard", "slide", "x_level0", "y_level0", "offset", "size", "crc32")
 
 
+class _Descriptor:
+    """An open shard; closed when the last thread that reads from it lets go of it."""
+
+    def __init__(self, file: Path) -> None:
+        self.number = os.open(file, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
 class TileStore:
     """Random access to the tiles of a finished tile stage, checked record by record.
 
-    It may be copied into other processes, forked or spawned: each opens shards of its own, at most
-    128 at a time. In memory a tile costs about 40 bytes.
+    Threads may share it. It may be copied into other processes, forked or spawned: each opens
+    shards of its own, at most 128 at a time. In memory a tile costs about 40 bytes.
 
     Example:
         store = TileStore("tiles", "train")
@@ -86,7 +97,7 @@ class TileStore:
         self.slides, self.slide_index = _coded(table["slide"])
         self._shards, self._shard_index = _coded(table["shard"])
         self._columns = {n: table[n].to_numpy() for n in _READ_COLUMNS[2:]}
-        self._handles: OrderedDict[int, BinaryIO] = OrderedDict()
+        self._handles: OrderedDict[int, _Descriptor] = OrderedDict()
         self._process = os.getpid()
 
     def __len__(self) -> int:
@@ -107,7 +118,8 @@ class TileStore:
     def read_bytes(self, index: int) -> bytes:
         """Return a tile as stored, after checking it; see `read`."""
         offset, size, crc32 = (int(self._columns[n][index]) for n in ("offset", "size", "crc32"))
-        content = os.pread(self._open(int(self._shard_index[index])).fileno(), size, offset)
+        shard = self._open(int(self._shard_index[index]))
+        content = os.pread(shard.number, size, offset)
         if len(content) != size or zlib.crc32(content) != crc32:
             raise ValueError(
                 f"{self.name(index)} differs from what was written ({len(content)} of {size} "
@@ -118,14 +130,14 @@ class TileStore:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_handles": OrderedDict(), "_process": -1}
 
-    def _open(self, shard: int) -> BinaryIO:
+    def _open(self, shard: int) -> _Descriptor:
         if self._process != os.getpid():  # after a fork: descriptors are shared, the table is not
             self._handles, self._process = OrderedDict(), os.getpid()
         handle = self._handles.pop(shard, None)
         if handle is None:
             if len(self._handles) >= _MAX_OPEN_SHARDS:
-                self._handles.popitem(last=False)[1].close()
-            handle = (self.folder / self._shards[shard]).open("rb", buffering=0)
+                self._handles.popitem(last=False)
+            handle = _Descriptor(self.folder / self._shards[shard])
         self._handles[shard] = handle
         return handle
 

@@ -1,4 +1,5 @@
 import io
+import os
 import pickle
 import tarfile
 from concurrent.futures import ProcessPoolExecutor
@@ -80,6 +81,19 @@ def test_a_store_can_be_used_in_other_processes(stage, method):
     with ProcessPoolExecutor(1, mp_context=get_context(method)) as pool:
         assert pool.submit(read_in_process, store).result() == expected
     assert read_in_process(pickle.loads(pickle.dumps(store))) == expected
+
+
+def test_a_thread_reads_on_when_another_drops_its_shard(stage, monkeypatch):
+    store = TileStore(stage[0], "train")
+    read = os.pread
+
+    def read_late(*args):
+        store._handles.clear()  # as a second thread does that opened the same shard, or the 129th
+        return read(*args)
+
+    monkeypatch.setattr(os, "pread", read_late)
+    want = StoredTiles(TileStore(stage[0], "train")).take(torch.tensor([0, 1, 2]))
+    assert torch.equal(StoredTiles(store).take(torch.tensor([0, 1, 2])), want)
 
 
 def test_any_flipped_bit_is_an_error_that_names_shard_and_tile(stage):
