@@ -252,8 +252,14 @@ def main() -> None:
     parser.add_argument("--reference", type=int, default=250, help="steps of SDE and ODE; 0: none")
     parser.add_argument("--only", nargs="+", default=SAMPLERS, choices=SAMPLERS)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--compile", action="store_true", help="for the long references")
+    parser.add_argument("--threads", type=int, help="of the processor; default: all")
     args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     generator = TileGenerator.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+    if args.compile:
+        generator.transformer.compile(dynamic=False)
     images = load_tiles(args.data, generator.tile.size_px).images
     if len(images) < 2 * args.num:
         parser.error(f"{args.data} holds {len(images)} tiles, expected {2 * args.num} for --num")
