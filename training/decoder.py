@@ -33,9 +33,9 @@ class DecoderRecipe:
         widths: See `SmallDecoder`.
         num_blocks: See `SmallDecoder`.
         teacher_weight: Weight of the distance to the autoencoder's decoder; the pixels' is 1.
-        perceptual_weight: Weight of LPIPS to the pixels.
+        perceptual_weight: Weight of LPIPS to what the autoencoder's decoder makes.
         perceptual_stages: Feature maps of VGG that are compared, from the finest.
-        texture_weight: Weight of `training.perception.texture_distance` to the pixels.
+        texture_weight: Weight of `training.perception.texture_distance` to the same.
         stain_jitter: See `training.data.stain_maps`.
     """
 
@@ -103,14 +103,15 @@ class DecoderStage:
                 posterior = self.vae.encode(pixels).latent_dist  # type: ignore[union-attr]
                 latents = posterior.mean + posterior.std * noise
                 taught = self.vae.decode(latents).sample.float()  # type: ignore[union-attr]
-                real = self.perception(pixels, r.perceptual_stages)
+                # Not of the pixels: what the latents do not tell would come back as a lattice.
+                aims = self.perception(taught, r.perceptual_stages)
             made = self.network(latents).float()
             maps = self.perception(made, r.perceptual_stages)
         parts = {
             "l1": (made - pixels).abs().mean(),
             "teacher": (made - taught).abs().mean(),
-            "perceptual": self.perception.map_distance(maps, real).mean(),
-            "texture": texture_distance(maps, real).mean(),
+            "perceptual": self.perception.map_distance(maps, aims).mean(),
+            "texture": texture_distance(maps, aims).mean(),
         }
         total = parts["l1"] + r.teacher_weight * parts["teacher"]
         total = total + r.perceptual_weight * parts["perceptual"]
