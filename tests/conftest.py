@@ -1,6 +1,10 @@
 """A small random model of the same classes, and synthetic H&E tiles; no data, no network."""
 
 import json
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread each, or they wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
