@@ -173,13 +173,13 @@ def tiny_distil() -> DistilRecipe:
     """
     return DistilRecipe(
         loop=LoopConfig(
-            num_steps=4000,
+            num_steps=900,
             learning_rate=1e-3,
             muon_rate=0.003,
             warmup_steps=50,
-            cooldown_steps=3500,
-            ema_decay=0.998,
-            report_every_steps=200,
+            cooldown_steps=800,
+            ema_decay=0.995,
+            report_every_steps=300,
         ),
         decoupled_depth=5,
         target="derivative",
