@@ -151,6 +151,7 @@ def compare(
     scale: float,
     num_reference: int,
     samplers: Sequence[str],
+    is_few_step: bool,
 ) -> list[dict[str, object]]:
     """Return the rows of the table, and write each as soon as it is known.
 
@@ -161,6 +162,7 @@ def compare(
         scale: Guidance scale in t <= 0.75, 1 = noise.
         num_reference: Forwards of the references.
         samplers: Names of those to draw with.
+        is_few_step: Decode all with the small decoder.
     """
     judge = load_extractor("alexnet", device=generator.device)
     sources, half = (judge.features(images[k::2]) for k in (0, 1))
@@ -181,7 +183,7 @@ def compare(
         row["seconds"] = time.monotonic() - began
         if run.sampler == "ODE":
             save_file({"latents": latents}, ode_file)
-        made = torch.cat([generator.decode(x).cpu() for x in latents.split(generator.batch_size)])
+        made = generator.decode(latents, is_few_step=is_few_step).cpu()
         row |= measure(others, judge.features(made))
         row["fidelity"] = float(torch.cosine_similarity(generator.features(made).cls, cls).mean())
         if ode_file.exists():
@@ -252,6 +254,7 @@ def main() -> None:
     parser.add_argument("--reference", type=int, default=250, help="steps of SDE and ODE; 0: none")
     parser.add_argument("--only", nargs="+", default=SAMPLERS, choices=SAMPLERS)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--small-decoder", action="store_true", help="for every row")
     parser.add_argument("--compile", action="store_true", help="for the long references")
     parser.add_argument("--threads", type=int, help="of the processor; default: all")
     args = parser.parse_args()
@@ -265,7 +268,15 @@ def main() -> None:
         parser.error(f"{args.data} holds {len(images)} tiles, expected {2 * args.num} for --num")
     chosen = torch.linspace(0, len(images) - 1, 2 * args.num).round().long()
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = compare(generator, images[chosen], args.out, args.guidance, args.reference, args.only)
+    rows = compare(
+        generator,
+        images[chosen],
+        args.out,
+        args.guidance,
+        args.reference,
+        args.only,
+        args.small_decoder,
+    )
     head = f"| sampler | forwards | {' | '.join(COLUMNS)} |\n|{'---|' * (2 + len(COLUMNS))}\n"
     (args.out / "table.md").write_text(head + table(rows) + "\n")
     plot(rows, args.out / "plot.png")

@@ -181,6 +181,7 @@ def _draw_curves(file: Path, runs: Mapping[str, Path]) -> None:
         reports = _read_lines(run / "reports.jsonl")
         number = next(key for key in reports[-1] if key != "step")
         lower.plot([row["step"] for row in reports], [row[number] for row in reports], marker=".")
+        lower.ticklabel_format(useOffset=False)
         lower.set(xlabel="step", ylabel=number.replace("_", " "))
     figure.savefig(file, dpi=80)
 

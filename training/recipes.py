@@ -173,13 +173,13 @@ def tiny_distil() -> DistilRecipe:
     """
     return DistilRecipe(
         loop=LoopConfig(
-            num_steps=900,
+            num_steps=650,
             learning_rate=1e-3,
             muon_rate=0.003,
             warmup_steps=50,
-            cooldown_steps=800,
+            cooldown_steps=580,
             ema_decay=0.995,
-            report_every_steps=300,
+            report_every_steps=325,
         ),
         decoupled_depth=5,
         target="derivative",
