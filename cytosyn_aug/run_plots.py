@@ -24,7 +24,8 @@ def colour(facts: Facts) -> Html:
     after = {name: measures.after[name] for name in names if measures.after[name].tiles}
     if not after:
         return Html()
-    lead = f"Of {measures.num_read} results drawn evenly from all, and of their sources. {READING}"
+    sources = ", and of their sources" if measures.before else ""
+    lead = f"Of {measures.num_read} results drawn evenly from all{sources}. {READING}"
     plots = plot_colours(list(measures.before.values()), after, facts.references)
     return joined([paragraph(lead, "lead"), plots, _gap_table(facts)])
 
