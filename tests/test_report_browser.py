@@ -79,11 +79,10 @@ def test_everything_is_drawn_and_fits_the_window(out, tmp_path, width):
 
 def test_no_picture_is_drawn_from_elsewhere(out, tmp_path):
     """The page forbids it to itself: a picture slipped in from a file is not shown."""
-    save_tile(tmp_path / "blue.png", torch.full((3, 400, 400), 9, dtype=torch.uint8))
+    save_tile(tmp_path / "dark.png", torch.full((3, 400, 400), 9, dtype=torch.uint8))
     text = (out / "report.html").read_text()
-    slipped = (
-        f'<img src="{(tmp_path / "blue.png").as_uri()}"><script>document.body.innerHTML=""</script>'
-    )
+    elsewhere = (tmp_path / "dark.png").as_uri()
+    slipped = f'<img src="{elsewhere}"><script>document.body.innerHTML=""</script>'
     page = tmp_path / "page.html"
     page.write_text(text.replace("<main>", f"<main>{slipped}"))
     found = screenshot(tmp_path, page, 1280, 3000)

@@ -87,7 +87,6 @@ def test_finished_or_not_the_rows_are_the_same(tmp_path):
         folder = write_run(tmp_path / str(number), ROWS, receipts=receipts)
         manifest = open_manifest(folder)
         assert not manifest.is_finished
-        assert tally_rows(manifest).__dict__.keys() == whole.__dict__.keys()
         found = tally_rows(manifest)
         assert found.statuses == whole.statuses
         assert found.sample == whole.sample
