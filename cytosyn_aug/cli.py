@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cytosyn_aug.offline_command import add_commands
+from cytosyn_aug.report_command import add_report
 from cytosyn_aug.slide_command import add_command
 
 if TYPE_CHECKING:  # --help must answer without loading torch
@@ -106,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--dtype", default="float32", choices=_DTYPES)
     add_commands(command, parse)
     add_command(command)
+    add_report(command)
     for added in (info, doctor):
         added.add_argument("model", nargs="?", help="folder or Hub id; default: tiny")
         added.add_argument("--encoder", default="auto", help="folder, file or Hub id; or none")

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cytosyn_aug.batch_edits import Reference
@@ -18,10 +19,12 @@ from cytosyn_aug.classical import DensityReference
 from cytosyn_aug.config import Method
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.image_files import TILE_SUFFIXES
+from cytosyn_aug.images import density_to_grey
 from cytosyn_aug.inputs import walk
 from cytosyn_aug.macenko import MacenkoReference
 from cytosyn_aug.reference import StainReference
-from cytosyn_aug.reinhard import ReinhardReference
+from cytosyn_aug.reinhard import ReinhardReference, lab_to_grey
+from cytosyn_aug.stain import DensityMoments, pool_moments
 
 Given = Reference | Path | str
 References = Mapping[str, Given] | Sequence[Given]
@@ -53,7 +56,7 @@ def open_references(
             fitted to.
     """
     if not isinstance(given, Mapping):
-        named = [(_name(source, k), source) for k, source in enumerate(given)]
+        named = _named(given)
         twice = {name for name, _ in named if sum(other == name for other, _ in named) > 1}
         if twice:
             raise ValueError(
@@ -90,6 +93,31 @@ def fit_reference(
     return DensityReference.fit(tiles, tile=generator.tile)
 
 
+def describe_references(
+    given: References,
+    opened: Mapping[str, Any],  # Any: one of four kinds
+) -> list[dict[str, Any]]:  # Any: JSON
+    """Return name, place and mean colour of references, for those who read about a run.
+
+    Args:
+        given: What `open_references` was given.
+        opened: What it returned.
+
+    Returns:
+        `name`, `place` (an absolute path, or None of an object) and `rgb`, the mean colour of
+        tissue in grey levels, or None of a Macenko reference, which has none.
+    """
+    sources = given if isinstance(given, Mapping) else dict(_named(given))
+    return [
+        {
+            "name": name,
+            "place": str(Path(source).absolute()) if isinstance(source, Path | str) else None,
+            "rgb": _mean_colour(opened[name]),
+        }
+        for name, source in sources.items()
+    ]
+
+
 def tensors_digest(tensors: Iterable[Tensor]) -> str:
     """Return the SHA-256 of tensors: dtypes, shapes and values."""
     digest = hashlib.sha256()
@@ -106,6 +134,22 @@ def _open(source: Given, generator: TileGenerator, method: Method) -> tuple[Refe
         reference = _KINDS[method].load(source)
         return reference, _digest(reference)
     return fit_reference(generator, method, source), _source_digest(Path(source))
+
+
+def _named(given: Sequence[Given]) -> list[tuple[str, Given]]:
+    return [(_name(source, k), source) for k, source in enumerate(given)]
+
+
+def _mean_colour(reference: Reference) -> list[float] | None:
+    if isinstance(reference, ReinhardReference):
+        grey = lab_to_grey(torch.tensor(reference.mean)[None, :, None, None])
+    elif isinstance(reference, StainReference):
+        grey = density_to_grey(pool_moments(DensityMoments(*reference.moments)).mean)
+    elif isinstance(reference, DensityReference):
+        grey = density_to_grey(torch.tensor(reference.mean))
+    else:
+        return None
+    return [round(value, 1) for value in grey.flatten().tolist()]
 
 
 def _name(source: Given, position: int) -> str:

@@ -1,9 +1,10 @@
-"""Data sets worked on as a whole: augment, normalise, cache, sample, from Python.
+"""Data sets worked on as a whole: augment, normalise, cache, sample, report, from Python.
 
     from cytosyn_aug import TileGenerator, offline
     generator = TileGenerator.from_pretrained()
     offline.augment("tiles", "augmented", generator, references=["lab_a"], variants=2,
                     strength=(0.5, 1.0))
+    offline.report("augmented")  # augmented/report.html
 
 The same as the commands of the same names, with the same words; see `cytosyn-aug augment --help`.
 Every call resumes: killed at any moment and made again, it leaves what an undisturbed one does.
@@ -38,7 +39,10 @@ from cytosyn_aug.plans import (
     plan_normalize,
     plan_sample,
 )
+from cytosyn_aug.report import report
 from cytosyn_aug.running import Summary, Work, do_run
+
+__all__ = ["Work", "augment", "cache", "normalize", "report", "sample"]
 
 
 def augment(

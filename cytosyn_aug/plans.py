@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args
 
 from cytosyn_aug.batch_edits import (
@@ -24,7 +25,13 @@ from cytosyn_aug.encodings import Contents, encodings_spec
 from cytosyn_aug.filling import records_spec
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.inputs import list_inputs
-from cytosyn_aug.laboratories import References, fit_reference, open_references, tensors_digest
+from cytosyn_aug.laboratories import (
+    References,
+    describe_references,
+    fit_reference,
+    open_references,
+    tensors_digest,
+)
 from cytosyn_aug.listing import InputKind, Item, Listing, make_listing
 from cytosyn_aug.offline_recipes import AugmentRecipe, NormalizeRecipe, SampleRecipe
 from cytosyn_aug.outputs import (
@@ -100,6 +107,7 @@ def plan_augment(
     return Run(
         folder=Path(out),
         identity=identity,
+        context=_context(tiles, generator, references, laboratories),
         generator=generator,
         listing=listing,
         unit_tiles=tiles.unit_tiles,
@@ -141,6 +149,7 @@ def plan_normalize(
     return Run(
         folder=Path(out),
         identity=identity,
+        context=_context(tiles, generator, references, laboratories),
         generator=generator,
         listing=listing,
         unit_tiles=tiles.unit_tiles,
@@ -167,6 +176,7 @@ def plan_cache(
     return Run(
         folder=Path(cache) / "runs" / name,
         identity=identity,
+        context=_context(tiles, generator),
         generator=generator,
         listing=listing,
         unit_tiles=tiles.unit_tiles,
@@ -205,6 +215,7 @@ def plan_sample(
     return Run(
         folder=Path(out),
         identity=identity,
+        context=_context(None, generator),
         generator=generator,
         listing=listing,
         unit_tiles=unit_tiles,
@@ -261,6 +272,20 @@ def _identity(
             "batch_size": generator.batch_size,
         },
         "unit_tiles": tiles.unit_tiles,
+    }
+
+
+def _context(
+    tiles: Tiles | None,
+    generator: TileGenerator,
+    given: References = (),
+    references: Mapping[str, Any] = MappingProxyType({}),  # Any: one of four kinds
+) -> dict[str, Any]:  # Any: JSON
+    """Return what a report needs to find the input and to show references; of no one's bytes."""
+    return {
+        "input": None if tiles is None else str(Path(tiles.source).absolute()),
+        "tile": asdict(generator.tile),
+        "references": describe_references(given, references),
     }
 
 

@@ -21,6 +21,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
@@ -31,8 +32,10 @@ from cytosyn_aug.files import atomic_file, remove_leftovers, write_atomically
 FORMAT_VERSION = 1
 RUN_NAME = "run.json"
 MANIFEST_NAME = "manifest.parquet"
-_WORK = ".work"
+WORK_NAME = ".work"
+RECEIPTS_NAME = "receipts"
 _KIND = "cytosyn_aug run"
+_NOTHING: Mapping[str, Any] = MappingProxyType({})  # Any: JSON
 _CODED = pa.dictionary(pa.int32(), pa.string())
 ROW_SCHEMA = pa.schema(
     [
@@ -78,7 +81,7 @@ class RunFolder:
     """
 
     def __init__(self, folder: Path, handle: BinaryIO) -> None:
-        self.folder, self.work = folder, folder / _WORK
+        self.folder, self.work = folder, folder / WORK_NAME
         self._handle = handle
         self._manifest = _Manifest(folder / MANIFEST_NAME)
         self._began = time.time_ns()
@@ -95,7 +98,7 @@ class RunFolder:
         """
         if self.work.is_symlink():
             raise ValueError(f"{self.work} is a link, expected a folder of this run; remove it")
-        for name in ("receipts", "locks", "files"):
+        for name in (RECEIPTS_NAME, "locks", "files"):
             (self.work / name).mkdir(parents=True, exist_ok=True)
 
     @contextmanager
@@ -135,7 +138,7 @@ class RunFolder:
                 yield table
 
     def _receipt(self, unit: Unit) -> Path:
-        return self.work / "receipts" / f"{unit.number:07d}.parquet"
+        return self.work / RECEIPTS_NAME / f"{unit.number:07d}.parquet"
 
     def _table(self, unit: Unit) -> pa.Table | None:
         """Return the rows of a unit as it is now; a receipt of this round before the manifest."""
@@ -178,7 +181,12 @@ class RunFolder:
 
 @contextmanager
 def open_run(
-    folder: Path, identity: Mapping[str, Any], software: Mapping[str, Any], *, overwrite: bool
+    folder: Path,
+    identity: Mapping[str, Any],
+    software: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    context: Mapping[str, Any] = _NOTHING,
 ) -> Iterator[RunFolder]:
     """Open a run's folder, or begin one.
 
@@ -187,6 +195,7 @@ def open_run(
         identity: What makes it this run, as JSON holds it.
         software: Versions, recorded but not compared.
         overwrite: Remove whatever is there first.
+        context: What a report needs, such as where the input lies; recorded but not compared.
 
     Raises:
         ValueError: It is another run's, with the differences, or is not empty and nobody's.
@@ -216,6 +225,7 @@ def open_run(
             "format_version": FORMAT_VERSION,
             "identity": identity,
             "software": dict(software),
+            "context": dict(context),
         }
         _create(file, json.dumps(content, indent=1).encode())
     with file.open("r+b") as handle:
@@ -237,18 +247,31 @@ def differences(was: Any, now: Any, path: str = "") -> Iterator[str]:  # Any: JS
         yield f"{path}: {' -> '.join(map(str, whole))}"
 
 
-def _compare(folder: Path, handle: BinaryIO, identity: Mapping[str, Any]) -> None:
+def parse_run(content: bytes) -> dict[str, Any]:  # Any: JSON
+    """Return what `run.json` says.
+
+    Raises:
+        ValueError: It is damaged or of another version.
+    """
     try:
-        content = json.loads(handle.read())
-        is_ours = content["kind"] == _KIND and content["format_version"] == FORMAT_VERSION
-        found = content["identity"]
+        run = json.loads(content)
+        is_ours = run["kind"] == _KIND and run["format_version"] == FORMAT_VERSION
+        is_ours = is_ours and isinstance(run["identity"], dict)
     except (ValueError, KeyError, TypeError):
         is_ours = False
     if not is_ours:
+        raise ValueError(f"{RUN_NAME} is damaged or of another version")
+    return dict(run)
+
+
+def _compare(folder: Path, handle: BinaryIO, identity: Mapping[str, Any]) -> None:
+    try:
+        found = parse_run(handle.read())["identity"]
+    except ValueError as error:
         raise ValueError(
             f"{folder / RUN_NAME} is damaged or of another version; choose another folder, or "
             "start anew with --overwrite"
-        )
+        ) from error
     different = list(differences(found, identity))
     if different:
         shown = "\n  ".join(different[:8])

@@ -74,6 +74,7 @@ class Run:
     Attributes:
         folder: Where receipts and the manifest go: OUT.
         identity: What makes it this run, as JSON holds it.
+        context: What a report needs, recorded but not compared; see `cytosyn_aug.run_folder`.
         generator: The model.
         listing: The tiles.
         unit_tiles: Tiles of a work unit.
@@ -88,6 +89,7 @@ class Run:
 
     folder: Path
     identity: Mapping[str, Any]
+    context: Mapping[str, Any]
     generator: TileGenerator
     listing: Listing
     unit_tiles: int
@@ -132,7 +134,9 @@ def do_run(run: Run, work: Work) -> Summary:
     if work.dry_run:
         return Summary(run.folder, {}, (), False, run.listing.notes, estimate(run, units, work))
     everything = units if work.shard[1] == 1 else cut_units(run.listing, run.unit_tiles)
-    with open_run(run.folder, run.identity, software(), overwrite=work.overwrite) as folder:
+    with open_run(
+        run.folder, run.identity, software(), overwrite=work.overwrite, context=run.context
+    ) as folder:
         to_do = folder.to_do(units)
         if to_do:
             _check_room(run, to_do)

@@ -228,10 +228,15 @@ def is_made(out: Path | str, slide: Path | str, reference: Reference, recipe: Sl
         SlideError: The slide cannot be opened, or the file is no slide.
     """
     with Slide(out, mpp=1.0) as written, Slide(slide, recipe.slide_mpp) as opened:
-        found = re.search(r"<Description>(\{.*\})</Description>", written.comment, re.DOTALL)
+        said = provenance_of(written)
         wanted = json.loads(json.dumps(_request(opened, reference, recipe)))
-    said = {} if found is None else json.loads(unescape(found[1]))
     return {k: said.get(k) for k in wanted} == wanted
+
+
+def provenance_of(slide: Slide) -> dict[str, Any]:  # Any: JSON
+    """Return what a file of `normalize_slide` says of itself; nothing if it is another's."""
+    found = re.search(r"<Description>(\{.*\})</Description>", slide.comment, re.DOTALL)
+    return {} if found is None else dict(json.loads(unescape(found[1])))
 
 
 def _software() -> str:
@@ -272,6 +277,10 @@ def _write(
                 if progress is not None:
                     progress(totals.num_blocks, len(maker.positions))
             provenance["pixels_digest"] = totals.digest
+            provenance["tissue"] = totals.tissue / (view.width * view.height)
+            provenance["seam_ratio"] = totals.after.ratio
+            provenance["seam_ratio_before"] = totals.before.ratio
+            provenance["num_damaged"] = len(totals.damaged)
             return totals, writer.finish(json.dumps(provenance), small)
 
 

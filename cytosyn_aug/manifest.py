@@ -1,0 +1,115 @@
+"""The rows of a run, finished or not, read in parts of bounded size and in the order of work.
+
+Of a finished run they are in `manifest.parquet`; of one that is at work, or was stopped, in the
+receipts of its finished units, beside what an earlier round left. Nothing is locked, so that a
+reader never keeps a run from ending.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cytosyn_aug.run_folder import (
+    MANIFEST_NAME,
+    RECEIPTS_NAME,
+    ROW_SCHEMA,
+    RUN_NAME,
+    WORK_NAME,
+    parse_run,
+)
+
+_BATCH_ROWS = 32_768
+_PLAIN = pa.schema(
+    [(f.name, pa.string() if pa.types.is_dictionary(f.type) else f.type) for f in ROW_SCHEMA]
+)
+
+
+class Manifest(NamedTuple):
+    """A run and where its rows are.
+
+    Attributes:
+        folder: OUT.
+        identity: What makes it this run: recipe, input, model; JSON.
+        software: Versions it was begun with.
+        context: Where input and references lay; empty of runs of earlier versions.
+        receipts: Files of finished units that are not in the manifest yet, in order.
+        is_finished: Whether nothing is left to do.
+    """
+
+    folder: Path
+    identity: dict[str, Any]  # Any: JSON
+    software: dict[str, str]
+    context: dict[str, Any]  # Any: JSON
+    receipts: tuple[Path, ...]
+    is_finished: bool
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of the input."""
+        return int(self.identity["input"]["num_tiles"])
+
+    @property
+    def num_units(self) -> int:
+        """Work units of the run."""
+        return -(-self.num_tiles // int(self.identity["unit_tiles"]))
+
+    def parts(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Yield all rows, some ten thousand at a time.
+
+        Args:
+            columns: Which of `ROW_SCHEMA`; coded ones come as strings.
+
+        Raises:
+            FileNotFoundError: The run went on meanwhile; open it again.
+        """
+        fresh = pa.array([int(file.stem) for file in self.receipts], pa.int32())
+        wanted = list(dict.fromkeys([*columns, "unit"]))
+        if (self.folder / MANIFEST_NAME).is_file():
+            with pq.ParquetFile(self.folder / MANIFEST_NAME) as file:
+                for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
+                    table = _plain(pa.Table.from_batches([batch]))
+                    if len(fresh):
+                        table = table.filter(pc.invert(pc.is_in(table["unit"], fresh)))
+                    yield table.select(list(columns))
+        for receipt in self.receipts:
+            yield _plain(pq.ParquetFile(receipt).read(columns=wanted)).select(list(columns))
+
+
+def open_manifest(folder: Path | str) -> Manifest:
+    """Open a run's folder for reading.
+
+    Raises:
+        FileNotFoundError: It holds no run.
+        ValueError: Its `run.json` is damaged or of another version.
+    """
+    folder = Path(folder)
+    file = folder / RUN_NAME
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no {RUN_NAME}, expected the OUT of augment, normalize or sample, or a "
+            f"run of cache (CACHE/runs/...); give one of those{_runs_below(folder)}"
+        )
+    try:
+        run = parse_run(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}; start the run anew with --overwrite") from error
+    work = folder / WORK_NAME
+    receipts = tuple(sorted((work / RECEIPTS_NAME).glob("*.parquet")))
+    is_finished = (folder / MANIFEST_NAME).is_file() and not work.is_dir()
+    software, context = dict(run.get("software", {})), dict(run.get("context", {}))
+    return Manifest(folder, run["identity"], software, context, receipts, is_finished)
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    return table.cast(pa.schema([_PLAIN.field(name) for name in table.column_names]))
+
+
+def _runs_below(folder: Path) -> str:
+    found = sorted(file.parent for file in folder.glob(f"runs/*/{RUN_NAME}"))
+    return f", such as {found[0]}" if found else ""

@@ -1,0 +1,124 @@
+"""The page of a run: the order of its sections, and what a reader should know first."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from cytosyn_aug import run_plots as plots
+from cytosyn_aug import run_sections as sections
+from cytosyn_aug.page import Html, escaped, group, paragraph, whole_page
+from cytosyn_aug.run_facts import Facts
+
+# Below these a reader should look; see LOG.md for what real runs measure.
+LEAST_STRUCTURE = 0.8
+_LEAST_USUAL_STRUCTURE = 0.9
+
+
+def run_page(facts: Facts) -> str:
+    """Return the page of a run."""
+    identity = facts.manifest.identity
+    title = f"{identity['command']}: {facts.manifest.folder.resolve().name}"
+    opening = [paragraph(_summary(facts), "lead"), _cards(facts), *findings(facts)]
+    return whole_page(
+        title,
+        opening,
+        [
+            ("Before and after", sections.before_and_after(facts)),
+            ("Content by reference", sections.content_by_reference(facts)),
+            ("Colour", plots.colour(facts)),
+            ("Structure", plots.structure(facts)),
+            ("Similarity and change of colour", plots.similarity(facts)),
+            ("Worst cases", sections.worst_cases(facts)),
+            ("Blank, rejected and failed", sections.left_out(facts)),
+            ("Seams", sections.seams(facts)),
+            ("References and slides", sections.groups(facts)),
+            ("Throughput", plots.throughput(facts)),
+            ("Settings", sections.settings(facts, own_version())),
+        ],
+    )
+
+
+def findings(facts: Facts) -> list[Html]:
+    """Return what a reader should know first, the worst first; or that nothing stands out."""
+    tally, manifest, measures = facts.tally, facts.manifest, facts.measures
+    bad: list[str] = []
+    notes: list[str] = []
+    if tally.statuses["failed"]:
+        bad.append(f"{tally.statuses['failed']:,} failed; they are named below with their reasons.")
+    if not manifest.is_finished:
+        notes.append(
+            f"Not finished: {tally.num_rows:,} rows so far, of {manifest.num_units:,} work units "
+            f"of {manifest.num_tiles:,} tiles. The same command goes on with the rest."
+        )
+    least, usual = measures.structure_quantile(0.0), measures.structure_quantile(0.05)
+    if least is not None and usual is not None and is_moved(least, usual):
+        bad.append(
+            f"Structure is kept less well than usual: 5 % of results are below {usual:.2f}, the "
+            f"least is {least:.2f}. Look at the worst cases."
+        )
+    for name in tally.references:
+        found = plots.gap(facts, name)
+        if found is not None and found[1] > found[0]:
+            bad.append(
+                f"Results are farther from reference {name} than their sources: Lab distance "
+                f"{found[0]:.1f} before, {found[1]:.1f} after."
+            )
+    notes += [
+        f"{count} of the sampled: {text}." for text, count in measures.problems.most_common(5)
+    ]
+    made = [paragraph(text, "note bad") for text in bad] + [
+        paragraph(text, "note") for text in notes
+    ]
+    return made or [paragraph("Nothing stands out.", "note good")]
+
+
+def is_moved(least: float, usual: float) -> bool:
+    """Return whether structure scores are lower than those of colour changes.
+
+    Args:
+        least: The least score.
+        usual: What 5 % of scores are below.
+    """
+    return least < LEAST_STRUCTURE or usual < _LEAST_USUAL_STRUCTURE
+
+
+def own_version() -> str:
+    """Return the version of this package, or that it is not installed."""
+    try:
+        return version("cytosyn-aug")
+    except PackageNotFoundError:
+        return "from a checkout"
+
+
+def _summary(facts: Facts) -> str:
+    manifest = facts.manifest
+    state = "finished" if manifest.is_finished else "not finished"
+    form = manifest.identity.get("format", "")
+    return (
+        f"A run of cytosyn-aug {manifest.identity['command']}, {state}: {manifest.num_tiles:,} "
+        f"tiles, {facts.tally.num_rows:,} rows{f', as {form}' if form else ''}. Not a medical "
+        "device."
+    )
+
+
+def _cards(facts: Facts) -> Html:
+    tally = facts.tally
+    order = sorted(tally.statuses.items(), key=lambda pair: (-pair[1], pair[0]))
+    cards = [(f"{count:,}", status) for status, count in order]
+    if tally.references:
+        cards.append((str(len(tally.references)), "references"))
+    if tally.slides:
+        cards.append((f"{len(tally.slides):,}", "slides"))
+    for value, digits, name in (
+        (tally.distance.quantile(0.5), 1, "median Delta E to the source"),
+        (tally.similarity.quantile(0.5), 3, "median similarity"),
+        (facts.measures.structure_quantile(0.5), 3, "median structure score"),
+        (None if facts.pace is None else facts.pace.results_per_s, 1, "results a second"),
+    ):
+        if value is not None:
+            cards.append((f"{value:.{digits}f}", name))
+    boxes = [
+        Html(f'<div class="card"><b>{escaped(value)}</b><span>{escaped(name)}</span></div>')
+        for value, name in cards
+    ]
+    return group(boxes, "cards")

@@ -1,0 +1,225 @@
+"""What a report says of a slide that `normalize-slide` wrote: its own words, and a sample of tiles.
+
+The file names neither its slide nor where that lies, on purpose. Where the slide is given, it is
+shown beside the result if it has the hash that the file names.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cytosyn_aug.colour import colour_distance
+from cytosyn_aug.config import TileSpec
+from cytosyn_aug.run_measures import structure_score
+from cytosyn_aug.slide_tiles import candidate_positions, slide_mask
+from cytosyn_aug.slides import SLIDE_SUFFIXES, Slide, SlideError
+from cytosyn_aug.tissue import TissueConfig
+from cytosyn_aug.tissue_colours import ColourDistribution
+from cytosyn_aug.whole_slides import provenance_of
+
+_WRITTEN = (".tif", ".tiff")
+_OVERVIEW_PX = 560
+NUM_SHOWN = 9
+NUM_WORST = 3
+
+
+class SlideTile(NamedTuple):
+    """A tile of a slide before and after.
+
+    Attributes:
+        x, y: Its corner in pixels of the result's finest level.
+        before: uint8 [H, W, 3], or None.
+        after: uint8 [H, W, 3].
+        structure: See `cytosyn_aug.structure`; None if there is nothing to compare.
+        distance: Mean distance in CIE Lab, or None.
+    """
+
+    x: int
+    y: int
+    before: np.ndarray | None
+    after: np.ndarray
+    structure: float | None
+    distance: float | None
+
+
+class SlideFacts(NamedTuple):
+    """What a report says of a slide.
+
+    Attributes:
+        file: The result.
+        said: What it says of itself, JSON.
+        size: Width and height of its finest level.
+        mpp: Its scale.
+        overviews: Before, or None, and after.
+        tiles: A few, in the order of their places.
+        worst: Those of the sample whose structure was kept least, the worst first.
+        structures: Structure scores of the sample.
+        before, after: Colours of the sample.
+        problem: Why there is no before, "" if there is.
+    """
+
+    file: Path
+    said: dict[str, Any]  # Any: JSON
+    size: tuple[int, int]
+    mpp: float
+    overviews: tuple[np.ndarray | None, np.ndarray]
+    tiles: list[SlideTile]
+    worst: list[SlideTile]
+    structures: list[float]
+    before: ColourDistribution
+    after: ColourDistribution
+    problem: str
+
+
+def find_slides(made: Path) -> list[Path]:
+    """Return what `normalize-slide` wrote: the file itself, or those in a folder, by name."""
+    files = [made] if made.is_file() else sorted(made.iterdir())
+    return [file for file in files if file.suffix.lower() in _WRITTEN and _is_ours(file)]
+
+
+def source_of(file: Path, source: Path | None) -> Path | None:
+    """Return the slide a result was made from: the one given, or that of its name in a folder."""
+    if source is None or source.is_file():
+        return source
+    stem = file.name.removesuffix(file.suffix).removesuffix(".ome")
+    endings = (*SLIDE_SUFFIXES, *_WRITTEN)
+    found = (f for f in sorted(source.iterdir()) if f.suffix.lower() in endings)
+    return next((f for f in found if f.stem == stem), None)
+
+
+def gather_slide(file: Path, source: Path | None, num_tiles: int) -> SlideFacts:
+    """Gather what there is to say of a slide.
+
+    Args:
+        file: What `normalize-slide` wrote.
+        source: The slide it was made from, if known.
+        num_tiles: Tiles that are measured, evenly spaced over the tissue.
+
+    Raises:
+        SlideError: The result cannot be read.
+    """
+    with Slide(file) as made:
+        said = provenance_of(made)
+        opened, problem = _open_source(source, said)
+        with ExitStack() as stack:
+            if opened is not None:
+                stack.enter_context(opened)
+            view = _View(made, opened, said)
+            facts = SlideFacts(
+                file=file,
+                said=said,
+                size=(made.width_level0, made.height_level0),
+                mpp=made.scale.mpp,
+                overviews=view.overviews(),
+                tiles=[],
+                worst=[],
+                structures=[],
+                before=ColourDistribution(),
+                after=ColourDistribution(),
+                problem=problem,
+            )
+            positions = view.positions(num_tiles)
+            for number, (x, y) in enumerate(positions):
+                is_shown = number % max(1, len(positions) // NUM_SHOWN) == 0
+                _take(facts, view.tile(x, y), is_shown and len(facts.tiles) < NUM_SHOWN)
+        return facts
+
+
+def _take(facts: SlideFacts, tile: SlideTile, is_shown: bool) -> None:
+    """Count a tile; keep its pixels only if it is to be shown."""
+    facts.after.add(tile.after)
+    if tile.before is not None:
+        facts.before.add(tile.before)
+    if is_shown:
+        facts.tiles.append(tile)
+    if tile.structure is not None:
+        facts.structures.append(tile.structure)
+        worst = sorted([*facts.worst, tile], key=lambda x: x.structure or 0.0)
+        facts.worst[:] = worst[:NUM_WORST]
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        with Slide(file, mpp=1.0) as slide:
+            return bool(provenance_of(slide))
+    except (SlideError, ValueError):
+        return False
+
+
+def _open_source(source: Path | None, said: dict[str, Any]) -> tuple[Slide | None, str]:
+    if source is None:
+        return None, "the slide it was made from was not given or found; give --source"
+    try:
+        opened = Slide(source, said["recipe"]["slide_mpp"])
+    except SlideError as error:
+        return None, str(error)
+    if opened.identity != said["source_digest"]:
+        opened.close()
+        return None, f"{source.name} is not the slide this was made from"
+    return opened, ""
+
+
+class _View:
+    """A result and its slide, if at hand, by places of the result."""
+
+    def __init__(self, made: Slide, source: Slide | None, said: dict[str, Any]) -> None:
+        self._made, self._source = made, source
+        region = said["recipe"]["region"]
+        self._corner = (0, 0) if region is None else (region[0], region[1])
+        # Pixels of the source's level 0 in one of the result's.
+        self._ratio = 1.0 if source is None else made.scale.mpp / source.scale.mpp
+        self._tile = TileSpec(mpp=max(TileSpec().mpp, made.scale.mpp))
+
+    def positions(self, num_tiles: int) -> list[tuple[int, int]]:
+        """Return corners of evenly spaced tiles with tissue."""
+        config = TissueConfig()
+        mask = slide_mask(self._made, None, config)
+        found = candidate_positions(self._made, self._made.plan(self._tile), mask, config)[0]
+        step = max(1.0, len(found) / num_tiles)
+        chosen = [int(k * step) for k in range(min(num_tiles, len(found)))]
+        return [(x, y) for x, y in found[chosen].tolist()]
+
+    def tile(self, x: int, y: int) -> SlideTile:
+        """Return the tile at a corner, before and after."""
+        after = np.asarray(self._made.read_tile(x, y, self._made.plan(self._tile)))
+        return _compared(x, y, self._before(x, y), after)
+
+    def overviews(self) -> tuple[np.ndarray | None, np.ndarray]:
+        """Return the whole of both, reduced."""
+        made = self._made
+        longest = max(made.width_level0, made.height_level0)
+        mpp = made.scale.mpp * max(1.0, longest / _OVERVIEW_PX)
+        after = made.thumbnail(mpp).image
+        if self._source is None:
+            return None, after
+        found = self._source.thumbnail(max(mpp, self._source.scale.mpp))
+        x, y = self._corner
+        ends = x + made.width_level0 * self._ratio, y + made.height_level0 * self._ratio
+        box = (x, y, *ends)
+        left, top, right, bottom = (round(place / found.pixel_level0) for place in box)
+        image = Image.fromarray(found.image).crop((left, top, right, bottom))
+        return np.asarray(image.resize((after.shape[1], after.shape[0]))), after
+
+    def _before(self, x: int, y: int) -> np.ndarray | None:
+        if self._source is None:
+            return None
+        left, top = self._corner[0] + x * self._ratio, self._corner[1] + y * self._ratio
+        reading = self._source.plan(self._tile)
+        try:
+            return np.asarray(self._source.read_tile(round(left), round(top), reading))
+        except SlideError:
+            return None
+
+
+def _compared(x: int, y: int, before: np.ndarray | None, after: np.ndarray) -> SlideTile:
+    if before is None:
+        return SlideTile(x, y, None, after, None, None)
+    pair = (torch.from_numpy(image.copy()).permute(2, 0, 1)[None] for image in (before, after))
+    distance = float(colour_distance(*pair)[0])
+    return SlideTile(x, y, before, after, structure_score(before, after), distance)
