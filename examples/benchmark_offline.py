@@ -28,7 +28,8 @@ from cytosyn_aug.demo import load_laboratories
 from cytosyn_aug.inputs import list_inputs
 from cytosyn_aug.offline_recipes import AugmentRecipe
 from cytosyn_aug.reading import Loaded, Reader
-from cytosyn_aug.running import Work, fixed_shapes
+from cytosyn_aug.running import Work
+from cytosyn_aug.unit_work import fixed_shapes
 
 
 def main() -> None:
