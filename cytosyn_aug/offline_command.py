@@ -219,7 +219,12 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
         "--address", help="of a running Ray, such as auto; default: RAY_ADDRESS, or start one here"
     )
     group.add_argument("--actors", type=int, metavar="N", help="default: all there is room for")
-    group.add_argument("--actor-cpus", type=int, metavar="N", help="of each; default: 1")
+    group.add_argument(
+        "--actor-cpus",
+        type=int,
+        metavar="N",
+        help="of each; default: this process's threads of torch, 1 with cuda",
+    )
     group.add_argument(
         "--actor-gpus", type=float, metavar="N", help="of each, may be 0.5; default: 1 with cuda"
     )

@@ -41,26 +41,26 @@ class RayCluster:
         address: Of a running cluster, as "auto" or "ray://HOST:10001"; None for that of
             RAY_ADDRESS, or if that is not set for one of this machine, which ends with the run.
         actors: How many; None for as many as the cluster has room for now.
-        cpus: Processors that each asks for, and its threads of torch on a processor.
-        gpus: GPUs that each asks for, which may be shared (0.5); None for one if that is where the
-            model goes.
+        cpus: Processors that each asks for. Where the model is on them, also its threads of torch,
+            and None for as many as this process has, because their number decides the last bits.
+            Beside a GPU None is 1.
+        gpus: GPUs that each asks for, which may be shared (0.5); None for 1 if the model is there.
         device: Where each puts the model, "cuda" or "cpu"; None for where the generator is.
     """
 
     address: str | None = None
     actors: int | None = None
-    cpus: int = 1
+    cpus: int | None = None
     gpus: float | None = None
     device: str | None = None
 
     def __post_init__(self) -> None:
         if self.actors is not None and self.actors < 1:
             raise ValueError(f"actors is {self.actors}, expected at least 1")
-        if self.cpus < 1 or (self.gpus is not None and self.gpus < 0):
-            raise ValueError(
-                f"an actor asks for {self.cpus} CPUs and {self.gpus} GPUs, expected at least 1 "
-                "and 0"
-            )
+        if self.cpus is not None and self.cpus < 1:
+            raise ValueError(f"CPUs of an actor are {self.cpus}, expected at least 1")
+        if self.gpus is not None and self.gpus < 0:
+            raise ValueError(f"GPUs of an actor are {self.gpus:g}, expected 0, a share or more")
         if self.device is not None and ":" in self.device:
             raise ValueError(
                 f"device is {self.device!r}, expected {self.device.split(':')[0]!r}: Ray gives "
@@ -163,7 +163,9 @@ class _Crew(Generic[Unit]):
 
     def _hire(self) -> None:
         handle = self._class.options(
-            num_cpus=self._cluster.cpus, num_gpus=self._cluster.gpus or 0, max_concurrency=_IN_HAND
+            num_cpus=self._cluster.cpus or 1,
+            num_gpus=self._cluster.gpus or 0,
+            max_concurrency=_IN_HAND,
         ).remote()
         actor: _Actor[Unit] = _Actor(handle)
         self._actors.append(actor)
@@ -273,7 +275,7 @@ def _connected(ray: Any, cluster: RayCluster, shared_bytes: int) -> Iterator[Non
             "object_store_memory": _MIN_STORE_BYTES + 2 * shared_bytes,
         }
         if cluster.actors is not None:  # on one machine it is for its user to share its cores
-            settings["num_cpus"] = max(os.cpu_count() or 1, cluster.actors * cluster.cpus)
+            settings["num_cpus"] = max(os.cpu_count() or 1, cluster.actors * (cluster.cpus or 1))
     ray.init(logging_level="WARNING", **settings)
     try:
         yield
@@ -289,20 +291,24 @@ def _num_actors(ray: Any, cluster: RayCluster) -> int:
     """
     if cluster.actors is not None:
         return cluster.actors
-    there = ray.cluster_resources()
-    num = int(there.get("CPU", 0) // cluster.cpus)
-    if cluster.gpus:
-        num = min(num, int(there.get("GPU", 0) / cluster.gpus))
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    num = sum(_room(machine, cluster) for machine in machines)
     if num < 1:
         raise ValueError(
-            f"an actor asks for {_asked(cluster)}, the cluster has {_text(there)}; ask for less, "
-            "or give the number of actors if the cluster grows when asked"
+            f"an actor asks for {_asked(cluster)}, and no machine has that: "
+            f"{'; '.join(sorted({_text(machine) for machine in machines}))}; ask for less, or give "
+            "the number of actors if the cluster grows when asked"
         )
     return num
 
 
+def _room(machine: Mapping[str, float], cluster: RayCluster) -> int:
+    num = int(machine.get("CPU", 0) // (cluster.cpus or 1))
+    return min(num, int(machine.get("GPU", 0) / cluster.gpus)) if cluster.gpus else num
+
+
 def _asked(cluster: RayCluster) -> str:
-    return _text({"CPU": cluster.cpus, "GPU": cluster.gpus or 0})
+    return _text({"CPU": cluster.cpus or 1, "GPU": cluster.gpus or 0})
 
 
 def _text(resources: Mapping[str, float]) -> str:

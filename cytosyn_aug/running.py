@@ -195,10 +195,11 @@ def _on_ray(
 ) -> Generator[int, None, None]:
     """Do units in Ray actors; yield how many tiles more are done, failed or given up."""
     device = torch.device(cluster.device or run.generator.device).type
-    is_gpu = device != "cpu"
+    if cluster.cpus is None:
+        cluster = replace(cluster, cpus=torch.get_num_threads() if device == "cpu" else 1)
     if cluster.gpus is None:
-        cluster = replace(cluster, gpus=float(is_gpu))
-    num_threads = None if is_gpu else cluster.cpus
+        cluster = replace(cluster, gpus=0 if device == "cpu" else 1)
+    num_threads = cluster.cpus if device == "cpu" else None
     make = partial(UnitWorker, run, work.readers, work.writers, device, num_threads)
     job = None
     answers = on_actors(make, to_do, cluster, shared_bytes=run.listing.table.nbytes)

@@ -37,7 +37,7 @@ def ray():
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     module.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors do not have it
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # as actors of one processor have, or sums differ in their last bits
+    torch.set_num_threads(1)  # and so actors ask for one processor each
     module.init(
         address="local",
         num_cpus=2,
@@ -95,7 +95,7 @@ def test_an_interrupted_run_leaves_no_process_and_resumes(
     out = tmp_path / "out"
     words = command(tree, out, model_folder, laboratories, "--unit-tiles", "1")
     process = subprocess.Popen(
-        [sys.executable, "-m", "cytosyn_aug.cli", *words, *RAY],
+        [sys.executable, "-m", "cytosyn_aug.cli", *words, *RAY, "--actors", "1"],
         env=os.environ | {MARK: str(out)},
         start_new_session=True,  # a group of its own, all of which a terminal interrupts
         stderr=subprocess.PIPE,
@@ -213,7 +213,7 @@ def test_errors_of_actors_end_the_run_under_their_own_names(ray, tmp_path):
         list(on_actors(lambda: 1 // 0, range(3), RayCluster(actors=1)))
     with pytest.raises(OSError, match="3 actors in a row died while they began"):
         list(on_actors(partial(os._exit, 1), range(3), RayCluster(actors=1)))
-    with pytest.raises(ValueError, match=r"asks for 1 CPUs and 1 GPUs.* has 2 CPUs and 0 GPUs"):
+    with pytest.raises(ValueError, match=r"asks for 1 CPUs and 1 GPUs.* that: 2 CPUs and 0 GPUs"):
         list(on_actors(partial(Lethal, tmp_path), range(3), RayCluster(gpus=1)))
 
 
@@ -271,7 +271,8 @@ def test_without_ray_the_engine_says_what_to_install(
         (["--actors", "2", "--address", "auto"], "address, actors of actors only go with"),
         (["--engine", "ray", "--actors", "0"], "actors is 0, expected at least 1"),
         (["--engine", "ray", "--device", "cuda:1"], "expected 'cuda': Ray gives"),
-        (["--engine", "ray", "--actor-cpus", "0"], "expected at least 1"),
+        (["--engine", "ray", "--actor-cpus", "0"], "CPUs of an actor are 0, expected at least 1"),
+        (["--engine", "ray", "--actor-gpus", "-1"], "GPUs of an actor are -1"),
     ],
 )
 def test_contradictions_are_usage_errors(words, said, tree, tmp_path, model_folder, capsys):
