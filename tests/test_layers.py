@@ -42,11 +42,11 @@ ROWS = [
     {"image_transform"},
     {"offline_recipes"},
     {"batch_edits", "outputs"},
-    {"record_edits", "pipeline", "slide_sources", "laboratories"},
+    {"record_edits", "pipeline", "slide_sources", "laboratories", "budget"},
     {"unit_work"},
     {"running", "plans"},
     {"offline"},
-    {"albumentations", "demo", "offline_command", "slide_command"},
+    {"albumentations", "demo", "offline_command", "slide_command", "budget_command"},
     {"cli"},
 ]
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "misc", "common", "core", "base"}
