@@ -90,10 +90,10 @@ def on_actors(
         shared_bytes: Of that pickle, about.
 
     Raises:
-        ImportError: Ray is not installed, or this package not on all machines.
+        ImportError: Ray is not installed.
         ConnectionError: There is no cluster at the address.
         ValueError: The cluster has no room for an actor.
-        OSError: Actors die before they can work.
+        OSError: Actors die before they can work, or Ray itself fails.
         Exception: Whatever `make` or a worker raised; all actors are ended then.
     """
     ray = _import_ray()
@@ -143,7 +143,7 @@ class _Crew(Generic[Unit]):
         waiting = deque(_Task(unit) for unit in units)
         for _ in range(self._size):
             self._hire()
-        while waiting or any(actor.tasks for actor in self._actors):
+        while waiting or any(task is not None for _, task in self._awaited.values()):
             self._hand_out(waiting)
             for answer in self._answers():
                 actor, task = self._awaited.pop(answer)
@@ -195,19 +195,20 @@ class _Crew(Generic[Unit]):
         try:
             self._ray.get(answer)
         except errors.RayTaskError as error:
-            raise (error.cause or error) from None  # the user's error, not Ray's wrapping of it
-        except errors.RaySystemError as error:
-            raise ImportError(
-                "a machine of the cluster could not read what to do; it needs this version of "
-                f"cytosyn_aug and of what that uses: {str(error).splitlines()[0]}"
-            ) from error
+            raise (error.cause or error) from error  # under its own name, with its traceback there
         except (
             errors.RayActorError,
             errors.NodeDiedError,
             errors.OutOfMemoryError,
             errors.WorkerCrashedError,
         ) as error:
-            return error if isinstance(error, Exception) else None
+            died: Exception = error
+            return died
+        except errors.RayError as error:  # such as what to do, where this package is another one
+            raise OSError(
+                "Ray could not go on; all machines need the same versions of cytosyn_aug and what "
+                f"it uses: {str(error).splitlines()[0]}"
+            ) from error
         return None
 
     def _bury(

@@ -90,18 +90,23 @@ class UnitWorker:
         self._check_seen()
         run.generator.load_on(device)
         run.generator.batches.is_static = True
-        with self._open() as folder:
-            self._job = make_job(run, folder, in_turns(run.edit))
         self._threads = job_threads(run, readers, writers)
+        self._job: Job | None = None
+        self._lock = threading.Lock()
 
     def do(self, unit: Unit) -> None:
         """Do a unit, unless another process holds it or has done it."""
-        with self._open() as folder:
-            for _ in run_job(self._job, [unit], folder, self._threads):
+        run = self._run
+        # Held while there is a unit only: an actor that waits must not keep others from finishing.
+        with open_run(run.folder, run.identity, software(), overwrite=False) as folder:
+            for _ in run_job(self._job_for(folder), [unit], folder, self._threads):
                 pass
 
-    def _open(self) -> Any:  # Any: a context of a RunFolder
-        return open_run(self._run.folder, self._run.identity, software(), overwrite=False)
+    def _job_for(self, folder: RunFolder) -> Job:
+        with self._lock:
+            if self._job is None:
+                self._job = make_job(self._run, folder, in_turns(self._run.edit))
+            return self._job
 
     def _check_seen(self) -> None:
         """Refuse to begin a run of its own, or to call every tile missing."""

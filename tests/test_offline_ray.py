@@ -196,6 +196,13 @@ class Lethal:
         (self.folder / str(unit)).touch()
 
 
+class Elsewhere:
+    """What cannot be read where a module is missing."""
+
+    def __reduce__(self):
+        return eval, ("__import__('module_of_another_version')",)
+
+
 def test_a_unit_that_kills_its_actors_is_given_up_and_no_other(ray, tmp_path):
     answers = dict(on_actors(partial(Lethal, tmp_path), range(6), RayCluster(actors=2)))
     death = answers.pop(3)
@@ -213,6 +220,8 @@ def test_errors_of_actors_end_the_run_under_their_own_names(ray, tmp_path):
         list(on_actors(lambda: 1 // 0, range(3), RayCluster(actors=1)))
     with pytest.raises(OSError, match="3 actors in a row died while they began"):
         list(on_actors(partial(os._exit, 1), range(3), RayCluster(actors=1)))
+    with pytest.raises(OSError, match=r"all machines need the same versions.*No module named"):
+        list(on_actors(Elsewhere(), range(3), RayCluster(actors=1)))
     with pytest.raises(ValueError, match=r"asks for 1 CPUs and 1 GPUs.* that: 2 CPUs and 0 GPUs"):
         list(on_actors(partial(Lethal, tmp_path), range(3), RayCluster(gpus=1)))
 
