@@ -104,10 +104,10 @@ def test_an_interrupted_run_leaves_no_process_and_resumes(
     while not list(out.rglob("*.png")) and process.poll() is None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=180)
     assert process.returncode == 130, said
     assert "stopped" in said
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while (left := marked(str(out))) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left
