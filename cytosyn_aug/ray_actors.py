@@ -194,8 +194,11 @@ class _Crew(Generic[Unit]):
         errors = self._ray.exceptions
         try:
             self._ray.get(answer)
+            return None
         except errors.RayTaskError as error:
-            raise (error.cause or error) from error  # under its own name, with its traceback there
+            failure = error.cause or error
+            if not isinstance(failure, errors.RayError):
+                raise failure from error  # under its own name, with the traceback it has there
         except (
             errors.RayActorError,
             errors.NodeDiedError,
@@ -204,12 +207,12 @@ class _Crew(Generic[Unit]):
         ) as error:
             died: Exception = error
             return died
-        except errors.RayError as error:  # such as what to do, where this package is another one
-            raise OSError(
-                "Ray could not go on; all machines need the same versions of cytosyn_aug and what "
-                f"it uses: {str(error).splitlines()[0]}"
-            ) from error
-        return None
+        except errors.RayError as error:
+            failure = error
+        raise OSError(
+            "Ray could not go on; all machines need the same versions of cytosyn_aug and what it "
+            f"uses: {str(failure).splitlines()[0]}"
+        )
 
     def _bury(
         self,
