@@ -91,7 +91,7 @@ def on_actors(
 
     Raises:
         ImportError: Ray is not installed.
-        ConnectionError: There is no cluster at the address.
+        ConnectionError: There is no cluster at the address, or none starts here.
         ValueError: The cluster has no room for an actor.
         OSError: Actors die before they can work, or Ray itself fails.
         Exception: Whatever `make` or a worker raised; all actors are ended then.
@@ -280,7 +280,12 @@ def _connected(ray: Any, cluster: RayCluster, shared_bytes: int) -> Iterator[Non
         }
         if cluster.actors is not None:  # on one machine it is for its user to share its cores
             settings["num_cpus"] = max(os.cpu_count() or 1, cluster.actors * (cluster.cpus or 1))
-    ray.init(logging_level="WARNING", **settings)
+    try:
+        ray.init(logging_level="WARNING", **settings)
+    except Exception as error:  # a plain one, where Ray does not start in time
+        raise ConnectionError(
+            f"no connection to Ray at {address or 'this machine'}: {error}"
+        ) from error
     try:
         yield
     finally:

@@ -27,6 +27,7 @@ from cytosyn_aug.running import cut_units
 from cytosyn_aug.unit_work import UnitWorker, software
 
 MARK = "CYTOSYN_AUG_TEST_MARK"
+SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "180"}  # when busy
 RAY = ["--engine", "ray", "--actors", "2", "--quiet"]
 
 
@@ -34,7 +35,7 @@ RAY = ["--engine", "ray", "--actors", "2", "--quiet"]
 def ray():
     """A Ray of this machine with room for two actors, small and silent."""
     module = pytest.importorskip("ray", reason="without Ray its engine is not verified")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.update(SETTINGS)
     module.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors do not have it
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # and so actors ask for one processor each
@@ -96,7 +97,7 @@ def test_an_interrupted_run_leaves_no_process_and_resumes(
     words = command(tree, out, model_folder, laboratories, "--unit-tiles", "1")
     process = subprocess.Popen(
         [sys.executable, "-m", "cytosyn_aug.cli", *words, *RAY, "--actors", "1"],
-        env=os.environ | {MARK: str(out)},
+        env=os.environ | SETTINGS | {MARK: str(out)},
         start_new_session=True,  # a group of its own, all of which a terminal interrupts
         stderr=subprocess.PIPE,
         text=True,
