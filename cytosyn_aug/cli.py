@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cytosyn_aug.budget_command import add_command as add_budget
 from cytosyn_aug.offline_command import add_commands
 from cytosyn_aug.report_command import add_report
-from cytosyn_aug.slide_command import add_command
+from cytosyn_aug.slide_command import add_command as add_slides
 
 if TYPE_CHECKING:  # --help must answer without loading torch
     from cytosyn_aug.generator import TileGenerator
@@ -106,8 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--mpp", type=float, default=0.5, help="microns per pixel of its tiles")
     convert.add_argument("--dtype", default="float32", choices=_DTYPES)
     add_commands(command, parse)
-    add_command(command)
+    add_slides(command)
     add_report(command)
+    add_budget(command)
     for added in (info, doctor):
         added.add_argument("model", nargs="?", help="folder or Hub id; default: tiny")
         added.add_argument("--encoder", default="auto", help="folder, file or Hub id; or none")

@@ -146,6 +146,20 @@ class LoadedModel:
         made._prepare(handle, can_travel=True)
         return made
 
+    def load_on(self, device: torch.device | str) -> None:
+        """Load the networks of a generator that came as a handle, on a device of this machine.
+
+        Raises:
+            ValueError, OSError: See `from_pretrained`.
+        """
+        assert self._handle is not None
+        if "vae" in vars(self):
+            assert str(self.device) == str(device)
+            return
+        self.device = self.batches.device = torch.device(device)
+        self._came_from(replace(self._handle, device=str(device)))
+        _ = self.vae  # what is asked for first loads all
+
     def __reduce__(self) -> tuple[Any, ...]:  # Any: as Python types it
         return type(self).from_handle, (self.handle(),)
 

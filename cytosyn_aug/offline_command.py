@@ -20,6 +20,7 @@ from cytosyn_aug.slurm import SlurmJob, array_script
 
 if TYPE_CHECKING:
     from cytosyn_aug.generator import TileGenerator
+    from cytosyn_aug.ray_actors import RayCluster
     from cytosyn_aug.running import Summary, Work
 
 AddCommand = Callable[[str, Callable[..., int], str, str], argparse.ArgumentParser]
@@ -210,6 +211,23 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--readers", type=int, default=4, help="threads that decode")
     group.add_argument("--writers", type=int, default=4, help="threads that encode")
     group.add_argument("--quiet", action="store_true", help="show no progress")
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--engine", default="local", choices=["local", "ray"], help="this process, or Ray actors"
+    )
+    group.add_argument(
+        "--address", help="of a running Ray, such as auto; default: RAY_ADDRESS, or start one here"
+    )
+    group.add_argument("--actors", type=int, metavar="N", help="default: all there is room for")
+    group.add_argument(
+        "--actor-cpus",
+        type=int,
+        metavar="N",
+        help="of each; default: this process's threads of torch, 1 with cuda",
+    )
+    group.add_argument(
+        "--actor-gpus", type=float, metavar="N", help="of each, may be 0.5; default: 1 with cuda"
+    )
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -225,8 +243,8 @@ def _augment(args: argparse.Namespace) -> int:
     if len(args.strength) > 2:
         raise ValueError(f"got {len(args.strength)} strengths, expected one or two")
     summary = offline.augment(
-        args.source,
-        args.out,
+        _path(args, args.source),
+        _path(args, args.out),
         _load(args),
         references=args.references,
         variants=args.variants,
@@ -248,8 +266,8 @@ def _normalize(args: argparse.Namespace) -> int:
     from cytosyn_aug import offline
 
     summary = offline.normalize(
-        args.source,
-        args.out,
+        _path(args, args.source),
+        _path(args, args.out),
         _load(args),
         reference=args.reference,
         method=args.method,
@@ -266,8 +284,8 @@ def _cache(args: argparse.Namespace) -> int:
     from cytosyn_aug import offline
 
     summary = offline.cache(
-        args.source,
-        args.out,
+        _path(args, args.source),
+        _path(args, args.out),
         _load(args),
         contents=args.contents,
         compact=args.compact,
@@ -281,7 +299,7 @@ def _sample(args: argparse.Namespace) -> int:
     from cytosyn_aug import offline
 
     summary = offline.sample(
-        args.out,
+        _path(args, args.out),
         _load(args),
         n=args.n,
         conditions=args.conditions,
@@ -321,12 +339,16 @@ def _load(args: argparse.Namespace) -> TileGenerator:
 
     from cytosyn_aug.generator import TileGenerator
 
+    device, cluster = args.device, _ray(args)  # refused before the model is read
+    if cluster is not None and device == "cuda" and not torch.cuda.is_available():
+        print("no GPU here: what comes before the actors is done on the processor", file=sys.stderr)
+        device = "cpu"
     return TileGenerator.from_pretrained(
         args.model,
         encoder=None if args.encoder == "none" else args.encoder,
         revision=args.revision,
         key_map=args.key_map,
-        device=args.device,
+        device=device,
         dtype=getattr(torch, args.dtype),
         batch_size=args.batch_size,
     )
@@ -346,7 +368,30 @@ def _work(args: argparse.Namespace) -> Work:
         overwrite=args.overwrite,
         dry_run=args.dry_run,
         progress=not args.quiet,
+        ray=_ray(args),
     )
+
+
+def _ray(args: argparse.Namespace) -> RayCluster | None:
+    from cytosyn_aug.ray_actors import RayCluster
+
+    given = {
+        "address": args.address,
+        "actors": args.actors,
+        "cpus": args.actor_cpus,
+        "gpus": args.actor_gpus,
+    }
+    asked = {name: value for name, value in given.items() if value is not None}
+    if args.engine == "ray":
+        return RayCluster(device=args.device, **asked)
+    if asked:
+        raise ValueError(f"{', '.join(asked)} of actors only go with --engine ray")
+    return None
+
+
+def _path(args: argparse.Namespace, path: Path) -> Path:
+    """Return a path as other machines understand it, if they take part."""
+    return path if args.engine == "local" else path.absolute()
 
 
 def _report(summary: Summary) -> int:

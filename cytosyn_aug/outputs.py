@@ -198,13 +198,13 @@ class CacheOutput:
     """Records of a cache of variants, see `cytosyn_aug.variants`.
 
     Args:
-        cache: Made with `records_spec`; used by one thread at a time.
+        cache: Made with `records_spec`.
     """
 
     def __init__(self, cache: LatentCache) -> None:
         self._cache = cache
         self._waiting: dict[int, dict[Place, Result]] = {}
-        self._lock = threading.Lock()
+        self._lock, self._turn = threading.Lock(), threading.Lock()
 
     def write(self, place: Place, item: Item, result: Result) -> Written:
         """Keep a record until its unit is done."""
@@ -230,8 +230,9 @@ class CacheOutput:
             pixels = torch.from_numpy(np.stack([result.pixels for result in results]))
             fields["images"] = pixels.permute(0, 3, 1, 2)
         variants = [place.variant for place in places]
-        self._cache.put([result.key for result in results], fields, variants)
-        self._cache.flush()
+        with self._turn:  # a cache is for one thread at a time
+            self._cache.put([result.key for result in results], fields, variants)
+            self._cache.flush()
 
 
 def make_output(

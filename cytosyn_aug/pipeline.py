@@ -90,7 +90,7 @@ class Threads(NamedTuple):
 
 def run_job(
     job: Job, units: Iterable[Unit], folder: RunFolder, threads: Threads
-) -> Iterator[tuple[Unit, int]]:
+) -> Generator[tuple[Unit, int], None, None]:
     """Do units, skipping those that other processes hold; yield after each batch.
 
     Args:
@@ -129,6 +129,24 @@ def run_job(
                 finishing.popleft().result()
         for future in finishing:
             future.result()
+
+
+def give_up(job: Job, unit: Unit, folder: RunFolder, reason: str) -> None:
+    """Name all tiles of a unit as failed, unless another process holds it or has done it.
+
+    For units that no process survived; the next run tries them again.
+
+    Raises:
+        OSError: The output cannot be written.
+    """
+    with folder.claim(unit) as is_mine:
+        if not is_mine:
+            return
+        rows: list[Row] = []
+        for row, item in enumerate(job.listing.items(unit.start, unit.stop), unit.start):
+            rows += [cells for _, _, cells in _leave(job, unit, row, item, "failed", reason)]
+        job.output.commit(unit.number)
+        folder.write_receipt(unit, rows)
 
 
 def _pool(stack: ExitStack, num_threads: int) -> ThreadPoolExecutor:
@@ -186,10 +204,12 @@ def _run_unit(
         try:
             tile = entry.loaded.result()
         except ItemError as error:
-            yield [writers.submit(_leave, job, unit, entry, "failed", str(error))], 1
+            why = ("failed", str(error))
+            yield [writers.submit(_leave, job, unit, entry.row, entry.item, *why)], 1
             continue
         if tile.rejected:
-            yield [writers.submit(_leave, job, unit, entry, "rejected", tile.rejected)], 1
+            why = ("rejected", tile.rejected)
+            yield [writers.submit(_leave, job, unit, entry.row, entry.item, *why)], 1
             continue
         shape = tile.pixels.shape
         batch = waiting.setdefault(shape, [])
@@ -245,12 +265,12 @@ def _write(
     return rows
 
 
-def _leave(job: Job, unit: Unit, entry: Entry, status: str, reason: str) -> list[Placed]:
+def _leave(job: Job, unit: Unit, row: int, item: Item, status: str, reason: str) -> list[Placed]:
     """Name a tile without results, and remove those of an earlier attempt."""
     for variant in range(job.num_variants):
-        job.output.discard(Place(unit.number, entry.row, variant), entry.item)
-    cells = _cells(job, unit, entry.item) | {"status": status, "reason": reason}
-    return [(entry.row, -1, cells)]
+        job.output.discard(Place(unit.number, row, variant), item)
+    cells = _cells(job, unit, item) | {"status": status, "reason": reason}
+    return [(row, -1, cells)]
 
 
 def _cells(job: Job, unit: Unit, item: Item) -> Row:

@@ -44,8 +44,8 @@ from cytosyn_aug.outputs import (
 )
 from cytosyn_aug.reading import Loaded, Reader
 from cytosyn_aug.record_edits import moments_edit, variants_to_records
-from cytosyn_aug.running import Run
 from cytosyn_aug.slide_sources import SlideSources
+from cytosyn_aug.unit_work import Run
 
 UNIT_TILES = 256
 _IMAGE_FORMATS = ("png", "webp", "tar")

@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -65,6 +65,9 @@ class Reader:
         self.listing, self.tile, self.check, self.mpp = listing, tile, check, mpp
         self._tissue = TissueConfig()
         self._open = threading.local()
+
+    def __reduce__(self) -> tuple[Any, ...]:  # Any: as Python types it
+        return Reader, (self.listing, self.tile, self.check, self.mpp)  # no open slides
 
     def read(self, item: Item) -> Loaded:
         """Return a tile.

@@ -20,6 +20,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
@@ -83,8 +84,11 @@ class RunFolder:
     def __init__(self, folder: Path, handle: BinaryIO) -> None:
         self.folder, self.work = folder, folder / WORK_NAME
         self._handle = handle
-        self._manifest = _Manifest(folder / MANIFEST_NAME)
         self._began = time.time_ns()
+
+    @cached_property
+    def _manifest(self) -> _Manifest:
+        return _Manifest(self.folder / MANIFEST_NAME)  # large, and workers have no use for it
 
     def to_do(self, units: Sequence[Unit]) -> list[Unit]:
         """Return the units that are not there, or not whole, in their order."""

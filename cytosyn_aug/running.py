@@ -10,26 +10,30 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy
-import PIL
-import pyarrow as pa
 import torch
 from tqdm import tqdm
 
-from cytosyn_aug.batch_edits import Edit
-from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.image_files import ItemError, check_strictness
-from cytosyn_aug.listing import Item, Listing
-from cytosyn_aug.outputs import Output
-from cytosyn_aug.pipeline import Job, Row, Threads, run_job
+from cytosyn_aug.listing import Listing
+from cytosyn_aug.pipeline import give_up, run_job
+from cytosyn_aug.ray_actors import RayCluster, on_actors
 from cytosyn_aug.reading import Loaded
 from cytosyn_aug.run_folder import RUN_NAME, RunFolder, Unit, open_run
+from cytosyn_aug.unit_work import (
+    Run,
+    UnitWorker,
+    fixed_shapes,
+    job_threads,
+    make_job,
+    software,
+)
 
 _MAX_NAMED = 100
 
@@ -45,6 +49,8 @@ class Work:
         overwrite: Remove whatever run OUT holds, and start anew.
         dry_run: Say what would be done, and write nothing.
         progress: Show a bar on stderr.
+        ray: Do the units on a cluster of Ray, whose machines see IN and OUT by the same absolute
+            paths; None for in this process.
     """
 
     shard: tuple[int, int] = (0, 1)
@@ -53,6 +59,7 @@ class Work:
     overwrite: bool = False
     dry_run: bool = False
     progress: bool = True
+    ray: RayCluster | None = None
 
     def __post_init__(self) -> None:
         index, count = self.shard
@@ -65,41 +72,6 @@ class Work:
             )
         if min(self.readers, self.writers) < 1:
             raise ValueError("readers and writers are threads, expected at least 1 of each")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """What a command does, before anything is written.
-
-    Attributes:
-        folder: Where receipts and the manifest go: OUT.
-        identity: What makes it this run, as JSON holds it.
-        context: What a report needs, recorded but not compared; see `cytosyn_aug.run_folder`.
-        generator: The model.
-        listing: The tiles.
-        unit_tiles: Tiles of a work unit.
-        read: See `cytosyn_aug.pipeline.Job`.
-        edit: See `Job`.
-        make_output: Returns where results go, making what must exist.
-        num_variants: Results of a tile.
-        constants: See `Job`.
-        done: See `Job`.
-        result_bytes: Of one result, about.
-    """
-
-    folder: Path
-    identity: Mapping[str, Any]
-    context: Mapping[str, Any]
-    generator: TileGenerator
-    listing: Listing
-    unit_tiles: int
-    read: Callable[[Item], Loaded]
-    edit: Edit
-    make_output: Callable[[RunFolder], Output]
-    num_variants: int
-    constants: Row
-    done: str
-    result_bytes: float
 
 
 class Summary(NamedTuple):
@@ -186,31 +158,15 @@ def estimate(run: Run, units: Sequence[Unit], work: Work) -> dict[str, Any]:
     }
 
 
-def software() -> dict[str, str]:
-    """Return the versions that decide pixels and bytes."""
-    versions = {"torch": torch, "pillow": PIL, "numpy": numpy, "pyarrow": pa}
-    return {name: str(module.__version__) for name, module in versions.items()}
-
-
 def _do_units(
     run: Run, work: Work, folder: RunFolder, units: Sequence[Unit], to_do: Sequence[Unit]
 ) -> None:
     folder.prepare()
-    job = Job(
-        listing=run.listing,
-        read=run.read,
-        edit=run.edit,
-        output=run.make_output(folder),
-        num_variants=run.num_variants,
-        batch_size=run.generator.batch_size,
-        done=run.done,
-        constants=run.constants,
-    )
-    threads = Threads(work.readers, work.writers, read_ahead=4 * job.batch_size)
     total = sum(unit.stop - unit.start for unit in units)
     initial = total - sum(unit.stop - unit.start for unit in to_do)
+    do = _here if work.ray is None else partial(_on_ray, work.ray)
     with (
-        fixed_shapes(run.generator),
+        closing(do(run, work, folder, to_do)) as counts,
         tqdm(
             total=total,
             initial=initial,
@@ -219,19 +175,42 @@ def _do_units(
             mininterval=0.5 if sys.stderr.isatty() else 30.0,
         ) as bar,
     ):
-        for _, count in run_job(job, to_do, folder, threads):
+        for count in counts:
             bar.update(count)
 
 
-@contextmanager
-def fixed_shapes(generator: TileGenerator) -> Iterator[None]:
-    """Pad every batch to one size, so that a tile's bytes do not depend on how many are left."""
-    before = generator.batches.is_static
-    generator.batches.is_static = True
-    try:
-        yield
-    finally:
-        generator.batches.is_static = before
+def _here(
+    run: Run, work: Work, folder: RunFolder, to_do: Sequence[Unit]
+) -> Generator[int, None, None]:
+    """Do units in this process; yield how many tiles more were given to the device, or failed."""
+    threads = job_threads(run, work.readers, work.writers)
+    with (
+        fixed_shapes(run.generator),
+        closing(run_job(make_job(run, folder), to_do, folder, threads)) as counts,
+    ):
+        for _, count in counts:
+            yield count
+
+
+def _on_ray(
+    cluster: RayCluster, run: Run, work: Work, folder: RunFolder, to_do: Sequence[Unit]
+) -> Generator[int, None, None]:
+    """Do units in Ray actors; yield how many tiles more are done, failed or given up."""
+    device = torch.device(cluster.device or run.generator.device).type
+    if cluster.cpus is None:
+        cluster = replace(cluster, cpus=torch.get_num_threads() if device == "cpu" else 1)
+    if cluster.gpus is None:
+        cluster = replace(cluster, gpus=0 if device == "cpu" else 1)
+    num_threads = cluster.cpus if device == "cpu" else None
+    make = partial(UnitWorker, run, work.readers, work.writers, device, num_threads)
+    job = None
+    answers = on_actors(make, to_do, cluster, shared_bytes=run.listing.table.nbytes)
+    with closing(answers):
+        for unit, death in answers:
+            if death is not None:
+                job = job or make_job(run, folder)
+                give_up(job, unit, folder, death.reason)
+            yield unit.stop - unit.start
 
 
 def _trial(run: Run, units: Sequence[Unit]) -> float | None:

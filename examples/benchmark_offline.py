@@ -1,10 +1,11 @@
 """Measure how much of the bare generator's throughput a whole run reaches.
 
-usage: python examples/benchmark_offline.py [--mode resample] [--format webp] [--model DIR]
+usage: python examples/benchmark_offline.py [--mode resample] [--format webp] [--model DIR] [--ray]
 Restains (or resamples) tiles in memory, and the same tiles from files to files with resume and
 manifest, in turn, and prints the medians and their ratio. `--pause-ms` puts a pause in place of the
 network, as a GPU would leave the processor free: then the ratio says whether reading and writing
-keep up with a device of that speed.
+keep up with a device of that speed. With `--ray` a whole run begins by starting an actor, which
+loads torch and the model: two numbers of tiles tell that time from the rate.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from cytosyn_aug.batch_edits import Edit, Edited, augment_edit
 from cytosyn_aug.demo import load_laboratories
 from cytosyn_aug.inputs import list_inputs
 from cytosyn_aug.offline_recipes import AugmentRecipe
+from cytosyn_aug.ray_actors import RayCluster
 from cytosyn_aug.reading import Loaded, Reader
-from cytosyn_aug.running import Work, fixed_shapes
+from cytosyn_aug.running import Work
+from cytosyn_aug.unit_work import fixed_shapes
 
 
 def main() -> None:
@@ -43,12 +46,18 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--pause-ms", type=float, help="of each tile, instead of the network")
+    parser.add_argument("--ray", action="store_true", help="do whole runs in one Ray actor")
     args = parser.parse_args()
     generator = TileGenerator.from_pretrained(args.model, device=args.device)
     laboratories = load_laboratories()
     reference = StainReference.fit(generator, laboratories["CMU"])
     recipe = AugmentRecipe(mode=args.mode)
     edit = augment_edit(generator, {"CMU": reference}, recipe)
+    if args.ray:  # started before anything is timed
+        import ray
+
+        ray.init(address="local", include_dashboard=False, log_to_driver=False)
+    work = Work(progress=False, ray=RayCluster(actors=1) if args.ray else None)
     print(f"{os.cpu_count()} processors, {torch.get_num_threads()} threads of torch")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -72,7 +81,7 @@ def main() -> None:
                 references=[reference],
                 mode=args.mode,
                 format=args.format,
-                work=Work(progress=False),
+                work=work,
             )
 
         with patch.object(plans, "augment_edit", return_value=edit):

@@ -91,7 +91,8 @@ def test_examples_run(command, said, tmp_path):
 def test_help_loads_no_torch():
     code = (
         "import sys, cytosyn_aug.cli as c\n"
-        "for name in ['demo', 'augment', 'normalize', 'cache', 'sample', 'slurm', 'report']:\n"
+        "for name in ['demo', 'augment', 'normalize', 'cache', 'sample', 'slurm',\n"
+        "             'report', 'budget']:\n"
         "    try: c.main([name, '--help'])\n"
         "    except SystemExit: pass\n"
         "sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"

@@ -1,0 +1,152 @@
+"""What a data set of any size takes: bytes, files, hours and money, from rates that are given.
+
+Formulas of docs/scale.md, which says where each measured constant comes from. Rates of GPUs are for
+the reader to measure (`--dry-run` prints the one of a command); none is assumed here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from cytosyn_aug.cache_spec import CacheSpec, Field
+from cytosyn_aug.config import TileSpec
+from cytosyn_aug.misses import THUMBNAIL
+from cytosyn_aug.outputs import BYTES_PER_PIXEL
+
+Stored = Literal["png", "webp", "tar", "latents"]
+
+# Seconds of one processor (LOG.md, "what reading and writing cost beside the generator", "the cache
+# beside LMDB"): decode and hash a tile; encode and write a result.
+READ_S = 0.0018
+WRITE_S: dict[str, float] = {"png": 0.0035, "webp": 0.0016, "tar": 0.0013, "latents": 1 / 15_468}
+# By examples/benchmark_units.py, of one processor.
+LIST_S = 18e-6  # a tile of a tree of files
+CUT_S = 6e-6  # a tile
+LOOK_S = 1.9e-3  # a finished unit
+MANIFEST_S = 11e-6  # a row
+MANIFEST_BYTES = 125  # a row
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Volume:
+    """A data set and what is kept of it.
+
+    Attributes:
+        slides: Whole slides.
+        tiles: Tiles of all of them.
+        variants: Results of a tile.
+        format: How results are stored.
+        unit_tiles: Tiles of a work unit.
+        tile_bytes: Of a stored tile; 74 kB was measured of 8,509 tiles of H&E as lossless WebP.
+        tile: Side and scale of tiles.
+        cls_width: Numbers of an encoder's feature; 768 of H0-mini.
+    """
+
+    slides: int
+    tiles: int
+    variants: int = 1
+    format: Stored = "tar"
+    unit_tiles: int = 256
+    tile_bytes: float = 74_000
+    tile: TileSpec = field(default_factory=TileSpec)
+    cls_width: int = 768
+
+    def __post_init__(self) -> None:
+        counts = (self.slides, self.tiles, self.variants, self.unit_tiles)
+        if min(counts) < 1 or self.tile_bytes <= 0:
+            raise ValueError(
+                f"slides, tiles, variants and unit_tiles are {counts}, a tile has "
+                f"{self.tile_bytes:g} bytes, expected at least 1 of each"
+            )
+        if self.format not in get_args(Stored):
+            raise ValueError(f"format is {self.format!r}, expected one of {get_args(Stored)}")
+
+    @property
+    def units(self) -> int:
+        """Work units."""
+        return math.ceil(self.tiles / self.unit_tiles)
+
+    @property
+    def result_bytes(self) -> float:
+        """Bytes of a result; a bound that the space on a disk is compared with, too."""
+        return BYTES_PER_PIXEL[self.format] * self.tile.size_px**2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fleet:
+    """Who does the work.
+
+    Attributes:
+        tiles_per_s: Of one worker, with all variants of a tile; `--dry-run` prints it.
+        workers: Jobs of an array, or Ray actors.
+        price: Of a worker, an hour.
+        task_hours: What a job of an array shall take.
+    """
+
+    tiles_per_s: float
+    workers: int = 1
+    price: float = 0.0
+    task_hours: float = 4.0
+
+    def __post_init__(self) -> None:
+        if min(self.tiles_per_s, self.workers, self.task_hours) <= 0 or self.price < 0:
+            raise ValueError(
+                f"rate, workers and hours of a task are {self.tiles_per_s:g}, {self.workers} and "
+                f"{self.task_hours:g}, expected more than 0, and a price of at least 0"
+            )
+
+
+def storage(volume: Volume) -> dict[str, dict[str, int]]:
+    """Return bytes and files of everything that may be kept.
+
+    `tiles` is a tar file a slide, as `python -m training tile` writes them; a cache has one shard a
+    unit until it is compacted; `while_running` are receipts and locks.
+    """
+    latent = volume.tile.size_px // 8
+    features = Field("cls", (volume.cls_width,), "float32")
+    moments = Field("moments", (2, 4, latent, latent), "float16")
+    results = volume.tiles * volume.variants
+    kept = {
+        "tiles": (volume.tiles * volume.tile_bytes, volume.slides),
+        "features": (volume.tiles * _record_bytes(volume, features), volume.units),
+        "moments": (volume.tiles * _record_bytes(volume, moments), volume.units),
+        "results": (
+            results * volume.result_bytes,
+            results if volume.format in ("png", "webp") else volume.units,
+        ),
+        "manifest": (results * MANIFEST_BYTES, 1),
+        "while_running": (results * MANIFEST_BYTES, 2 * volume.units),
+    }
+    return {name: {"bytes": round(size), "files": files} for name, (size, files) in kept.items()}
+
+
+def labour(volume: Volume, fleet: Fleet) -> dict[str, Any]:  # Any: JSON
+    """Return hours, money, and what workers ask of processors and of the file system.
+
+    Of one processor: `restart_s` is what every process (with Ray, only the first) spends before its
+    first tile when all is done already, the most it can be; `manifest_s` what the last one spends
+    at the end. `lost_worker_s` is what the death of all workers loses, two units in hand each.
+    """
+    worker_hours = volume.tiles / fleet.tiles_per_s / 3600
+    per_tile_s = READ_S + volume.variants * WRITE_S[volume.format]
+    per_tile_bytes = volume.tile_bytes + volume.variants * volume.result_bytes
+    start_s = volume.tiles * (LIST_S + CUT_S)
+    return {
+        "worker_hours": round(worker_hours, 2),
+        "hours": round(worker_hours / fleet.workers, 2),
+        "price": round(worker_hours * fleet.price, 2),
+        "processors_per_worker": round(fleet.tiles_per_s * per_tile_s, 2),
+        "bytes_per_s": round(fleet.workers * fleet.tiles_per_s * per_tile_bytes),
+        "units": volume.units,
+        "array_tasks": max(1, math.ceil(worker_hours / fleet.task_hours)),
+        "restart_s": round(start_s + volume.units * LOOK_S, 1),
+        "manifest_s": round(volume.tiles * volume.variants * MANIFEST_S, 1),
+        "lost_worker_s": round(2 * fleet.workers * volume.unit_tiles / fleet.tiles_per_s, 1),
+    }
+
+
+def _record_bytes(volume: Volume, content: Field) -> int:
+    fields = (content, THUMBNAIL)
+    return CacheSpec(tile=volume.tile, fields=fields, model_digest="").record_bytes
