@@ -164,7 +164,9 @@ def test_every_command_can_be_done_elsewhere(ray, tree, tmp_path, small, laborat
     for run in one:
         assert running.do_run(run, QUIET).is_complete
     for run in many:
-        with open_run(run.folder, run.identity, software(), overwrite=False) as folder:
+        with open_run(
+            run.folder, run.identity, software(), overwrite=False, context=run.context
+        ) as folder:
             folder.prepare()
     make = partial(AllUnits, many)
     assert dict(on_actors(make, range(4), RayCluster(actors=1))) == dict.fromkeys(range(4))
