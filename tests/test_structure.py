@@ -38,3 +38,16 @@ def test_a_flat_tile_tells_nothing_and_another_shape_is_refused():
     assert gradient_correlation(TILES, flat).isnan().all()
     with pytest.raises(ValueError, match="expected one"):
         gradient_correlation(TILES, TILES[..., :-1])
+
+
+def test_gradients_down_count_as_those_across():
+    wave = 0.3 * torch.sin(torch.arange(64) / 3)
+    rows, columns = wave[:, None].expand(64, 64), wave.expand(64, 64)
+
+    def stained(density):
+        grey = 256 * torch.exp(-(density + 1)) - 1
+        return grey.round().to(torch.uint8).expand(1, 3, 64, 64)
+
+    both = stained(rows + columns)
+    for one in (rows, columns):
+        assert gradient_correlation(stained(one), both).item() == pytest.approx(0.5**0.5, abs=0.01)
