@@ -64,6 +64,7 @@ class Edited(NamedTuple):
         similarity: float [B], cosine of CLS features to the source; NaN without an encoder.
         distance: float [B], mean distance in CIE Lab over tissue; NaN where there is no source.
         fields: Further fields of a cache's records, [B, ...] each.
+        refusals: Why a rule leaves a result out, "" where none does; empty if there are no rules.
     """
 
     images: Tensor
@@ -75,6 +76,7 @@ class Edited(NamedTuple):
     similarity: Tensor
     distance: Tensor
     fields: Mapping[str, Tensor] = MappingProxyType({})
+    refusals: Sequence[str] = ()
 
 
 Edit = Callable[[Sequence[Loaded]], Iterator[Edited]]
@@ -88,6 +90,41 @@ def augment_edit(
     Raises:
         ValueError: The recipe asks for what the model or the references cannot give.
     """
+    edit = _augment_edit(generator, references, recipe)
+    if not recipe.is_bounded:
+        return edit
+    if generator.encoder is None:
+        raise ValueError(
+            "min_similarity and max_similarity need an encoder, and this model was loaded without; "
+            "load it with --encoder bioptimus/H0-mini, or leave them out"
+        )
+
+    def bounded(batch: Sequence[Loaded]) -> Iterator[Edited]:
+        for edited in edit(batch):
+            yield edited._replace(refusals=_refusals(edited, recipe))
+
+    return bounded
+
+
+def _refusals(edited: Edited, recipe: AugmentRecipe) -> list[str]:
+    """Return why each result is left out for its similarity, "" where it is not."""
+    low, high = recipe.min_similarity, recipe.max_similarity
+    reasons = []
+    for value, has_tissue in zip(
+        edited.similarity.tolist(), edited.is_tissue.tolist(), strict=True
+    ):
+        reason = ""
+        if has_tissue and value < low:
+            reason = f"similarity {value:.4f} is below min_similarity {low:g}"
+        elif has_tissue and value > high:
+            reason = f"similarity {value:.4f} is above max_similarity {high:g}: a copy"
+        reasons.append(reason)
+    return reasons
+
+
+def _augment_edit(
+    generator: TileGenerator, references: Mapping[str, StainReference], recipe: AugmentRecipe
+) -> Edit:
     if recipe.mode == "resample":
         return _resample_edit(generator, recipe)
     if not references:

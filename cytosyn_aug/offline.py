@@ -60,6 +60,8 @@ def augment(
     seed: int = 0,
     mpp: float | None = None,
     allow_geometry_change: bool = False,
+    min_similarity: float = -1.0,
+    max_similarity: float = 1.0,
     format: Format = "png",
     input: InputKind | None = None,
     unit_tiles: int = UNIT_TILES,
@@ -81,6 +83,8 @@ def augment(
         seed: Base seed.
         mpp: Scale of the tiles, None for the model's; of slides instead of what they state.
         allow_geometry_change: See `AugmentRecipe`.
+        min_similarity: See `AugmentRecipe`; only where tiles are drawn anew, not into a cache.
+        max_similarity: The same.
         format: "png", "webp", "tar" (of WebP, one a unit), or "latents" or "images" (a cache that
             `CachedVariants` reads).
         input: What IN is; None looks.
@@ -101,6 +105,8 @@ def augment(
         guidance_scale=guidance_scale,
         seed=seed,
         allow_geometry_change=allow_geometry_change,
+        min_similarity=min_similarity,
+        max_similarity=max_similarity,
     )
     tiles = Tiles(source=source, kind=input, mpp=mpp, unit_tiles=unit_tiles)
     run = plan_augment(tiles, out, generator, references, recipe, format)

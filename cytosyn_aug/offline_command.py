@@ -88,6 +88,16 @@ def _add_augment(add: AddCommand) -> None:
     )
     augment.add_argument("--steps", type=int, help="of resampling; default: the model's")
     augment.add_argument("--guidance-scale", type=float, default=1.0, help="of resampling")
+    augment.add_argument(
+        "--min-similarity",
+        type=float,
+        default=-1.0,
+        metavar="C",
+        help="leave out what is drawn anew and less like its source, by the cosine of features",
+    )
+    augment.add_argument(
+        "--max-similarity", type=float, default=1.0, metavar="C", help="leave out copies"
+    )
     augment.add_argument("--seed", type=int, default=0)
     augment.add_argument(
         "--allow-geometry-change",
@@ -255,6 +265,8 @@ def _augment(args: argparse.Namespace) -> int:
         guidance_scale=args.guidance_scale,
         seed=args.seed,
         allow_geometry_change=args.allow_geometry_change,
+        min_similarity=args.min_similarity,
+        max_similarity=args.max_similarity,
         format=args.format,
         **_input(args),
         work=_work(args),

@@ -29,6 +29,9 @@ class AugmentRecipe:
         seed: Base seed.
         allow_geometry_change: Accept tiles with masks although structure changes; the masks are
             left behind.
+        min_similarity: Least cosine similarity of the features of a tile and one drawn anew.
+        max_similarity: Largest one; a tile above it is a copy. What is out of these bounds is
+            left out, and named in the manifest.
     """
 
     variants: int = 1
@@ -41,6 +44,8 @@ class AugmentRecipe:
     edit: EditRecipe = field(default_factory=EditRecipe)
     seed: int = 0
     allow_geometry_change: bool = False
+    min_similarity: float = -1.0
+    max_similarity: float = 1.0
 
     def __post_init__(self) -> None:
         if self.variants < 1:
@@ -50,6 +55,21 @@ class AugmentRecipe:
         if self.preserve not in ("color", "none"):
             raise ValueError(f"preserve is {self.preserve!r}, expected 'color' or 'none'")
         _check_strength(self.strength)
+        if not -1 <= self.min_similarity <= self.max_similarity <= 1:
+            raise ValueError(
+                f"similarities are {self.min_similarity:g} and {self.max_similarity:g}, expected "
+                "-1 <= min_similarity <= max_similarity <= 1"
+            )
+        if self.is_bounded and self.keeps_structure:
+            raise ValueError(
+                "min_similarity and max_similarity bound what is drawn anew, and mode stain with "
+                "preserve 'color' moves nothing; leave them out, or use mode resample"
+            )
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether results may be left out for their similarity."""
+        return (self.min_similarity, self.max_similarity) != (-1.0, 1.0)
 
     @property
     def keeps_structure(self) -> bool:

@@ -245,21 +245,28 @@ def _write(
             cells = {"variant": variant, "status": "failed", "reason": reason}
             rows.append((row, variant, _cells(job, unit, tile.item) | cells))
             continue
-        own = {name: value[k] for name, value in fields.items()}
-        result = Result(pixels[k], tile.mask, tile.key, own)
-        written = job.output.write(place, tile.item, result)
         cells = _cells(job, unit, tile.item) | {
             "variant": variant,
-            "status": job.done if is_tissue[k] else "blank",
-            "reason": "; ".join(tile.notes),
-            "output": written.output,
-            "mask": written.mask,
             "key": tile.key,
             "seed": edited.seeds[k],
             "reference": edited.references[k],
             "strength": None if edited.strengths is None else edited.strengths[k],
             "similarity": None if math.isnan(similarity[k]) else similarity[k],
             "colour_distance": None if math.isnan(distance[k]) else distance[k],
+        }
+        refusal = edited.refusals[k] if edited.refusals else ""
+        if refusal:
+            job.output.discard(place, tile.item)
+            rows.append((row, variant, cells | {"status": "rejected", "reason": refusal}))
+            continue
+        own = {name: value[k] for name, value in fields.items()}
+        result = Result(pixels[k], tile.mask, tile.key, own)
+        written = job.output.write(place, tile.item, result)
+        cells |= {
+            "status": job.done if is_tissue[k] else "blank",
+            "reason": "; ".join(tile.notes),
+            "output": written.output,
+            "mask": written.mask,
         }
         rows.append((row, variant, cells))
     return rows

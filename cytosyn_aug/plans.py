@@ -88,12 +88,17 @@ def plan_augment(
             f"{num_masks} tiles have masks, which would not be true of results whose structure "
             "moves; use mode stain with preserve color, or allow geometry change and lose the masks"
         )
+    is_cache = format not in _IMAGE_FORMATS
+    if is_cache and recipe.is_bounded:
+        raise ValueError(
+            "bounds on similarity leave results out, and a cache needs all variants of a tile; "
+            "write png, webp or tar"
+        )
     recipe = replace(recipe, mpp=_scale(tiles, listing, generator))
     edit = augment_edit(generator, laboratories, recipe)
     more = {"references": identities, "format": format}
     identity = _identity("augment", recipe, listing, generator, tiles) | more
     place = partial(make_output, Path(out), format, variant_name)
-    is_cache = format not in _IMAGE_FORMATS
     if format == "latents" or format == "images":
         spec = records_spec(
             generator,

@@ -222,6 +222,47 @@ def test_masks_are_refused_where_structure_moves(tree, tmp_path, small, laborato
     assert not any(row["mask"] for row in rows(tmp_path / "out"))
 
 
+def test_results_out_of_bounds_are_left_out_named_and_the_same_after_a_resume(
+    tree, tmp_path, small
+):
+    settings = {"mode": "resample", "steps": 2, "allow_geometry_change": True, "work": QUIET}
+    offline.augment(tree, tmp_path / "free", small, **settings)
+    free = {row["source"]: row for row in rows(tmp_path / "free")}
+    found = sorted(row["similarity"] for row in free.values() if row["status"] == "edited")
+    low, high = found[2] - 1e-6, found[-3] + 1e-6
+    settings |= {"min_similarity": low, "max_similarity": high, "unit_tiles": 4}
+    summary = offline.augment(tree, tmp_path / "out", small, **settings)
+    assert summary.counts == {"blank": 1, "edited": 5, "rejected": 4}
+    assert offline.augment(tree, tmp_path / "out", small, **settings).counts == summary.counts
+    for row in rows(tmp_path / "out"):
+        same = free[row["source"]]
+        if row["status"] == "rejected":
+            assert not row["output"]
+            assert not (tmp_path / "out" / same["output"]).exists()
+            assert row["similarity"] == same["similarity"]
+            assert not low <= row["similarity"] <= high
+            assert ("min" if row["similarity"] < low else "a copy") in row["reason"]
+        else:
+            assert torch.equal(
+                read(tmp_path / "out" / row["output"]), read(tmp_path / "free" / same["output"])
+            )
+
+
+def test_bounds_that_mean_nothing_are_refused(tree, tmp_path, small, laboratories):
+    with pytest.raises(ValueError, match="moves nothing"):
+        augment(tree, tmp_path / "out", small, laboratories, max_similarity=0.9)
+    settings = {"mode": "resample", "allow_geometry_change": True, "work": QUIET}
+    with pytest.raises(ValueError, match="needs all variants"):
+        offline.augment(
+            tree, tmp_path / "out", small, format="images", max_similarity=0.9, **settings
+        )
+    with pytest.raises(ValueError, match="expected -1 <="):
+        offline.augment(
+            tree, tmp_path / "out", small, min_similarity=0.9, max_similarity=0.5, **settings
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_variants_that_would_repeat_themselves_are_refused(tree, tmp_path, small, laboratories):
     with pytest.raises(ValueError, match="would repeat themselves"):
         augment(tree, tmp_path / "out", small, laboratories, variants=3)
