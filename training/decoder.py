@@ -21,6 +21,7 @@ from cytosyn_aug.small_decoder import SmallDecoder
 from training.data import Batches, Tiles, spread_evenly, step_generator
 from training.loop import LoopConfig
 from training.perception import PerceptualNetwork, texture_distance
+from training.precision import mixed_precision
 from training.sheets import write_comparison
 from training.vae import draw_crops, reconstruction_numbers, round_trip
 
@@ -98,7 +99,7 @@ class DecoderStage:
 
     def _compute(self, pixels: Tensor, noise: Tensor) -> dict[str, Tensor]:
         r = self.recipe
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with mixed_precision(self.device):
             with torch.no_grad():
                 posterior = self.vae.encode(pixels).latent_dist  # type: ignore[union-attr]
                 latents = posterior.mean + posterior.std * noise
@@ -129,6 +130,6 @@ class DecoderStage:
 
     def _round_trip(self, network: nn.Module, images: Tensor) -> Tensor:
         pixels = images_to_pixels(images.to(self.device)).to(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with mixed_precision(self.device):
             latents = self.vae.encode(pixels).latent_dist.mean  # type: ignore[union-attr]
             return pixels_to_images(network(latents).float()).to(images.device)

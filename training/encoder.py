@@ -36,6 +36,7 @@ from training.data import Batches, TileSet, restain, stain_maps, step_generator
 from training.loop import LoopConfig
 from training.losses import standardised_error
 from training.perception import PerceptualNetwork
+from training.precision import mixed_precision
 
 _GRID = 16
 _CHUNK = 64
@@ -136,7 +137,7 @@ class EncoderStage:
         self, network: nn.Module, images: Tensor, patch: Tensor, cls: Tensor
     ) -> dict[str, Tensor]:
         assert isinstance(network, nn.ModuleDict)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with mixed_precision(self.device):
             features = network["encoder"](images)
             seen_patch = network["patch_head"](features.patches)
             seen_tile = network["tile_head"](features.cls)
@@ -202,7 +203,7 @@ class _Teacher:
     def _maps(self, images: Tensor) -> list[Tensor]:
         pixels = images_to_pixels(images.to(self.device))
         pixels = pixels.to(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with mixed_precision(self.device):
             maps = self.network(pixels, num_stages=4)[2:]
         pooled = [F.adaptive_avg_pool2d(m.float(), _GRID) for m in maps]
         return [m.flatten(2).transpose(1, 2).cpu() for m in pooled]

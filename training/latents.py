@@ -14,6 +14,7 @@ from cytosyn_aug.encoder import TileEncoder
 from cytosyn_aug.images import images_to_pixels, pixels_to_images
 from cytosyn_aug.sampling import adams_bashforth2, polynomial_grid
 from cytosyn_aug.transformer import SiT
+from training.precision import mixed_precision
 
 Views = dict[str, Tensor]
 _CHUNK = 64
@@ -48,7 +49,7 @@ class LatentSpace:
         for part in images.split(16):
             part = part.to(self.device)
             pixels = images_to_pixels(part).to(memory_format=torch.channels_last)
-            with torch.autocast(self.device.type, torch.bfloat16):
+            with mixed_precision(self.device):
                 posterior = self.vae.encode(pixels).latent_dist  # type: ignore[union-attr]
                 features = self.encoder(part)
             row = {"mean": posterior.mean, "std": posterior.std, "cls": features.cls}
@@ -60,7 +61,7 @@ class LatentSpace:
     @torch.no_grad()
     def decode(self, network: SiT, latents: Tensor) -> Tensor:
         """Return uint8 images on the CPU of latents that `network` has whitened."""
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with mixed_precision(self.device):
             pixels = self.vae.decode(network.unwhiten(latents)).sample  # type: ignore[union-attr]
         return pixels_to_images(pixels.float()).cpu()
 
@@ -74,7 +75,7 @@ class LatentSpace:
         def velocity(x: Tensor, t: float) -> Tensor:
             return network(x, torch.full((len(x),), t, device=x.device), cls)
 
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with mixed_precision(self.device):
             latents = adams_bashforth2(velocity, noise, polynomial_grid(12))
         return self.decode(network, latents)
 

@@ -51,6 +51,7 @@ from training.loop import LoopConfig
 from training.losses import alignment, kl_to_standard_normal, velocity_error
 from training.parallel import mean_over_processes
 from training.perception import PerceptualNetwork, texture_distance
+from training.precision import mixed_precision
 from training.sheets import write_comparison
 from training.vae import reconstruction_numbers, round_trip
 
@@ -177,14 +178,14 @@ class RepaeStage:
     @torch.no_grad()
     def _batch(self, images: Tensor) -> _Batch:
         pixels = images_to_pixels(images).to(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with mixed_precision(self.device):
             features = self.encoder(images)
         patches = align_grid(features.patches, self.transformer.grid_size)
         return _Batch(pixels, features.cls.float(), patches - self.usual_patch)
 
     def _compute(self, batch: _Batch, draws: _Draws) -> tuple[dict[str, Tensor], Tensor]:
         """Return all losses, and the moments of the latents in the batch."""
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with mixed_precision(self.device):
             posterior = self.vae.encode(batch.pixels).latent_dist  # type: ignore[union-attr]
         mean, std = posterior.mean.float(), posterior.std.float()
         latents = mean + std * draws.posterior
@@ -204,7 +205,7 @@ class RepaeStage:
         inside = _windows(latents, corners, side // 8)
         real = _windows(batch.pixels, corners * 8, side)
         judge, stages = self.judge, self.recipe.perceptual_stages
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with mixed_precision(self.device):
             made = self.vae.decode(inside).sample.float()
             maps = self.perception(made, stages)
             with torch.no_grad():
@@ -225,7 +226,7 @@ class RepaeStage:
     ) -> dict[str, Tensor]:
         """Return the alignment as the autoencoder's loss: the transformer passes it on."""
         transformer = self.transformer
-        with frozen(transformer), torch.autocast(self.device.type, torch.bfloat16):
+        with frozen(transformer), mixed_precision(self.device):
             x_t = interpolate(transformer.whiten(latents), draws.eps, _as_images(draws.t))
             tokens = transformer.aligned_tokens(x_t, draws.t, batch.cls)
             projected = transformer.projectors[0](tokens)
@@ -238,7 +239,7 @@ class RepaeStage:
         transformer = self.transformer
         x = whiten_batch(latents, moments, transformer.bn.eps)
         x_t = interpolate(x, draws.eps, _as_images(draws.t))
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with mixed_precision(self.device):
             condition = batch.cls * draws.keep[:, None]
             v, tokens = transformer.forward_tokens(x_t, draws.t, condition)
             projected = transformer.projectors[0](tokens)
@@ -286,7 +287,7 @@ class RepaeStage:
         eps = torch.randn(encoded["mean"].shape, generator=draw).to(self.device)
         t = stratified(len(eps), draw).to(self.device)
         x = transformer.whiten(encoded["mean"])
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with mixed_precision(self.device):
             v = transformer(interpolate(x, eps, _as_images(t)), t, encoded["cls"])
         return float(velocity_error(v, velocity_target(x, eps)))
 

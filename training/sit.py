@@ -20,6 +20,7 @@ from training.data import Batches, Tiles, spread_evenly, step_generator
 from training.latents import LatentSpace, set_latent_statistics, stratified
 from training.loop import LoopConfig
 from training.losses import alignment, velocity_error
+from training.precision import mixed_precision
 from training.sheets import write_comparison
 from training.views import StoredViews
 
@@ -113,7 +114,7 @@ class SitStage:
     def _compute(self, network: SiT, batch: dict[str, Tensor], draws: _Draws) -> dict[str, Tensor]:
         x = network.whiten(batch["mean"] + batch["std"] * draws.posterior)
         x_t = interpolate(x, draws.eps, draws.t[:, None, None, None])
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with mixed_precision(x.device):
             condition = batch["cls"] * draws.keep[:, None]
             v, tokens = network.forward_tokens(x_t, draws.t, condition)
             projected = network.projectors[0](tokens)

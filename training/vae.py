@@ -29,6 +29,7 @@ from training.data import (
 from training.loop import LoopConfig
 from training.losses import kl_to_standard_normal, pooled_colour
 from training.perception import PerceptualNetwork, texture_distance
+from training.precision import mixed_precision
 from training.sheets import write_sheet
 
 
@@ -122,7 +123,7 @@ class VaeStage:
     def _compute(self, pixels: Tensor, noise: Tensor) -> dict[str, Tensor]:
         r = self.recipe
         num_perceived = max(1, round(r.perceptual_share * len(pixels)))
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with mixed_precision(self.device):
             posterior = self.network.encode(pixels).latent_dist
             mean, std = posterior.mean.float(), posterior.std.float()
             decoded = self.network.decode(mean + std * noise).sample.float()
@@ -185,7 +186,7 @@ def round_trip(vae: nn.Module, images: Tensor) -> Tensor:
     """Encode to the posterior mean and decode: uint8 [B, 3, H, W] to the same, same device."""
     device = next(vae.parameters()).device
     pixels = images_to_pixels(images.to(device)).to(memory_format=torch.channels_last)
-    with torch.autocast(device.type, torch.bfloat16):
+    with mixed_precision(device):
         # Any: diffusers types decode() as a union of tuple and output class.
         decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample  # type: ignore[operator]
     return pixels_to_images(decoded.float()).to(images.device)

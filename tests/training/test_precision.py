@@ -1,0 +1,20 @@
+"""Mixed precision: where the processor has it, and nowhere else."""
+
+import pytest
+import torch
+
+from training import precision
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_bfloat16_is_used_where_it_is_fast(monkeypatch, is_fast):
+    monkeypatch.setattr(precision, "has_fast_bfloat16", lambda: is_fast)
+    x = torch.ones(16, 16)
+    with precision.mixed_precision(torch.device("cpu")):
+        assert (x @ x).dtype == (torch.bfloat16 if is_fast else torch.float32)
+    with precision.mixed_precision(torch.device("cpu"), enabled=False):
+        assert (x @ x).dtype == torch.float32
+
+
+def test_what_this_processor_has_is_known():
+    assert precision.has_fast_bfloat16() in (True, False)
