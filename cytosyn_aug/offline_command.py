@@ -37,7 +37,7 @@ def add_commands(add: AddCommand, parse: Callable[[list[str]], argparse.Namespac
         parse: Parses a whole command line.
     """
     _add_augment(add)
-    _add_normalize(add)
+    _add_normalize(add, parse)
     _add_cache(add)
     _add_sample(add)
     slurm = add(
@@ -110,11 +110,11 @@ def _add_augment(add: AddCommand) -> None:
     _add_work(augment)
 
 
-def _add_normalize(add: AddCommand) -> None:
+def _add_normalize(add: AddCommand, parse: Callable[[list[str]], argparse.Namespace]) -> None:
     normalize = add(
         "normalize",
-        _normalize,
-        "restain all tiles of a data set to one reference, and write a manifest; resumes",
+        partial(_normalize, parse),
+        "restain all tiles of a data set, or whole slides, to one reference; resumes",
         "cytosyn-aug normalize TILES OUT --reference LAB_A",
     )
     normalize.add_argument("source", metavar="IN", type=Path, help=_IN)
@@ -134,7 +134,11 @@ def _add_normalize(add: AddCommand) -> None:
     )
     normalize.add_argument("--strength", type=float, default=1.0, metavar="S", help="0 to 1")
     _add_input(normalize)
-    _add_format(normalize, ["png", "webp", "tar"])
+    _add_format(
+        normalize,
+        ["png", "webp", "tar", "slide"],
+        "pixels without loss; slide: slides to slides, as normalize-slide does with its defaults",
+    )
     _add_model(normalize)
     _add_work(normalize)
 
@@ -195,8 +199,10 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_format(parser: argparse.ArgumentParser, formats: list[str]) -> None:
-    parser.add_argument("--format", default="png", choices=formats, help="pixels without loss")
+def _add_format(
+    parser: argparse.ArgumentParser, formats: list[str], text: str = "pixels without loss"
+) -> None:
+    parser.add_argument("--format", default="png", choices=formats, help=text)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -274,7 +280,9 @@ def _augment(args: argparse.Namespace) -> int:
     return _report(summary)
 
 
-def _normalize(args: argparse.Namespace) -> int:
+def _normalize(parse: Callable[[list[str]], argparse.Namespace], args: argparse.Namespace) -> int:
+    if args.format == "slide":
+        return _normalize_slides(parse, args)
     from cytosyn_aug import offline
 
     summary = offline.normalize(
@@ -290,6 +298,31 @@ def _normalize(args: argparse.Namespace) -> int:
         work=_work(args),
     )
     return _report(summary)
+
+
+# What both commands have. Whatever else is given to `normalize` for slides would mean nothing.
+_OF_SLIDES = ("method", "strength", "model", "encoder", "device", "overwrite", "quiet")
+
+
+def _normalize_slides(
+    parse: Callable[[list[str]], argparse.Namespace], args: argparse.Namespace
+) -> int:
+    """Do what `normalize-slide` does, with the options that both commands have."""
+    words = [str(args.source), str(args.out), "--reference", args.reference]
+    usual = parse(["normalize", *words])
+    given = {k: v for k, v in vars(args).items() if k in vars(usual) and v != vars(usual)[k]}
+    strange = sorted(given.keys() - {*_OF_SLIDES, "format", "input", "mpp", "run"})
+    if args.input not in (None, "slides"):
+        strange.append("input")
+    if strange:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in strange)
+        raise ValueError(f"{flags} mean nothing for --format slide; see normalize-slide --help")
+    slides = parse(["normalize-slide", *words])
+    for name in _OF_SLIDES:
+        setattr(slides, name, getattr(args, name))
+    slides.slide_mpp = args.mpp
+    run: Callable[[argparse.Namespace], int] = slides.run
+    return run(slides)
 
 
 def _cache(args: argparse.Namespace) -> int:

@@ -9,7 +9,9 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
+
+from cytosyn_aug.config import Method
 
 if TYPE_CHECKING:
     from cytosyn_aug.generator import TileGenerator
@@ -36,8 +38,7 @@ def add_command(add: AddCommand) -> None:
         metavar="DIR|FILE",
         help="folders of tiles and slides to fit to, or one saved .json",
     )
-    methods = ["cytosyn", "macenko", "reinhard", "density"]
-    command.add_argument("--method", default="cytosyn", choices=methods)
+    command.add_argument("--method", default="cytosyn", choices=get_args(Method))
     command.add_argument("--strength", type=float, default=1.0, metavar="S", help="0 to 1")
     command.add_argument(
         "--region", type=int, nargs=4, metavar=("X", "Y", "W", "H"), help="in level-0 pixels"

@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cytosyn_aug.classical import DensityReference
 from cytosyn_aug.colour_table import Recolour
+from cytosyn_aug.config import Method
 from cytosyn_aug.editing import EditRecipe, reference_statistics
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import optical_density
@@ -35,14 +35,13 @@ from cytosyn_aug.stain import (
 )
 from cytosyn_aug.tile_sets import MAX_TILES, TileSource
 
-Method = Literal["cytosyn", "macenko", "reinhard", "density"]
 Reference = StainReference | MacenkoReference | ReinhardReference | DensityReference
 
 _KINDS: dict[Method, type[Reference]] = {
     "cytosyn": StainReference,
     "macenko": MacenkoReference,
     "reinhard": ReinhardReference,
-    "density": DensityReference,
+    "transport": DensityReference,
 }
 _CPU = torch.device("cpu")
 
@@ -77,7 +76,7 @@ def fit_reference(
         return MacenkoReference.fit(tiles, max_tiles=max_tiles)
     if method == "reinhard":
         return ReinhardReference.fit(tiles, max_tiles=max_tiles)
-    if method == "density":
+    if method == "transport":
         return DensityReference.fit(tiles, max_tiles=max_tiles)
     raise ValueError(f"method is {method!r}, expected one of {sorted(_KINDS)}")
 

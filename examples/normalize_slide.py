@@ -43,7 +43,7 @@ def main() -> None:
     )
     parser.add_argument("slide", type=Path)
     parser.add_argument("out", type=Path)
-    methods = ["cytosyn", "macenko", "reinhard", "density"]
+    methods = ["cytosyn", "macenko", "reinhard", "transport"]
     parser.add_argument("--method", default="cytosyn", choices=methods)
     parser.add_argument("--to", default="CMU", choices=list(load_laboratories()))
     parser.add_argument("--slide-mpp", type=float)

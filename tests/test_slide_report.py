@@ -57,7 +57,7 @@ def test_the_file_says_its_seams_and_the_report_repeats_them(made, slide):
     assert said.seam_ratio is not None
     assert f"{said.seam_ratio_before:.2f}{said.seam_ratio:.2f}" in text
     assert f"{said.tissue:.0%}" in text
-    for value in (said.change_digest, said.pixels_digest, said.source_digest, "density"):
+    for value in (said.change_digest, said.pixels_digest, said.source_digest, "transport"):
         assert value in text
     # Two overviews, nine pairs, and three pairs of the worst.
     assert sum(tag == "img" for tag, _ in found.elements) == 2 + 2 * 9 + 2 * 3

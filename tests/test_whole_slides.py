@@ -107,7 +107,7 @@ def test_every_colour_becomes_one_colour_wherever_it_is(made):
     assert len(np.unique(before << 24 | after)) == number
 
 
-@pytest.mark.parametrize("method", ["cytosyn", "macenko", "reinhard", "density"])
+@pytest.mark.parametrize("method", ["cytosyn", "macenko", "reinhard", "transport"])
 def test_tissue_is_changed_as_the_transform_changes_it(slide, generator, method, tmp_path):
     target, own = (
         fit_reference(method, tiles, generator if method == "cytosyn" else None)
@@ -118,7 +118,7 @@ def test_tissue_is_changed_as_the_transform_changes_it(slide, generator, method,
         "cytosyn": lambda: StainNormalize(generator, target, source=own),
         "macenko": lambda: MacenkoNormalize(target, source=own),
         "reinhard": lambda: ReinhardNormalize(target, source=own),
-        "density": lambda: DensityTransport(target, source=own),
+        "transport": lambda: DensityTransport(target, source=own),
     }[method]()
     report = normalize_slide(
         slide, tmp_path / "a.tif", target, generator=generator, source=own, recipe=LOSSLESS
@@ -347,6 +347,22 @@ def test_the_command_normalises_a_folder_and_names_what_failed(slide, tmp_path, 
     missing = ["normalize-slide", "gone.svs", str(tmp_path / "c.tif"), "--reference", str(slide)]
     assert main([*missing, "--method", "macenko"]) == 2
     assert "gone.svs cannot be opened" in capsys.readouterr().err
+
+
+def test_normalize_writes_slides_too_and_refuses_what_means_nothing_for_them(
+    slide, tmp_path, capsys
+):
+    words = ["--reference", str(slide), "--method", "macenko", "--quiet"]
+    assert main(["normalize-slide", str(slide), str(tmp_path / "a.tif"), *words]) == 0
+    same = ["normalize", str(slide), str(tmp_path / "b.tif"), *words, "--format", "slide"]
+    assert main(same) == 0
+    assert (tmp_path / "a.tif").read_bytes() == (tmp_path / "b.tif").read_bytes()
+    capsys.readouterr()
+    assert main([*same, "--stain-source", "slide", "--dry-run", "--shard", "0/2"]) == 2
+    said = capsys.readouterr().err
+    assert "--dry-run, --shard, --stain-source mean nothing for --format slide" in said
+    assert main([*same[:2], str(tmp_path / "c.tif"), *same[3:], "--mpp", "0.25"]) == 0
+    assert "at 0.25 microns/pixel" in capsys.readouterr().out
 
 
 def test_references_must_fit_each_other_and_the_model(slide, reference, generator, tmp_path):
