@@ -438,6 +438,32 @@ def test_a_tile_the_network_fails_on_comes_back_counted_and_named(
     assert all(not torch.equal(out[k], tiles[k]) for k in (0, 2, 3))
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda g, r, f: Transfer(g, references=r, p=1.0, recipe=FAST, features=f),
+        lambda g, r, f: ConditionedResample(g, p=1.0, steps=2, features=f),
+        lambda g, r, f: ConditionedResample(g, p=1.0, steps=2, features=f, max_similarity=0.9999),
+    ],
+    ids=["restained", "resampled", "bounded"],
+)
+def test_a_tile_whose_given_features_are_not_finite_comes_back_and_is_counted(
+    generator, references, tiles, make
+):
+    def features(images):
+        cls = generator.features(images).cls.clone()
+        cls[1] = torch.nan
+        return cls
+
+    transform = make(generator, references, features)
+    with pytest.warns(RuntimeWarning, match=f"tile {tile_key(tiles[1])[:16]}"):
+        out = transform(tiles)
+    assert transform.num_failed == 1
+    assert [torch.equal(a, b) for a, b in zip(out, tiles, strict=True)] == [
+        k == 1 for k in range(len(tiles))
+    ]
+
+
 def test_a_gpu_in_a_forked_worker_gets_one_message_that_names_both_ways(model_folder, tiles):
     generator = TileGenerator.from_pretrained(model_folder)
     transform = ConditionedResample(generator, p=1.0, steps=2)
