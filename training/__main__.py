@@ -13,10 +13,11 @@ python -m training export  --vae RUN --encoder RUN --sit RUN [--student RUN] [--
                            --out FOLDER [--notes FILE] [--run NAME=RUN ...]
                            [--report NAME=REPORT ...]
 python -m training evaluate --data TILES --model FOLDER --out REPORT [--extractors tiny alexnet]
+                           [--encoder H0_MINI]
 python -m training restaining --data SLIDES --model FOLDER --out REPORT
 
 TILES holds train/<slide>/<tile> and val/<slide>/<tile>, or is what `tile` wrote.
-Runs resume from their own folder.
+Runs resume from their own folder. Exit code 143: SIGTERM came, and the run was saved.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import ctypes
 import json
 import math
 import platform
+import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -82,7 +84,7 @@ def main() -> None:
     parser.add_argument("--sit", type=Path, help="run or model folder of the transformer")
     parser.add_argument("--teacher", type=Path, help="distil: run or model folder of the teacher")
     parser.add_argument("--student", type=Path, help="export: run or model folder of the student")
-    parser.add_argument("--decoder", type=Path, help="export: run or model folder of it")
+    parser.add_argument("--decoder", type=Path, help="run or model folder of the small decoder")
     parser.add_argument("--notes", type=Path, help="export: Markdown that opens the model card")
     parser.add_argument(
         "--run",
@@ -155,9 +157,13 @@ def _train(args: argparse.Namespace, device: torch.device) -> None:
     settings["data"] = identify(args.data)  # another data set is another run
     stage = build_stage(recipe, args.data, _sources(args), args.out, device, args.compile)
     warm_start = _starting_weights(args)
-    train(
+    done = train(
         stage, recipe.loop, args.out, recipe=settings, minutes=args.minutes, warm_start=warm_start
     )
+    if done < recipe.loop.num_steps:
+        print(f"saved at step {done:,} of {recipe.loop.num_steps:,}; run this again to go on")
+        if math.isinf(args.minutes):  # asked to stop by a signal: what follows must not start
+            raise SystemExit(128 + signal.SIGTERM)
 
 
 def _write_latents(args: argparse.Namespace, device: torch.device) -> None:
@@ -214,7 +220,8 @@ def _sources(args: argparse.Namespace) -> Sources:
 
 def _evaluate(args: argparse.Namespace, device: torch.device) -> None:
     _need(args, "data")
-    generator = TileGenerator.from_pretrained(args.model, device=device)
+    encoder = args.encoder or "auto"
+    generator = TileGenerator.from_pretrained(args.model, encoder=encoder, device=device)
     given = {f.name: getattr(args, f.name) for f in fields(Evaluation)}
     given["extractors"] = tuple(given["extractors"] or ())
     config = Evaluation(**{k: v for k, v in given.items() if v is not None})
@@ -231,6 +238,9 @@ def _compare_restaining(args: argparse.Namespace, device: torch.device) -> None:
     """Print one row a method: colour error removed where the answer is known, gap closed."""
     _need(args, "data")
     generator = TileGenerator.from_pretrained(args.model, device=device)
+    if args.dry_run:
+        print("\n".join(k for k in methods(generator, generator.null_condition) if args.only in k))
+        return
     tiles = load_tiles(args.data, generator.tile.size_px)
     shuffled = generator.features(tiles.images[:: max(1, len(tiles) // 16)]).cls.mean(0)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import images_to_pixels
-from training.data import TileSet
+from training.data import TileSet, evenly_spaced
 from training.extractors import load_extractor
 from training.metrics import (
-    evenly_spaced,
     fit_normal,
     frechet_distance,
     median_rank,

@@ -89,7 +89,14 @@ def open_tiles(folder: Path, size_px: int = 224, max_bytes: int = 16 * 2**30) ->
 
 def spread_evenly(tiles: Tiles, num: int) -> Tensor:
     """Return up to `num` tiles, spread evenly over the split, uint8 [n, 3, H, W]."""
-    return tiles.take(torch.linspace(0, len(tiles) - 1, min(num, len(tiles))).round().long())
+    return tiles.take(evenly_spaced(len(tiles), num))
+
+
+def evenly_spaced(num_items: int, number: int) -> Tensor:
+    """Return at most `number` evenly spaced positions among `num_items`, int64, the ends first."""
+    # In float64: positions among 40 M would be rounded to multiples of four.
+    places = torch.linspace(0, num_items - 1, min(number, num_items), dtype=torch.float64)
+    return places.round().long()
 
 
 def identify(data: Path) -> str:
@@ -109,37 +116,45 @@ def identify(data: Path) -> str:
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
 
-def load_tiles(folder: Path, size_px: int = 224) -> TileSet:
+def load_tiles(folder: Path, size_px: int = 224, number: int | None = None) -> TileSet:
     """Read one split into memory: `<slide>/<tile>.{png,webp,...}` or shards of the tile stage.
 
     Args:
         folder: One split; each sub-folder, or each shard, is a slide.
         size_px: Side that every tile must have.
+        number: At most so many, evenly spaced; the others are not read. None for all.
 
     Returns:
         The tiles in sorted order of slides; of (slide, file name) if they are files.
 
     Raises:
-        ValueError: No tiles, a tile of another size, named, or a damaged or unfinished stage.
+        ValueError: No tiles, a tile that is damaged or of another size, named, or a damaged or
+            unfinished stage.
     """
     if _is_stage(folder):
         store = _checked_store(folder, size_px)
-        images = StoredTiles(store).take(torch.arange(len(store)))
-        return TileSet(images, store.slides, torch.from_numpy(store.slide_index))
+        chosen = evenly_spaced(len(store), len(store) if number is None else number)
+        images = StoredTiles(store).take(chosen)
+        return TileSet(images, store.slides, torch.from_numpy(store.slide_index)[chosen])
     files = sorted(f for f in folder.glob("*/*") if f.suffix.lower() in TILE_SUFFIXES)
     if not files:
         raise ValueError(f"no tiles under {folder}; expected {folder}/<slide>/<tile>.png")
+    slides = tuple(sorted({f.parent.name for f in files}))
+    if number is not None:
+        files = [files[k] for k in evenly_spaced(len(files), number).tolist()]
 
     def read(file: Path) -> Tensor:
-        with Image.open(file) as image:
-            array = np.asarray(image.convert("RGB"))
+        try:
+            with Image.open(file) as image:
+                array = np.asarray(image.convert("RGB"))
+        except (OSError, SyntaxError) as error:  # Pillow raises both for damaged files
+            raise ValueError(f"{file} cannot be read ({error}); replace or remove it") from error
         if array.shape[:2] != (size_px, size_px):
             raise ValueError(f"{file} is {array.shape[1]}x{array.shape[0]} px, expected {size_px}")
         return torch.from_numpy(array.copy()).permute(2, 0, 1)
 
     with ThreadPoolExecutor(4) as pool:
         images = torch.stack(list(pool.map(read, files)))
-    slides = tuple(sorted({f.parent.name for f in files}))
     index = torch.tensor([slides.index(f.parent.name) for f in files])
     return TileSet(images=images, slides=slides, slide_index=index)
 

@@ -17,10 +17,9 @@ from torch import Tensor
 from cytosyn_aug.generator import DEFAULT_STEPS, Sampler, TileGenerator
 from training.card import Sample, card_numbers, check_tiles
 from training.codecs import check_codecs, count_codecs, recompress
-from training.data import TileSet, load_tiles
+from training.data import TileSet, evenly_spaced, load_tiles
 from training.extractors import load_extractor
 from training.judgement import EvaluationSets, Judgement, MadeTiles, judge
-from training.metrics import evenly_spaced
 from training.report import write_report
 from training.sheets import write_sheet
 
@@ -103,7 +102,7 @@ def evaluate(
         load_extractor(spec, own=generator.encoder, device=generator.device)
         for spec in config.extractors
     ]
-    held_out = take_evenly(load_tiles(data / "val", generator.tile.size_px), config.num_tiles)
+    held_out = load_tiles(data / "val", generator.tile.size_px, config.num_tiles)
     check_tiles(held_out)
     size_px, number = generator.tile.size_px, len(held_out)
     training = _training_tiles(data, size_px, number, config) if extractors else None
@@ -154,14 +153,6 @@ def make_tiles(generator: TileGenerator, real: TileSet, sample: Sample, seed: in
     return MadeTiles(real, torch.cat(generated), torch.cat(round_trips))
 
 
-def take_evenly(tiles: TileSet, number: int | None) -> TileSet:
-    """Return at most `number` evenly spaced tiles, or all for None."""
-    if number is None or number >= len(tiles):
-        return tiles
-    chosen = evenly_spaced(len(tiles), number)
-    return TileSet(tiles.images[chosen], tiles.slides, tiles.slide_index[chosen])
-
-
 def describe_sets(
     sets: EvaluationSets, codecs: dict[str, dict[str, int]], config: Evaluation
 ) -> dict[str, object]:
@@ -204,11 +195,10 @@ def _training_tiles(
     Raises:
         ValueError: Too few training tiles to take so many out of them.
     """
-    tiles = load_tiles(data / "train", size_px)
     if config.unseen is not None:
-        real = take_evenly(load_tiles(config.unseen, size_px), number)
-        return real, take_evenly(tiles, config.num_training_tiles).images
-    tiles = take_evenly(tiles, config.num_training_tiles + number)
+        real = load_tiles(config.unseen, size_px, number)
+        return real, load_tiles(data / "train", size_px, config.num_training_tiles).images
+    tiles = load_tiles(data / "train", size_px, config.num_training_tiles + number)
     if len(tiles) < 2 * number:
         raise ValueError(
             f"got {len(tiles)} training tiles for {number} held-out ones, expected twice as many; "

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.data import evenly_spaced
+
 _BLOCK = 4096
 
 
@@ -211,11 +213,6 @@ def median_rank(real: Tensor, fake: Tensor, num_ranked: int) -> float:
 def principal_components(features: Tensor, number: int) -> Tensor:
     """Return the leading principal directions [F, number] of features [N, F]."""
     return torch.linalg.svd(features - features.mean(0), full_matrices=False).Vh[:number].T
-
-
-def evenly_spaced(num_items: int, number: int) -> Tensor:
-    """Return at most `number` evenly spaced positions among `num_items`, int64, the ends first."""
-    return torch.linspace(0, num_items - 1, min(number, num_items)).round().long()
 
 
 def _factor(covariance: Tensor) -> Tensor:

@@ -19,6 +19,11 @@ from torch import Tensor, nn
 NAMES = ("checkpoint.pt", "checkpoint.previous.pt")
 
 
+def is_run(folder: Path) -> bool:
+    """Return whether a folder holds a checkpoint, the newest or the one before."""
+    return any((folder / name).is_file() for name in NAMES)
+
+
 def resume(
     run_folder: Path,
     network: nn.Module,
@@ -41,7 +46,7 @@ def resume(
         ValueError: Another recipe, weights that the network does not have, or no checkpoint that
             can be read although there are some.
     """
-    state = _read_newest(run_folder)
+    state = read_newest(run_folder)
     if state is None:
         for target in (network, average):
             found = target.load_state_dict(warm_start or {}, strict=False)
@@ -63,7 +68,7 @@ def resume(
     return int(state["step"])
 
 
-def _read_newest(run_folder: Path) -> Any:  # Any: tensors, numbers and text, or None
+def read_newest(run_folder: Path) -> Any:  # Any: tensors, numbers and text, or None
     """Return the newest checkpoint that can be read, or None for a new run.
 
     Raises:

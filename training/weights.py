@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
 from cytosyn_aug.checkpoint import load_model
 from cytosyn_aug.drafts import load_strictly
+from training.resume import is_run, read_newest
+
+_AUTOENCODER = "AutoencoderKL"
 
 # Names of the networks inside an end-to-end run.
 _OF_REPAE = {"vae": "vae.", "sit": "transformer."}
@@ -24,15 +31,23 @@ def stage_weights(source: Path, stage: str) -> dict[str, Tensor]:
         stage: "vae", "encoder", "sit", "repae", "distil" or "decoder". Autoencoder and transformer
             may also come from an end-to-end run.
 
+    An autoencoder may also be a folder of diffusers' `AutoencoderKL`, as SD-VAE's is. Of a run
+    whose newest checkpoint was cut short, the one before is taken, and a run that is not at its end
+    is taken as it is; both are said on stderr.
+
     Raises:
         FileNotFoundError: The folder is neither.
+        ValueError: No checkpoint of the run can be read.
     """
-    if (source / "checkpoint.pt").is_file():
-        state = torch.load(source / "checkpoint.pt", map_location="cpu", weights_only=True)
+    if is_run(source):
+        state = read_newest(source)
+        _say_if_unfinished(source, state)
         weights: dict[str, Tensor] = state["average"]
         prefix = _OF_REPAE.get(stage, "")
         inside = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
         return inside or weights
+    if stage == "vae" and (bare := bare_autoencoder(source)) is not None:
+        return bare.state_dict()
     parts = load_model(source)
     named = {"": parts.transformer if stage == "sit" else parts.vae}
     if stage == "encoder":
@@ -44,6 +59,27 @@ def stage_weights(source: Path, stage: str) -> dict[str, Tensor]:
     elif stage == "distil":
         named = {"student.": parts.student}
     return {p + k: v for p, part in named.items() for k, v in _state(part).items()}
+
+
+def bare_autoencoder(source: Path) -> AutoencoderKL | None:
+    """Return the autoencoder of a diffusers folder that holds nothing else, or None."""
+    config = source / "config.json"
+    if not config.is_file() or json.loads(config.read_text()).get("_class_name") != _AUTOENCODER:
+        return None
+    vae: AutoencoderKL = AutoencoderKL.from_pretrained(
+        source, torch_dtype=torch.float32, low_cpu_mem_usage=False
+    )
+    return vae
+
+
+def _say_if_unfinished(source: Path, state: dict[str, Any]) -> None:
+    num_steps = json.loads(state["recipe"]).get("loop", {}).get("num_steps", state["step"])
+    if state["step"] < num_steps:
+        print(
+            f"{source} is at step {state['step']:,} of {num_steps:,}; its weights are taken as "
+            "they are. Run its stage again to finish it",
+            file=sys.stderr,
+        )
 
 
 def _state(part: nn.Module | None) -> dict[str, Tensor]:

@@ -57,6 +57,16 @@ def test_files_and_shards_are_counted(tmp_path):
     assert count_codecs(tmp_path) == {"png": 1, "webp lossless": 2, "webp lossy": 1}
 
 
+def test_of_a_shard_only_the_first_tiles_are_read(tmp_path):
+    content = written("webp", lossless=True)
+    with tarfile.open(tmp_path / "slide.tar", "w") as shard:
+        for number in range(40):
+            member = tarfile.TarInfo(f"slide/{number}_0.webp")
+            member.size = len(content)
+            shard.addfile(member, io.BytesIO(content))
+    assert count_codecs(tmp_path) == {"webp lossless": 16}
+
+
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no tiles under"):
         count_codecs(tmp_path)

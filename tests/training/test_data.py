@@ -7,6 +7,7 @@ from training.data import (
     Batches,
     crop_and_turn,
     draw_views,
+    evenly_spaced,
     load_tiles,
     restain,
     stain_maps,
@@ -32,6 +33,31 @@ def test_a_tile_of_another_size_is_named(tmp_path):
     write_tile(tmp_path / "a/1.png", size=20)
     with pytest.raises(ValueError, match=r"1\.png is 20x20 px, expected 16"):
         load_tiles(tmp_path, 16)
+
+
+def test_some_tiles_are_taken_evenly_and_the_others_are_not_read(tmp_path):
+    for number in range(10):
+        write_tile(tmp_path / f"{'ab'[number // 5]}/{number}.png", value=number)
+    for unread in (1, 8):
+        (tmp_path / f"{'ab'[unread // 5]}/{unread}.png").write_bytes(b"damaged")
+    few = load_tiles(tmp_path, 16, number=4)
+    assert few.images[:, 0, 0, 0].tolist() == [0, 3, 6, 9]
+    assert few.slide_index.tolist() == [0, 0, 1, 1]
+    assert few.slides == ("a", "b")
+
+
+def test_positions_are_evenly_spaced_among_forty_million():
+    places = evenly_spaced(40_000_001, 5)
+    assert places.tolist() == [0, 10_000_000, 20_000_000, 30_000_000, 40_000_000]
+    assert evenly_spaced(3, 8).tolist() == [0, 1, 2]
+
+
+def test_a_damaged_tile_is_named(tmp_path):
+    write_tile(tmp_path / "a/1.png", size=64)
+    whole = (tmp_path / "a/1.png").read_bytes()
+    (tmp_path / "a/1.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"1\.png cannot be read"):
+        load_tiles(tmp_path, 64)
 
 
 def test_an_empty_folder_is_refused(tmp_path):

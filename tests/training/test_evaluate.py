@@ -12,7 +12,7 @@ from training import card
 from training import evaluate as stage
 from training.card import check_tiles
 from training.data import TileSet
-from training.evaluate import Evaluation, evaluate, take_evenly
+from training.evaluate import Evaluation, evaluate
 from training.judgement import half_floors
 
 NUM_HELD_OUT, NUM_TRAINING = 12, 40
@@ -146,14 +146,6 @@ def test_slides_with_too_few_tiles_for_the_card_are_named():
         check_tiles(TileSet(images, ("a", "b"), index))
     with pytest.raises(ValueError, match="two or more slides"):
         check_tiles(TileSet(images, ("a",), torch.zeros(20, dtype=torch.long)))
-
-
-def test_tiles_are_taken_evenly_from_all_slides():
-    images = torch.arange(100, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8)
-    tiles = TileSet(images, ("a", "b"), torch.arange(100) // 50)
-    few = take_evenly(tiles, 10)
-    assert few.slide_index.tolist() == [0] * 5 + [1] * 5
-    assert take_evenly(tiles, None) is tiles
 
 
 def test_halves_of_the_slides_share_no_slide():
