@@ -13,6 +13,7 @@ from cytosyn_aug.checkpoint import ModelParts, load_encoder, load_model
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.drafts import load_strictly
 from cytosyn_aug.encoder import StainProbe, TileEncoder
+from cytosyn_aug.small_decoder import SmallDecoder
 from cytosyn_aug.transformer import SiT
 from training import recipes
 from training.data import Tiles, identify, load_tiles, open_tiles, spread_evenly
@@ -22,10 +23,11 @@ from training.encoder import EncoderRecipe, EncoderStage, build_encoder
 from training.latents import LatentSpace, measure_latents, set_latent_statistics
 from training.loop import Stage
 from training.repae import RepaeRecipe, RepaeStage
+from training.resume import is_run
 from training.sit import SitRecipe, SitStage, build_transformer
 from training.vae import VaeRecipe, VaeStage, build_vae
 from training.views import LatentsRecipe, StoredViews, write_views
-from training.weights import load_stage, mean_weights, stage_weights
+from training.weights import bare_autoencoder, load_stage, mean_weights, stage_weights
 
 Recipe = VaeRecipe | EncoderRecipe | SitRecipe | RepaeRecipe | DistilRecipe | DecoderRecipe
 TRAINED = ("vae", "encoder", "sit", "repae", "distil", "decoder")
@@ -81,7 +83,7 @@ class Sources:
         }
         found: dict[str, Path] = {}
         for name, folder in (autoencoders | others).items():
-            if folder is not None and _is_run(folder) and folder not in found.values():
+            if folder is not None and is_run(folder) and folder not in found.values():
                 found[name] = folder
         return found
 
@@ -98,7 +100,10 @@ def find_recipe(name: str, stage: str) -> Recipe:
 
 
 def _recipe_function(name: str, stage: str) -> Callable[[], object]:
+    """Return the function `NAME_STAGE`; a later part of a run (`tiny_drawn`) shares its others."""
     function = getattr(recipes, f"{name}_{stage}", None)
+    if function is None and any(k.startswith(f"{name}_") for k in vars(recipes)):
+        function = getattr(recipes, f"{name.partition('_')[0]}_{stage}", None)
     if function is None:
         known = sorted(k for k in vars(recipes) if k.endswith(f"_{stage}"))
         raise ValueError(f"no recipe {name}_{stage} in training/recipes.py; there are {known}")
@@ -145,7 +150,8 @@ def build_stage(
         return SitStage(recipe, views, open_tiles(val), space, compiles)
     assert sources.teacher is not None
     teacher = load_transformer(sources, sources.teacher)
-    return DistilStage(recipe, views, open_tiles(val), space, teacher, compiles)
+    decoder = None if recipe.drawn is None else load_decoder(sources, vae)
+    return DistilStage(recipe, views, open_tiles(val), space, teacher, compiles, decoder)
 
 
 def write_latents(
@@ -179,12 +185,8 @@ def export_parts(sources: Sources) -> ModelParts:
         assert isinstance(recipe, DistilRecipe)
         student = build_student(recipe, transformer)
         load_stage(sources.student, "distil", student, prefix="student.")
-    vae, decoder = load_vae(sources), None
-    if sources.decoder is not None:
-        small = find_recipe(sources.recipe, "decoder")
-        assert isinstance(small, DecoderRecipe)
-        decoder = build_decoder(small, vae.config["latent_channels"])
-        load_stage(sources.decoder, "decoder", decoder)
+    vae = load_vae(sources)
+    decoder = load_decoder(sources, vae)
     return ModelParts(
         vae,
         transformer,
@@ -204,7 +206,7 @@ def _encoder_parts(sources: Sources) -> tuple[TileEncoder | None, StainProbe | N
     """
     source = sources.encoder
     assert source is not None
-    if _is_run(source):
+    if is_run(source):
         encoder = load_tile_encoder(sources)
         probe = StainProbe(conditioning_dim=encoder.config["embed_dim"])
         load_stage(source, "encoder", probe, prefix="stain_probe.")
@@ -216,24 +218,37 @@ def _encoder_parts(sources: Sources) -> tuple[TileEncoder | None, StainProbe | N
 
 
 def load_vae(sources: Sources) -> AutoencoderKL:
-    """Return the mean of the autoencoders, frozen; a model folder's has its own shape."""
+    """Return the mean of the autoencoders, frozen; that of a folder has its own shape."""
     first = sources.vae[0]
-    if _is_run(first):
+    if is_run(first):
         recipe = find_recipe(sources.recipe, "vae")
         assert isinstance(recipe, VaeRecipe)
         vae = build_vae(recipe)
     else:
-        vae = load_model(first, encoder=None).vae
+        vae = bare_autoencoder(first) or load_model(first, encoder=None).vae
     weights = mean_weights([stage_weights(source, "vae") for source in sources.vae])
     load_strictly(vae, weights, str(first))
     return vae.eval().requires_grad_(False)
+
+
+def load_decoder(sources: Sources, vae: AutoencoderKL) -> SmallDecoder | None:
+    """Return the small decoder of a run, shaped by the recipe, or of a model folder; frozen."""
+    if sources.decoder is None:
+        return None
+    if not is_run(sources.decoder):
+        return load_model(sources.decoder, encoder=None).decoder
+    recipe = find_recipe(sources.recipe, "decoder")
+    assert isinstance(recipe, DecoderRecipe)
+    decoder = build_decoder(recipe, vae.config["latent_channels"])
+    load_stage(sources.decoder, "decoder", decoder)
+    return decoder
 
 
 def load_tile_encoder(sources: Sources) -> TileEncoder:
     """Return the encoder of a run, of a model folder, or H0-mini itself, frozen."""
     source = sources.encoder
     assert source is not None
-    if _is_run(source):
+    if is_run(source):
         recipe = find_recipe(sources.recipe, "encoder")
         assert isinstance(recipe, EncoderRecipe)
         trained = load_stage(source, "encoder", build_encoder(recipe), prefix="encoder.")
@@ -249,7 +264,7 @@ def load_tile_encoder(sources: Sources) -> TileEncoder:
 
 def load_transformer(sources: Sources, source: Path) -> SiT:
     """Return the transformer of a run, shaped by the recipe, or of a model folder as it is."""
-    if not _is_run(source):
+    if not is_run(source):
         return load_model(source, encoder=None).transformer
     recipe = find_recipe(sources.recipe, "sit")
     assert isinstance(recipe, SitRecipe)
@@ -282,7 +297,3 @@ def _untaught_transformer(
     kept = {k: v for k, v in transformer.state_dict().items() if k.startswith("projectors.")}
     load_strictly(transformer, kept | weights, str(sources.sit))  # folders have no projector
     return transformer
-
-
-def _is_run(source: Path) -> bool:
-    return (source / "checkpoint.pt").is_file()

@@ -17,6 +17,7 @@ from training.latents import LatentSpace, mean_token
 from training.losses import alignment
 from training.recipes import smoke_sit
 from training.sit import SitStage
+from training.stages import find_recipe
 from training.views import StoredViews
 from training.weights import stage_weights
 
@@ -288,6 +289,24 @@ def test_a_run_goes_on_only_with_the_data_it_began_with(runs, data, tmp_path):
         run(*arguments, moved)
 
 
+@pytest.mark.slow
+def test_a_run_that_is_not_finished_says_so_and_a_signal_ends_the_command_otherwise(
+    runs, data, tmp_path, capsys, monkeypatch
+):
+    arguments = ("vae", "--recipe", "smoke", "--data", data, "--out")
+    run(*arguments, tmp_path / "vae", "--minutes", "0")
+    assert "saved at step 1 of 2; run this again" in capsys.readouterr().out
+    monkeypatch.setattr("training.__main__.train", lambda *_, **__: 1)
+    with pytest.raises(SystemExit) as ended:
+        run(*arguments, tmp_path / "vae")
+    assert ended.value.code == 143
+
+
+def test_a_dry_comparison_of_restaining_names_the_methods(data, capsys):
+    run("restaining", "--data", data / "val", "--only", "share 0", "--dry-run")
+    assert "probe share 0.5, slide" in capsys.readouterr().out.splitlines()
+
+
 def test_missing_arguments_are_named(tmp_path):
     with pytest.raises(SystemExit, match="vae needs --data"):
         run("vae", "--out", tmp_path)
@@ -296,3 +315,10 @@ def test_missing_arguments_are_named(tmp_path):
 def test_an_unknown_recipe_is_named(data, tmp_path):
     with pytest.raises(SystemExit, match="no recipe huge_vae"):
         run("vae", "--recipe", "huge", "--data", data, "--out", tmp_path)
+
+
+def test_a_later_part_of_a_run_shares_the_recipes_of_the_first_and_a_typing_error_is_refused():
+    assert find_recipe("tiny_drawn", "decoder") == find_recipe("tiny", "decoder")
+    assert find_recipe("tiny_drawn", "distil") != find_recipe("tiny", "distil")
+    with pytest.raises(ValueError, match="no recipe tiny_dranw_distil"):
+        find_recipe("tiny_dranw", "distil")
