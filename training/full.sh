@@ -1,29 +1,54 @@
 #!/usr/bin/env bash
-# A CytoSyn-class model from TCGA slides on one node of GPUs. Each line may be killed and run again.
+# A CytoSyn-class model from TCGA slides on one node of GPUs. It may be killed and run again: what is
+# finished stays, and what was begun goes on.
 # usage: training/full.sh SLIDES GDC_MANIFEST SD_VAE H0_MINI OUT
-#   SD_VAE   model folder with the autoencoder to start from (cytosyn-aug convert makes one)
+#   SD_VAE   the autoencoder to start from: a folder of diffusers' AutoencoderKL, or a model folder
 #   H0_MINI  folder with H0-mini's model.safetensors and config.json
-# Under SLURM: sbatch --nodes 1 --gpus-per-node 8 --cpus-per-task 96 --time 14-0 --signal TERM@300 \
-#                     --requeue --wrap "training/full.sh ..."
+# Under SLURM, where it puts itself back into the queue ten minutes before its time is over:
+#   sbatch --nodes 1 --gpus-per-node 8 --cpus-per-task 96 --time 2-0 --requeue --signal B:TERM@600 \
+#       training/full.sh SLIDES GDC_MANIFEST SD_VAE H0_MINI OUT
 # `python -m training STAGE --recipe xl --dry-run` says beforehand what a stage costs.
 set -euo pipefail
 slides=$1 manifest=$2 sd_vae=$3 h0_mini=$4 out=$5
-gpus=$(nvidia-smi --list-gpus | wc -l)
+gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
 cores=$(nproc)
+recipe=${RECIPE:-xl} # smoke, GPUS=1, COMPILE= and NUM=16 try the script itself on a CPU
+num=${NUM:-10000}
+compile=(${COMPILE---compile})
+
+# In the background, because bash looks at signals only between commands: the stage saves first.
+run() {
+    "$@" &
+    child=$!
+    wait "$child"
+}
+stop() {
+    trap '' TERM
+    kill -TERM "$child" 2> /dev/null && wait "$child" || true
+    [ -z "${SLURM_JOB_ID:-}" ] || scontrol requeue "$SLURM_JOB_ID"
+    exit 143
+}
+child=
+trap stop TERM
 
 stage() {
-    torchrun --standalone --nproc-per-node "$gpus" --max-restarts 3 -m training "$1" \
-        --recipe xl --data "$out/tiles" --out "$out/$1" --compile "${@:2}"
+    run torchrun --standalone --nproc-per-node "$gpus" --max-restarts 3 -m training "$1" \
+        --recipe "$recipe" --data "$out/tiles" --out "$out/$1" "${@:2}"
 }
 
-python -m training tile --slides "$slides" --manifest "$manifest" --recipe xl \
-    --workers "$cores" --out "$out/tiles"
-stage repae --vae "$sd_vae" --encoder "$h0_mini"
+# Exit code 1: some slides failed and are named; the others are enough.
+run python -m training tile --slides "$slides" --manifest "$manifest" --recipe "$recipe" \
+    --workers "$cores" --out "$out/tiles" || { code=$? && [ $code -eq 1 ] || exit $code; }
+stage repae --vae "$sd_vae" --encoder "$h0_mini" "${compile[@]}"
 parts=(--vae "$out/repae" --encoder "$h0_mini")
 stage latents "${parts[@]}"
-stage distil "${parts[@]}" --latents "$out/latents" --teacher "$out/repae"
-stage decoder --vae "$out/repae"
-python -m training export --recipe xl "${parts[@]}" --sit "$out/repae" --student "$out/distil" \
-    --decoder "$out/decoder" --out "$out/model"
-python -m training evaluate --data "$out/tiles" --model "$out/model" --out "$out/report" \
-    --extractors own alexnet
+stage distil "${parts[@]}" --latents "$out/latents" --teacher "$out/repae" "${compile[@]}"
+stage decoder --vae "$out/repae" "${compile[@]}"
+parts+=(--sit "$out/repae" --student "$out/distil" --decoder "$out/decoder")
+export_model() {
+    run python -m training export --recipe "$recipe" "${parts[@]}" --out "$out/model" "$@"
+}
+export_model
+run python -m training evaluate --data "$out/tiles" --model "$out/model" --encoder "$h0_mini" \
+    --sampler student --num "$num" --num-training $((10 * num)) --extractors own alexnet --out "$out/report"
+export_model --report "student=$out/report"  # again, with the numbers in the model card

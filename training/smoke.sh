@@ -11,7 +11,12 @@ stage() { run "$1" --recipe smoke --data "$out/tiles" --out "$out/$1" "${@:2}" >
 
 mkdir -p "$out"
 python examples/make_slides.py "$out/slides"
-run tile --slides "$out/slides" --slides-csv "$out/slides/slides.csv" --recipe smoke --out "$out/tiles"
+for slide in data/slides/*.{svs,tif}; do # real ones beside the synthetic ones, where there are some
+    [ ! -e "$slide" ] || ln -sf "$(realpath "$slide")" "$out/slides/"
+done
+# Exit code 1: slides were refused, each by name, as a frozen section or one without a scale is.
+run tile --slides "$out/slides" --slides-csv "$out/slides/slides.csv" --recipe smoke \
+    --out "$out/tiles" || { code=$? && [ $code -eq 1 ] || exit $code; }
 stage vae
 stage encoder
 parts=(--vae "$out/vae" --encoder "$out/encoder")
@@ -22,7 +27,10 @@ parts=(--vae "$out/repae" --encoder "$out/encoder")
 run latents --recipe smoke --data "$out/tiles" --out "$out/final_latents" "${parts[@]}"
 stage distil "${parts[@]}" --latents "$out/final_latents" --teacher "$out/repae"
 stage decoder --vae "$out/repae"
-run export --recipe smoke "${parts[@]}" --sit "$out/repae" --student "$out/distil" \
+run distil --recipe smoke_drawn --data "$out/tiles" --out "$out/drawn" "${parts[@]}" \
+    --latents "$out/final_latents" --teacher "$out/repae" --decoder "$out/decoder" \
+    --warm-start "$out/distil" > "$out/drawn.log"
+run export --recipe smoke "${parts[@]}" --sit "$out/repae" --student "$out/drawn" \
     --decoder "$out/decoder" --out "$out/model"
 run evaluate --data "$out/tiles" --model "$out/model" --out "$out/report" \
     --extractors own --sampler student --steps 2 --num 48 > "$out/evaluate.log"

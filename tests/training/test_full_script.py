@@ -1,0 +1,68 @@
+"""full.sh itself, with commands that only note what they were asked to do."""
+
+import os
+import shlex
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "training" / "full.sh"
+STAGES = ["tile", "repae", "latents", "distil", "decoder", "export", "evaluate", "export"]
+COMMAND = """#!/usr/bin/env bash
+trap 'echo saved >> "$NOTES"; exit 143' TERM
+echo "$(basename "$0") $*" >> "$NOTES"
+case "$*" in
+*"training tile"*) exit "$TILE_EXIT" ;;
+*"training $SLOW"*) sleep 30 & wait ;;
+esac
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    for name in ("python", "torchrun", "scontrol"):
+        (tmp_path / name).write_text(COMMAND)
+        (tmp_path / name).chmod(0o755)
+    notes = tmp_path / "notes"
+    notes.touch()
+
+    def start(tile_exit=0, slow="none"):
+        given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NOTES": str(notes), "GPUS": "8"}
+        given |= {"TILE_EXIT": str(tile_exit), "SLOW": slow, "SLURM_JOB_ID": "17"}
+        arguments = [SCRIPT, "slides", "manifest.txt", "sd-vae", "h0-mini", "out"]
+        return subprocess.Popen(arguments, env=os.environ | given), notes
+
+    return start
+
+
+def stages(notes):
+    words = [shlex.split(line) for line in notes.read_text().splitlines()]
+    return [line[line.index("training") + 1] for line in words if "training" in line]
+
+
+@pytest.mark.parametrize("tile_exit", [0, 1])
+def test_all_stages_run_in_order_although_slides_failed(start, tile_exit):
+    process, notes = start(tile_exit)
+    assert process.wait(30) == 0
+    assert stages(notes) == STAGES
+    assert notes.read_text().count("--nproc-per-node 8") == 4
+
+
+def test_nothing_follows_a_tile_stage_that_could_not_run(start):
+    process, notes = start(tile_exit=2)
+    assert process.wait(30) == 2
+    assert stages(notes) == ["tile"]
+
+
+def test_a_signal_reaches_the_stage_which_saves_and_the_job_is_queued_again(start):
+    process, notes = start(slow="distil")
+    while "distil" not in notes.read_text():
+        time.sleep(0.05)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+    assert notes.read_text().splitlines()[-2:] == ["saved", "scontrol requeue 17"]
+    assert stages(notes)[-1] == "distil"
