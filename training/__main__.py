@@ -190,7 +190,8 @@ def _export(args: argparse.Namespace) -> None:
     if args.dry_run:
         print("\n".join(parts_text(parts)))
         return
-    print(export(args.out, parts, card))
+    outside = sources.encoder if parts.encoder is None else None
+    print(export(args.out, parts, card, encoder=outside))
 
 
 def _named_folder(text: str) -> tuple[str, Path]:

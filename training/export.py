@@ -17,6 +17,7 @@ def export(
     parts: ModelParts,
     card: CardSources,
     dtype: torch.dtype = torch.float16,
+    encoder: Path | None = None,
 ) -> str:
     """Write a model folder without the training-only projector, with its card; return its digest.
 
@@ -25,6 +26,8 @@ def export(
         parts: Trained networks; the digest in it is ignored.
         card: What the model card is written from.
         dtype: Stored floating type.
+        encoder: H0-mini, where `parts` have no encoder: the model is used, evaluated and known by
+            its digest together with it, though it is not copied.
 
     Raises:
         ValueError: An evaluation is of another model; the weights are written, the card is not.
@@ -39,8 +42,9 @@ def export(
     for name, old, new in zip(parts._fields, parts, reopened, strict=True):
         if isinstance(old, nn.Module):
             _compare(name, old, new, dtype)
-    write_model_card(folder, reopened, card)
-    return reopened.digest
+    used = reopened if encoder is None else load_model(folder, encoder=encoder)
+    write_model_card(folder, used, card)
+    return used.digest
 
 
 def _settings(part: SiT) -> dict[str, object]:
