@@ -197,10 +197,11 @@ def tiny_distil() -> DistilRecipe:
 
 
 def tiny_drawn_distil() -> DistilRecipe:
-    """Return the second part of the student's run, which looks at the tiles it draws.
+    """Return a second part of the student's run, which looks at the tiles it draws.
 
-    `--warm-start` takes the first part, `--decoder` the small decoder. Must bring a tile back to a
-    lower median rank than the first part does, at no more distance from the teacher's flow.
+    Not part of `tiny`: with 4 forwards it comes nearer to real tiles by Frechet distance, and
+    loses recall (LOG.md, 2026-11-28). `--warm-start` takes the first part, `--decoder` the small
+    decoder.
     """
     first = tiny_distil()
     loop = replace(
