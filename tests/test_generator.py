@@ -4,7 +4,7 @@ from conftest import SIZE, random_parts, synthetic_tiles
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from cytosyn_aug import EditRecipe, StainReference
-from cytosyn_aug.checkpoint import load_model
+from cytosyn_aug.checkpoint import EMBEDDED_MODEL, load_model
 from cytosyn_aug.editing import redraw
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.sampling import bind_student, flow_map, sample_noise
@@ -210,3 +210,9 @@ def test_values_that_are_not_finite_do_not_become_black_tiles(model_folder):
     generator.vae.decoder.conv_out.bias.data.fill_(float("inf"))
     with pytest.raises(FloatingPointError, match=r"torch.float32 gave .* not finite; load"):
         generator.sample(steps=2)
+
+
+def test_the_embedded_model_fits_into_32_mb():
+    """Weights, card and pictures, in units of 2^20 bytes."""
+    total = sum(file.stat().st_size for file in EMBEDDED_MODEL.rglob("*") if file.is_file())
+    assert total < 32 * 2**20
