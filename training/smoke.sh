@@ -12,7 +12,10 @@ stage() { run "$1" --recipe smoke --data "$out/tiles" --out "$out/$1" "${@:2}" >
 mkdir -p "$out"
 python examples/make_slides.py "$out/slides"
 for slide in data/slides/*.{svs,tif}; do # real ones beside the synthetic ones, where there are some
-    [ ! -e "$slide" ] || ln -sf "$(realpath "$slide")" "$out/slides/"
+    [ -e "$slide" ] || continue
+    name=$(basename "$slide")
+    ln -sf "$(realpath "$slide")" "$out/slides/$name"
+    echo "$name,$name,train" >> "$out/slides/slides.csv"
 done
 # Exit code 1: slides were refused, each by name, as a frozen section or one without a scale is.
 run tile --slides "$out/slides" --slides-csv "$out/slides/slides.csv" --recipe smoke \
