@@ -141,7 +141,7 @@ def check_float_range(transform, tiles):
     torch.manual_seed(5)
     after = versions(transform(to_float(tiles)), transform)
     for a, b in zip(before, after, strict=True):
-        assert (to_float(a) - b).abs().max() <= 1 / 255
+        assert (to_float(a) - b).abs().max() <= 1.001 / 255  # float32 has no 1 / 255
 
 
 def check_autocast(transform, tiles):

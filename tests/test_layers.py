@@ -73,11 +73,11 @@ ROWS = [
 ]
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "misc", "common", "core", "base"}
 TRAINING_ROWS = [
-    {"tcga", "splits", "shards", "workers", "parallel", "muon"},
+    {"tcga", "splits", "shards", "workers", "parallel", "muon", "precision", "resume"},
     {"sources"},
     {"tile_folders"},
-    {"data", "losses", "mean_flow", "perception", "sheets", "weights", "metrics", "candidates"},
-    {"resume", "cutting", "discriminator", "latents"},
+    {"data", "losses", "mean_flow", "perception", "sheets", "weights", "candidates"},
+    {"metrics", "cutting", "discriminator", "drawn", "latents"},
     {"loop"},
     {"codecs", "extractors", "neighbours", "likelihood", "catalogue"},
     {"views"},
