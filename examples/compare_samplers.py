@@ -3,8 +3,9 @@
 usage: python examples/compare_samplers.py --model FOLDER --data SLIDES --out REPORT [--num 1000]
 SLIDES holds <slide>/<tile>. Of 2 x num tiles, evenly spaced, every second one is a source: tiles
 are drawn from its features, from the same noise by every sampler, and compared with the other half.
-The real sources compared with that half give the floor. Rows are kept in REPORT/rows.jsonl, so an
-interrupted comparison resumes.
+The real sources compared with that half give the floor. Rows are kept in REPORT/rows.jsonl and the
+features of real tiles in REPORT/real.safetensors, so an interrupted comparison resumes; one of
+another model, other tiles or another precision is refused.
 
 frechet   between normal fits of 16 principal components of AlexNet features
 recall    share of the other half within the 5th-neighbour distance of a drawn tile
@@ -16,6 +17,7 @@ Sources: Heusel et al. (2017), Kynkaanniemi et al. (2019), Naeem et al. (2020).
 """
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -45,7 +48,7 @@ from cytosyn_aug.sampling import (
 )
 from training.comparison import ReferenceSet
 from training.comparison import compare as score
-from training.extractors import load_extractor
+from training.extractors import Extractor, load_extractor
 from training.metrics import principal_components
 
 FORWARDS = (1, 2, 4, 8)
@@ -165,9 +168,16 @@ def compare(
         is_few_step: Decode all with the small decoder.
     """
     judge = load_extractor("alexnet", device=generator.device)
-    sources, half = (judge.features(images[k::2]) for k in (0, 1))
+    identity = {
+        "model": generator.digest,
+        "tiles": hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16],
+        "guidance": scale,
+        "precision": str(generator.dtype),
+        "small decoder": is_few_step,
+    }
+    real = real_features(generator, judge, images, out / "real.safetensors", identity)
+    sources, half, cls = real["sources"], real["half"], real["cls"]
     others = ReferenceSet.of(half, principal_components(half, NUM_COMPONENTS))
-    cls = generator.features(images[0::2]).cls
     file, ode_file = out / "rows.jsonl", out / "ode.safetensors"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     if not rows:
@@ -193,6 +203,35 @@ def compare(
         rows.append(row)
         print(table([row]), flush=True)
     return rows
+
+
+def real_features(
+    generator: TileGenerator,
+    judge: Extractor,
+    images: Tensor,
+    file: Path,
+    identity: dict[str, object],
+) -> dict[str, Tensor]:
+    """Return features of the real tiles, kept in a file with what the comparison is of.
+
+    Raises:
+        ValueError: The file is of another comparison; names what differs.
+    """
+    if file.exists():
+        with safe_open(file, "pt") as stored:
+            was = json.loads(stored.metadata()["identity"])
+        changed = {k: (was.get(k), v) for k, v in identity.items() if was.get(k) != v}
+        if changed:
+            raise ValueError(
+                f"{file.parent} holds another comparison (was, now): {changed}; "
+                "choose another --out"
+            )
+        return load_file(file)
+    found = {name: judge.features(images[k::2]) for k, name in enumerate(("sources", "half"))}
+    found["cls"] = generator.features(images[0::2]).cls
+    contiguous = {name: value.cpu().contiguous() for name, value in found.items()}
+    save_file(contiguous, file, metadata={"identity": json.dumps(identity)})
+    return found
 
 
 def draw_all(run: Run, cls: Tensor, batch_size: int) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import synthetic_tiles
 
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.sampling import linear_grid
@@ -69,3 +70,26 @@ def test_a_set_has_no_distance_to_itself_and_full_recall(example):
     far = example.measure(real, features + 100)
     assert far["frechet"] > 1000
     assert far["recall"] == far["coverage"] == 0
+
+
+def test_real_tiles_are_looked_at_once_and_another_comparison_is_refused(
+    example, student_folder, tmp_path
+):
+    generator = TileGenerator.from_pretrained(student_folder)
+    images = synthetic_tiles(64)
+    settings = {"scale": 1.0, "num_reference": 0, "is_few_step": False}
+    rows = example.compare(generator, images, tmp_path, samplers=["student"], **settings)
+    assert [(r["sampler"], r["forwards"]) for r in rows] == [
+        ("real", 0), ("student", 1), ("student", 2), ("student", 4), ("student", 8),
+    ]  # fmt: skip
+    before = (tmp_path / "real.safetensors").stat().st_mtime_ns
+    more = example.compare(generator, images, tmp_path, samplers=["Euler"], **settings)
+    assert more[:5] == rows
+    assert [r["forwards"] for r in more[5:]] == [1, 2, 4, 8]
+    assert (tmp_path / "real.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match=r"another comparison \(was, now\): .*'tiles'"):
+        example.compare(generator, images.flip(0), tmp_path, samplers=["Euler"], **settings)
+    with pytest.raises(ValueError, match=r"'guidance': \(1\.0, 2\.0\)"):
+        example.compare(
+            generator, images, tmp_path, samplers=["Euler"], **settings | {"scale": 2.0}
+        )
