@@ -17,4 +17,6 @@ def mixed_precision(device: torch.device, enabled: bool = True) -> torch.autocas
 
 def has_fast_bfloat16() -> bool:
     """Return whether this processor has kernels for bfloat16: what torch itself dispatches by."""
+    if not torch.backends.mkldnn.is_available():  # builds without oneDNN lack the operator
+        return False
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -16,5 +16,8 @@ def test_bfloat16_is_used_where_it_is_fast(monkeypatch, is_fast):
         assert (x @ x).dtype == torch.float32
 
 
-def test_what_this_processor_has_is_known():
-    assert precision.has_fast_bfloat16() in (True, False)
+def test_a_build_without_onednn_has_no_kernels_for_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert precision.has_fast_bfloat16()
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not precision.has_fast_bfloat16()
