@@ -33,7 +33,7 @@ stage decoder --vae "$out/repae"
 run distil --recipe smoke_drawn --data "$out/tiles" --out "$out/drawn" "${parts[@]}" \
     --latents "$out/final_latents" --teacher "$out/repae" --decoder "$out/decoder" \
     --warm-start "$out/distil" > "$out/drawn.log"
-run export --recipe smoke "${parts[@]}" --sit "$out/repae" --student "$out/drawn" \
+run export --recipe smoke "${parts[@]}" --sit "$out/repae" --student "$out/distil" \
     --decoder "$out/decoder" --out "$out/model"
 run evaluate --data "$out/tiles" --model "$out/model" --out "$out/report" \
     --extractors own --sampler student --steps 2 --num 48 > "$out/evaluate.log"

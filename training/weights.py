@@ -25,15 +25,14 @@ def stage_weights(source: Path, stage: str) -> dict[str, Tensor]:
     """Return the averaged weights of a run, or the same weights out of a model folder.
 
     A model folder holds no heads of the encoder stage but the stain probe's.
+    An autoencoder may also be a folder of diffusers' `AutoencoderKL`, as SD-VAE's is. Of a run
+    whose newest checkpoint was cut short, the one before is taken, and a run that is not at its end
+    is taken as it is; both are said on stderr.
 
     Args:
         source: Run folder of the same stage, or a model folder.
         stage: "vae", "encoder", "sit", "repae", "distil" or "decoder". Autoencoder and transformer
             may also come from an end-to-end run.
-
-    An autoencoder may also be a folder of diffusers' `AutoencoderKL`, as SD-VAE's is. Of a run
-    whose newest checkpoint was cut short, the one before is taken, and a run that is not at its end
-    is taken as it is; both are said on stderr.
 
     Raises:
         FileNotFoundError: The folder is neither.

@@ -49,6 +49,7 @@ def test_all_stages_run_in_order_although_slides_failed(start, tile_exit):
     assert process.wait(30) == 0
     assert stages(notes) == STAGES
     assert notes.read_text().count("--nproc-per-node 8") == 4
+    assert notes.read_text().count("--compile") == 3
 
 
 def test_nothing_follows_a_tile_stage_that_could_not_run(start):

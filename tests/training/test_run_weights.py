@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from conftest import random_parts
 
 from training.resume import NAMES
 from training.stages import Sources, load_vae
@@ -55,15 +55,7 @@ def test_a_run_that_is_not_at_its_end_is_taken_and_named(tmp_path, capsys):
 
 
 def test_an_autoencoder_may_come_from_a_folder_of_diffusers(tmp_path):
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=4,
-    )
+    vae = random_parts().vae
     vae.save_pretrained(tmp_path / "sd-vae")
     found = load_vae(Sources(recipe="xl", vae=(tmp_path / "sd-vae",)))
     assert all(torch.equal(v, found.state_dict()[k]) for k, v in vae.state_dict().items())
