@@ -49,6 +49,7 @@ def test_some_tiles_are_taken_evenly_and_the_others_are_not_read(tmp_path):
 def test_positions_are_evenly_spaced_among_forty_million():
     places = evenly_spaced(40_000_001, 5)
     assert places.tolist() == [0, 10_000_000, 20_000_000, 30_000_000, 40_000_000]
+    assert evenly_spaced(40_000_003, 2).tolist() == [0, 40_000_002]  # float32 has no such number
     assert evenly_spaced(3, 8).tolist() == [0, 1, 2]
 
 
