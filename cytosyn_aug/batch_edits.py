@@ -117,7 +117,7 @@ def _refusals(edited: Edited, recipe: AugmentRecipe) -> list[str]:
         if has_tissue and value < low:
             reason = f"similarity {value:.4f} is below min_similarity {low:g}"
         elif has_tissue and value > high:
-            reason = f"similarity {value:.4f} is above max_similarity {high:g}: a copy"
+            reason = f"similarity {value:.4f} is above max_similarity {high:g}"
         reasons.append(reason)
     return reasons
 

@@ -96,7 +96,7 @@ def _add_augment(add: AddCommand) -> None:
         help="leave out what is drawn anew and less like its source, by the cosine of features",
     )
     augment.add_argument(
-        "--max-similarity", type=float, default=1.0, metavar="C", help="leave out copies"
+        "--max-similarity", type=float, default=1.0, metavar="C", help="the same, but more like it"
     )
     augment.add_argument("--seed", type=int, default=0)
     augment.add_argument(

@@ -30,7 +30,7 @@ class AugmentRecipe:
         allow_geometry_change: Accept tiles with masks although structure changes; the masks are
             left behind.
         min_similarity: Least cosine similarity of the features of a tile and one drawn anew.
-        max_similarity: Largest one; a tile above it is a copy. What is out of these bounds is
+        max_similarity: Largest one; a copy has 1. What is out of these bounds is
             left out, and named in the manifest.
     """
 

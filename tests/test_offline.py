@@ -241,7 +241,7 @@ def test_results_out_of_bounds_are_left_out_named_and_the_same_after_a_resume(
             assert not (tmp_path / "out" / same["output"]).exists()
             assert row["similarity"] == same["similarity"]
             assert not low <= row["similarity"] <= high
-            assert ("min" if row["similarity"] < low else "a copy") in row["reason"]
+            assert ("min_" if row["similarity"] < low else "max_") in row["reason"]
         else:
             assert torch.equal(
                 read(tmp_path / "out" / row["output"]), read(tmp_path / "free" / same["output"])
