@@ -73,7 +73,7 @@ ROWS = [
 ]
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "misc", "common", "core", "base"}
 TRAINING_ROWS = [
-    {"tcga", "splits", "shards", "workers", "parallel", "muon", "precision", "resume"},
+    {"tcga", "splits", "shards", "workers", "parallel", "muon", "precision", "resume", "kept"},
     {"sources"},
     {"tile_folders"},
     {"data", "losses", "mean_flow", "perception", "sheets", "weights", "candidates"},

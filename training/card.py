@@ -17,7 +17,7 @@ from torch import Tensor
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import images_to_pixels
 from training.data import TileSet, evenly_spaced
-from training.extractors import load_extractor
+from training.extractors import Extractor
 from training.metrics import (
     fit_normal,
     frechet_distance,
@@ -34,7 +34,12 @@ NUM_SOURCES, NUM_VARIATIONS = 8, 5
 
 
 def card_numbers(
-    generator: TileGenerator, tiles: TileSet, decoded: Tensor, generated: Tensor, sample: Sample
+    generator: TileGenerator,
+    tiles: TileSet,
+    decoded: Tensor,
+    generated: Tensor,
+    sample: Sample,
+    alexnet: Extractor,
 ) -> dict[str, float]:
     """Return the numbers of the model card, measured on held-out slides.
 
@@ -44,6 +49,7 @@ def card_numbers(
         decoded: Their round trips through the autoencoder, uint8, row by row.
         generated: Tiles made from their features, uint8, row by row.
         sample: `generator.sample` with the sampler that made them.
+        alexnet: The extractor of that name.
 
     Returns:
         `psnr_db`, `pooled_psnr_db` of the autoencoder, and `round_trip_*`, what the numbers below
@@ -53,7 +59,6 @@ def card_numbers(
         `variation_from_source`, `nearest_real` (median LPIPS-AlexNet distances); and
         `small_decoder_psnr_db` if the model has a small decoder.
     """
-    alexnet = load_extractor("alexnet", device=generator.device)
     real = alexnet.features(tiles.images)
     numbers = reconstruction_numbers(tiles.images, decoded)
     floor = likeness(real, alexnet.features(decoded), tiles.slide_index)

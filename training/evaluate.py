@@ -2,7 +2,9 @@
 
 Without extractors it writes the numbers of the model card; with them also distances between
 distributions, memorisation and the gap between slides, as JSON, Markdown and plots. Everything
-that can be wrong about weights, codecs and folders is found before the first tile is made.
+that can be wrong about weights, codecs and folders is found before the first tile is made. Made
+tiles and features are kept in OUT/kept, so that an evaluation that was stopped, or is asked for
+another extractor, goes on from them; without that folder it starts afresh.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from training.codecs import check_codecs, count_codecs, recompress
 from training.data import TileSet, evenly_spaced, load_tiles
 from training.extractors import load_extractor
 from training.judgement import EvaluationSets, Judgement, MadeTiles, judge
+from training.kept import KeptResults, images_digest
 from training.report import write_report
 from training.sheets import write_sheet
 
+TILES_PER_FILE = 256  # of kept tiles
 NUM_SAMPLES_SHOWN = 36
 NUM_NEAREST_SHOWN = 8
 
@@ -98,10 +102,9 @@ def evaluate(
         ValueError: Tiles, codecs or weights that do not fit.
     """
     codecs = _codecs(data, config) if config.extractors else {}
-    extractors = [
-        load_extractor(spec, own=generator.encoder, device=generator.device)
-        for spec in config.extractors
-    ]
+    kept = KeptResults(out / "kept")
+    load = partial(load_extractor, own=generator.encoder, device=generator.device, kept=kept)
+    extractors = [load(spec) for spec in config.extractors]
     held_out = load_tiles(data / "val", generator.tile.size_px, config.num_tiles)
     check_tiles(held_out)
     size_px, number = generator.tile.size_px, len(held_out)
@@ -113,15 +116,17 @@ def evaluate(
         sampler=config.sampler,
         guidance_scale=config.guidance_scale,
     )
-    made = make_tiles(generator, held_out, sample, config.seed)
+    made = make_tiles(generator, held_out, sample, config.seed, kept)
     numbers: dict[str, object] = {"digest": generator.digest}
-    numbers |= card_numbers(generator, held_out, made.round_trips, made.generated, sample)
+    numbers |= card_numbers(
+        generator, held_out, made.round_trips, made.generated, sample, load("alexnet")
+    )
     chosen = evenly_spaced(number, NUM_SAMPLES_SHOWN)
     write_sheet(out / "samples.png", made.generated[chosen], columns=6)
     judgements: list[Judgement] = []
     if training is not None:
         real, bank = training
-        made_of_training = make_tiles(generator, real, sample, config.seed + number)
+        made_of_training = make_tiles(generator, real, sample, config.seed + number, kept)
         sets = EvaluationSets(
             held_out=_through_codec(made, config.codec),
             training_slides=_through_codec(made_of_training, config.codec),
@@ -134,7 +139,13 @@ def evaluate(
     return write_report(out, numbers, _plain(config), judgements)
 
 
-def make_tiles(generator: TileGenerator, real: TileSet, sample: Sample, seed: int) -> MadeTiles:
+def make_tiles(
+    generator: TileGenerator,
+    real: TileSet,
+    sample: partial[Tensor],
+    seed: int,
+    kept: KeptResults,
+) -> MadeTiles:
     """Return real tiles with their round trips and tiles sampled from their features.
 
     Args:
@@ -142,15 +153,34 @@ def make_tiles(generator: TileGenerator, real: TileSet, sample: Sample, seed: in
         real: Sources.
         sample: `generator.sample`, with its sampler chosen.
         seed: Tile i is sampled with seed + i.
+        kept: Where they are kept.
     """
+    model = {"model": generator.digest, "dtype": str(generator.dtype)}
     generated, round_trips = [], []
-    for start in range(0, len(real), generator.batch_size):
-        part = real.images[start : start + generator.batch_size]
-        latents = generator.whiten(generator.encode(part).mean)
-        round_trips.append(generator.decode(latents).cpu())
-        sampled = sample(generator.features(part).cls, seed=seed + start)
-        generated.append(sampled.cpu())
+    for start in range(0, len(real), TILES_PER_FILE):
+        part = real.images[start : start + TILES_PER_FILE]
+        made_from = model | {"images": images_digest(part), "batch_size": generator.batch_size}
+        round_trips.append(kept.get("round_trips", made_from, partial(_reproduce, generator, part)))
+        made_from |= sample.keywords | {"seed": seed + start}
+        again = partial(_regenerate, generator, part, sample, seed + start)
+        generated.append(kept.get("generated", made_from, again))
     return MadeTiles(real, torch.cat(generated), torch.cat(round_trips))
+
+
+def _reproduce(generator: TileGenerator, images: Tensor) -> Tensor:
+    """Return the round trips of images through the autoencoder."""
+    parts = images.split(generator.batch_size)
+    latents = (generator.whiten(generator.encode(part).mean) for part in parts)
+    return torch.cat([generator.decode(z).cpu() for z in latents])
+
+
+def _regenerate(generator: TileGenerator, images: Tensor, sample: Sample, seed: int) -> Tensor:
+    """Return a tile for each image, sampled from its features."""
+    made = []
+    for start in range(0, len(images), generator.batch_size):
+        cls = generator.features(images[start : start + generator.batch_size]).cls
+        made.append(sample(cls, seed=seed + start).cpu())
+    return torch.cat(made)
 
 
 def describe_sets(

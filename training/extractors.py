@@ -21,7 +21,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,11 @@ from cytosyn_aug.drafts import load_strictly
 from cytosyn_aug.encoder import H0_MINI_MEAN, H0_MINI_STD, TileEncoder
 from cytosyn_aug.hub import ENCODER_PATTERNS, announce_licence, find_folder
 from cytosyn_aug.weights import read_json, read_tensors, weight_files
+from training.kept import KeptResults, images_digest
 from training.perception import PerceptualNetwork
 
 BATCH_SIZE = 16
+TILES_PER_FILE = 64 * BATCH_SIZE  # of kept features
 TILE_PX = 224
 Triple = tuple[float, float, float]
 _HALF: Triple = (0.5, 0.5, 0.5)
@@ -55,6 +58,7 @@ class Extractor:
         mean: RGB mean in [0, 1] that is subtracted.
         std: RGB standard deviation that is divided by.
         input_px: Side the network is given.
+        kept: Where features are kept between runs; None to extract them each time.
     """
 
     name: str
@@ -64,6 +68,7 @@ class Extractor:
     mean: Triple
     std: Triple
     input_px: int = TILE_PX
+    kept: KeptResults | None = None
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -77,6 +82,15 @@ class Extractor:
                 f"got images of {images.dtype} {list(images.shape)}, expected uint8 [N, 3, H, W]; "
                 "extractors normalise by themselves"
             )
+        if self.kept is None:
+            return self._extract(images)
+        rows, path = [], self.provenance()
+        for part in images.split(TILES_PER_FILE):
+            made_from = path | {"images": images_digest(part)}
+            rows.append(self.kept.get(self.name, made_from, partial(self._extract, part)))
+        return torch.cat(rows)
+
+    def _extract(self, images: Tensor) -> Tensor:
         device = next(self.module.parameters()).device
         rows = []
         for part in images.split(BATCH_SIZE):
@@ -106,7 +120,7 @@ class Extractor:
         ramp = torch.arange(TILE_PX) * 255 // (TILE_PX - 1)
         picture = torch.stack([ramp.expand(TILE_PX, -1), ramp.flip(0).expand(TILE_PX, -1)])
         picture = torch.cat([picture, picture[:1].transpose(1, 2)]).to(torch.uint8)
-        golden = float(self.features(picture[None]).norm())
+        golden = float(self._extract(picture[None]).norm())
         return {
             "weights": weights_digest(self.module),
             "layer": self.layer,
@@ -121,7 +135,11 @@ class Extractor:
 
 
 def load_extractor(
-    spec: str, *, own: TileEncoder | None = None, device: torch.device | str = "cpu"
+    spec: str,
+    *,
+    own: TileEncoder | None = None,
+    device: torch.device | str = "cpu",
+    kept: KeptResults | None = None,
 ) -> Extractor:
     """Return the extractor of a name or NAME=SOURCE; the module's docstring lists them.
 
@@ -129,6 +147,7 @@ def load_extractor(
         spec: Name or NAME=SOURCE.
         own: Encoder of the evaluated model, for `own`.
         device: Where it runs.
+        kept: Where features are kept between runs.
 
     Raises:
         ValueError: Unknown name, a source where none belongs or none where one must be, weights
@@ -147,7 +166,7 @@ def load_extractor(
     else:
         made = _timm(name, source)
     made.module.to(device)
-    return made
+    return replace(made, kept=kept)
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -80,6 +80,24 @@ def test_the_report_says_what_the_tiles_were(result):
 
 
 @pytest.mark.slow
+def test_an_evaluation_goes_on_from_what_it_has_made(tiny, data, result, monkeypatch):
+    out, content = result
+    lost = min((out / "kept").glob("tiny-*"))
+    lost.unlink()
+    for name, small in (("COMPONENTS", 4), ("SOURCES", 2), ("VARIATIONS", 2)):
+        monkeypatch.setattr(card, f"NUM_{name}", small)
+    for name in ("_regenerate", "_reproduce"):
+        monkeypatch.setattr(stage, name, forbidden)
+    (out / "numbers.json").unlink()
+    again = evaluate(tiny, data, out, Evaluation(extractors=("tiny",), steps=2))
+    assert json.dumps(again) == json.dumps(content)  # as text, because NaN is not itself
+    assert lost.exists()
+    other = Evaluation(extractors=("tiny",), steps=3)
+    with pytest.raises(AssertionError, match="tiles were made"):
+        evaluate(tiny, data, out, other)
+
+
+@pytest.mark.slow
 def test_real_tiles_that_repeat_training_tiles_are_found(result):
     """Synthetic slides repeat: the first tiles of each are held-out and training tiles at once."""
     near = result[1]["judgements"]["tiny"]["nearness"]["generated"]
