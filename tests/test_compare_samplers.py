@@ -93,3 +93,20 @@ def test_real_tiles_are_looked_at_once_and_another_comparison_is_refused(
         example.compare(
             generator, images, tmp_path, samplers=["Euler"], **settings | {"scale": 2.0}
         )
+
+
+def test_the_plot_shows_every_sampler_of_the_table(example, tmp_path, monkeypatch):
+    figures = pytest.importorskip("matplotlib.figure", reason="without matplotlib no plot is drawn")
+    drawn = []
+    save = figures.Figure.savefig
+    monkeypatch.setattr(
+        figures.Figure, "savefig", lambda f, *a, **k: drawn.append(f) or save(f, *a, **k)
+    )
+    names = [name for name in example.SAMPLERS if name != "ODE"]
+    rows = [{"sampler": n, "forwards": f, "frechet": 9.0 / f, "recall": 0.1} for n in names
+            for f in (2, 4)]  # fmt: skip
+    real = {"sampler": "real", "forwards": 0, "frechet": 0.01, "recall": 0.9}
+    example.plot([real, *rows], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    legend = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert legend == [n if n != "SDE" else "SDE, 2 forwards" for n in names]
