@@ -20,9 +20,9 @@ from cytosyn_aug.sampling import (
     adams_bashforth2,
     euler_maruyama,
     flow_map,
-    linear_grid,
     polynomial_grid,
     reference_grid,
+    shifted_grid,
 )
 from cytosyn_aug.transformer import Modulation, SiT
 
@@ -91,7 +91,7 @@ def time_grid(sampler: Sampler, steps: int, start: float = 1.0) -> list[float]:
     if steps < least:
         raise ValueError(f"steps is {steps}, expected at least {least} with {sampler!r}")
     if sampler == "student":
-        return linear_grid(steps, start)
+        return shifted_grid(steps, start)
     if sampler == "ab2":
         return polynomial_grid(steps, start)
     if start != 1.0:

@@ -26,6 +26,23 @@ def linear_grid(num_steps: int, start: float = 1.0) -> list[float]:
     return [start * (1 - i / num_steps) for i in range(num_steps + 1)]
 
 
+def shifted_grid(num_steps: int, start: float = 1.0, shift: float = 8.0) -> list[float]:
+    """Return num_steps + 1 times from `start` to 0, dense near `start`, for a student's jumps.
+
+    A student of a mean-flow kind is surest of its long jumps, and many short ones near data smooth
+    what it draws; so most of the way is one jump, and those before it settle what is there.
+
+    Args:
+        num_steps: Jumps.
+        start: First time, 1 = noise.
+        shift: s in t = s u / (1 + (s - 1) u) for equally spaced u; 1 leaves them equally spaced.
+
+    Source: Esser et al. (2024), "Scaling rectified flow transformers", equation 23; the usual
+    shift by measurement on tiles of training slides (LOG.md, 2026-11-28).
+    """
+    return [start * shift * u / (1 + (shift - 1) * u) for u in linear_grid(num_steps)]
+
+
 def polynomial_grid(num_steps: int, start: float = 1.0) -> list[float]:
     """Return num_steps + 1 times from `start` to 0, denser near noise.
 

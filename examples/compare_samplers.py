@@ -45,6 +45,7 @@ from cytosyn_aug.sampling import (
     polynomial_grid,
     reference_grid,
     sample_noise,
+    shifted_grid,
 )
 from training.comparison import ReferenceSet
 from training.comparison import compare as score
@@ -106,7 +107,7 @@ def runs(generator: TileGenerator, scale: float, num_reference: int) -> Iterator
     def jumped(n: int) -> Callable[..., Tensor]:
         def draw(seeds: Sequence[int], condition: Tensor) -> Tensor:
             average = bind_student(generator.student, condition, scale)
-            return flow_map(average, start(seeds), linear_grid(n))
+            return flow_map(average, start(seeds), shifted_grid(n))
 
         return draw
 

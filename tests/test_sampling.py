@@ -18,6 +18,7 @@ from cytosyn_aug.sampling import (
     polynomial_grid,
     reference_grid,
     sample_noise,
+    shifted_grid,
 )
 
 F64 = torch.float64
@@ -96,7 +97,7 @@ def growth(x, t, r):
     return x * (math.exp(2 * (r - t)) - 1) / (r - t)
 
 
-@pytest.mark.parametrize("times", [[1.0, 0.0], [1.0, 0.3, 0.0], linear_grid(7), polynomial_grid(5)])
+@pytest.mark.parametrize("times", [[1.0, 0.0], [1.0, 0.3, 0.0], linear_grid(7), shifted_grid(5)])
 def test_an_exact_average_velocity_lands_on_the_flow_whatever_the_jumps(times):
     x = torch.randn(5, dtype=F64)
     torch.testing.assert_close(flow_map(growth, x, times), x * math.exp(-2))
@@ -231,3 +232,11 @@ def test_grids_start_and_end_where_they_say_and_fall():
         assert times[0] == pytest.approx(0.6)
         assert times[-1] == 0.0
         assert all(a > b for a, b in itertools.pairwise(times))
+
+
+def test_the_grid_of_a_students_jumps_is_the_shifted_one():
+    """The formula of Esser et al. (2024) for 4 jumps: u = 3/4, 1/2, 1/4 with s = 8."""
+    assert shifted_grid(4) == pytest.approx([1, 24 / 25, 8 / 9, 8 / 11, 0])
+    assert shifted_grid(4, 0.5) == pytest.approx([t / 2 for t in shifted_grid(4)])
+    assert shifted_grid(3, shift=1.0) == pytest.approx(linear_grid(3))
+    assert shifted_grid(1) == [1, 0]
