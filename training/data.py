@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,11 +36,13 @@ class TileSet:
         images: uint8 [N, 3, H, W], RGB.
         slides: Names of the slides, sorted.
         slide_index: int64 [N], position in `slides` of each tile's slide.
+        names: Where each tile comes from, if that is known.
     """
 
     images: Tensor
     slides: tuple[str, ...]
     slide_index: Tensor
+    names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -52,6 +55,10 @@ class TileSet:
     def take(self, index: Tensor) -> Tensor:
         """Return tiles by index [n], uint8 [n, 3, H, W]."""
         return self.images[index]
+
+    def name(self, row: int) -> str:
+        """Return where a tile comes from, for messages."""
+        return self.names[row] if self.names else f"tile {row}"
 
 
 class Tiles(Protocol):
@@ -66,6 +73,10 @@ class Tiles(Protocol):
 
     def take(self, index: Tensor) -> Tensor:
         """Return tiles by index [n], uint8 [n, 3, H, W]."""
+        ...
+
+    def name(self, row: int) -> str:
+        """Return where a tile comes from, for messages."""
         ...
 
 
@@ -135,7 +146,8 @@ def load_tiles(folder: Path, size_px: int = 224, number: int | None = None) -> T
         store = _checked_store(folder, size_px)
         chosen = evenly_spaced(len(store), len(store) if number is None else number)
         images = StoredTiles(store).take(chosen)
-        return TileSet(images, store.slides, torch.from_numpy(store.slide_index)[chosen])
+        index = torch.from_numpy(store.slide_index)[chosen]
+        return TileSet(images, store.slides, index, tuple(map(store.name, chosen.tolist())))
     files = sorted(f for f in folder.glob("*/*") if f.suffix.lower() in TILE_SUFFIXES)
     if not files:
         raise ValueError(f"no tiles under {folder}; expected {folder}/<slide>/<tile>.png")
@@ -156,7 +168,8 @@ def load_tiles(folder: Path, size_px: int = 224, number: int | None = None) -> T
     with ThreadPoolExecutor(4) as pool:
         images = torch.stack(list(pool.map(read, files)))
     index = torch.tensor([slides.index(f.parent.name) for f in files])
-    return TileSet(images=images, slides=slides, slide_index=index)
+    names = tuple(f.relative_to(folder.parent).as_posix() for f in files)
+    return TileSet(images=images, slides=slides, slide_index=index, names=names)
 
 
 def _is_stage(folder: Path) -> bool:
@@ -210,6 +223,10 @@ class StoredTiles(Dataset[tuple[Tensor, int]]):
             list(pool.map(read, range(len(index))))
         return images
 
+    def name(self, row: int) -> str:
+        """Return where a tile comes from, for messages."""
+        return self.store.name(row)
+
 
 def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
     """Return a CPU generator that depends only on (seed, step, stream)."""
@@ -225,11 +242,13 @@ class Batches:
         num_items: Size of the data set, at least `size`.
         size: Items a step, over all processes.
         seed: Seed of the run.
+        name: What an item is called, for messages.
     """
 
     num_items: int
     size: int
     seed: int
+    name: Callable[[int], str] = str
 
     def index(self, step: int) -> Tensor:
         """Return the items of a step, counted from 0 over the whole run, int64 [size].
@@ -244,6 +263,10 @@ class Batches:
         epoch, position = divmod(step, self.num_items // self.size)
         order = _epoch_order(self.num_items, self.seed, epoch)
         return order[position * self.size : (position + 1) * self.size]
+
+    def names(self, step: int) -> list[str]:
+        """Return what the items of a step are called."""
+        return [self.name(item) for item in self.index(step).tolist()]
 
 
 @lru_cache(maxsize=2)

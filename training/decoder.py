@@ -74,7 +74,7 @@ class DecoderStage:
         compiles: bool = False,
     ) -> None:
         self.recipe, self.tiles, self.device = recipe, tiles, device
-        self.batches = Batches(len(tiles), recipe.batch_size, recipe.seed)
+        self.batches = Batches(len(tiles), recipe.batch_size, recipe.seed, tiles.name)
         self.vae = vae.to(device, memory_format=torch.channels_last).eval()
         self.perception = PerceptualNetwork("vgg").to(device)
         network = build_decoder(recipe, vae.config["latent_channels"])

@@ -169,7 +169,7 @@ class DistilStage:
             raise ValueError("the recipe looks at drawn tiles; pass --decoder, a small decoder")
         self.recipe, self.views, self.space, self.device = recipe, views, space, space.device
         self.teacher = teacher.to(self.device).eval().requires_grad_(False)
-        self.batches = Batches(len(views), recipe.batch_size, recipe.seed)
+        self.batches = Batches(len(views), recipe.batch_size, recipe.seed, views.name)
         self.shown = spread_evenly(validation, 16)
         self.held_out = space.encode(spread_evenly(validation, 160), with_patches=False)
         self.network = Distillation(build_student(recipe, teacher)).to(self.device)

@@ -93,10 +93,13 @@ class EncoderStage:
     ) -> None:
         self.recipe, self.device = recipe, device
         teacher = _Teacher(recipe, tiles, device, cache)
-        self.train_views = teacher.views(tiles, min(recipe.num_views, len(tiles)), "train")
-        self.held_views = teacher.views(validation, min(len(validation), 128), "val")
-        num = len(self.train_views.images)
-        self.batches = Batches(num, recipe.batch_size, recipe.seed)
+        order = _seeded_order(len(tiles), recipe.num_views, recipe.seed)
+        self.train_views = teacher.views(tiles, order, "train")
+        held_out = _seeded_order(len(validation), 128, recipe.seed)
+        self.held_views = teacher.views(validation, held_out, "val")
+        num = len(order)
+        names = [tiles.name(row) for row in order.tolist()]  # tiles themselves may be freed
+        self.batches = Batches(num, recipe.batch_size, recipe.seed, names.__getitem__)
         sample = self.train_views.take(torch.arange(0, num, max(1, num // 960)))
         patch, cls = _targets(sample, sample.images, torch.eye(3).expand(len(sample.images), 3, 3))
         self.scales = (_scale(patch.flatten(0, 1)), _scale(cls))
@@ -213,11 +216,9 @@ class _Teacher:
         parts = [(m - mean) @ basis for m, (mean, basis) in zip(maps, self.bases, strict=True)]
         return torch.cat(parts, -1).half()
 
-    def views(self, tiles: TileSet, num_views: int, name: str) -> _Views:
-        """Return tiles in a seeded order with their targets, reading finished chunks."""
+    def views(self, tiles: TileSet, order: Tensor, name: str) -> _Views:
+        """Return tiles in this order with their targets, reading finished chunks."""
         self.cache.mkdir(parents=True, exist_ok=True)
-        order = torch.randperm(len(tiles), generator=step_generator(self.recipe.seed, 0, stream=2))
-        order = order[:num_views]
         chunks = []
         for k, index in enumerate(order.split(_CHUNK)):
             file = self.cache / f"{name}_{k:05d}.safetensors"
@@ -235,6 +236,11 @@ class _Teacher:
             torch.cat([m.mean for m in slides]).float()[own],
             torch.cat([m.covariance for m in slides]).float()[own],
         )
+
+
+def _seeded_order(num_tiles: int, num_views: int, seed: int) -> Tensor:
+    order = torch.randperm(num_tiles, generator=step_generator(seed, 0, stream=2))
+    return order[:num_views]
 
 
 def _slide_moments(tiles: TileSet, slide: int) -> DensityMoments:

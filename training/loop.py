@@ -36,6 +36,7 @@ from training.parallel import (
 from training.resume import resume, save_checkpoint
 
 Optimisers = list[torch.optim.Optimizer]
+_NUM_SHOWN = 4  # names in a message; skipped.jsonl has all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +122,8 @@ def train(
         stage: What to train.
         config: The loop's settings.
         run_folder: Receives `checkpoint.pt` and the one before it, `curves.jsonl`,
-            `reports.jsonl`, `recipe.json` and pictures. An existing checkpoint is resumed.
+            `reports.jsonl`, `recipe.json`, pictures and, if steps were skipped, `skipped.jsonl`
+            with their samples. An existing checkpoint is resumed.
         recipe: The whole resolved recipe; a checkpoint of another recipe is refused.
         minutes: Wall-clock budget; the run saves and returns when it is spent.
         warm_start: Weights that a new run starts from; see `training.weights`.
@@ -171,14 +173,14 @@ def _train(
             _update_average(average, stage.network, config.ema_decay, step)
         else:
             num_skipped += 1
-            _warn_of_skipped(stage, run_folder, step, num_skipped)
+            if is_first:
+                _note_skipped(stage.batches, run_folder, step, num_skipped)
             if num_skipped >= config.max_skipped:
                 save(done)
                 raise FloatingPointError(
                     f"{num_skipped} steps in a row up to {done} had no finite gradient; the "
                     f"weights in {run_folder} are those before. Lower the rate and --warm-start "
-                    f"from there, or look at the samples "
-                    f"{stage.batches.index(step).tolist()}"
+                    f"from there, or look at the samples {_some(stage.batches.names(step))}"
                 )
         if is_first and (done % config.log_every_steps == 0 or done == 1):
             seconds = (time.monotonic() - began) / (done - start)
@@ -271,16 +273,21 @@ def _parts(network: nn.Module) -> list[nn.Module]:
     return [p for p in network.values() if any(x.requires_grad for x in p.parameters())]
 
 
-def _warn_of_skipped(stage: Stage, run_folder: Path, step: int, num_skipped: int) -> None:
-    samples = stage.batches.index(step).tolist()
+def _note_skipped(batches: Batches, run_folder: Path, step: int, num_skipped: int) -> None:
+    names = batches.names(step)
     print(
         f"step {step + 1} skipped ({num_skipped} in a row): its gradient is not finite; samples "
-        f"{samples[:16]}{' ...' if len(samples) > 16 else ''}, all in skipped.jsonl",
+        f"{_some(names)}",
         file=sys.stderr,
     )
-    if world().rank == 0:
-        with (run_folder / "skipped.jsonl").open("a") as stream:
-            stream.write(json.dumps({"step": step + 1, "samples": samples}) + "\n")
+    row = {"step": step + 1, "samples": batches.index(step).tolist(), "names": names}
+    with (run_folder / "skipped.jsonl").open("a") as stream:
+        stream.write(json.dumps(row) + "\n")
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:_NUM_SHOWN])
+    return f"{shown} and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else shown
 
 
 def _rate(config: LoopConfig, step: int) -> float:

@@ -128,7 +128,7 @@ class RepaeStage:
         compiles: bool = False,
     ) -> None:
         self.recipe, self.tiles, self.device = recipe, tiles, device
-        self.batches = Batches(len(tiles), recipe.batch_size, recipe.seed)
+        self.batches = Batches(len(tiles), recipe.batch_size, recipe.seed, tiles.name)
         self.encoder = encoder.to(device).eval().requires_grad_(False)
         self.perception = PerceptualNetwork("vgg").to(device)
         torch.manual_seed(recipe.seed)

@@ -113,7 +113,7 @@ class TileStore:
         try:
             return decode_tile(content)
         except OSError as error:
-            raise ValueError(f"{self.name(index)} is not a WebP: {error}") from error
+            raise ValueError(f"{self.folder / self.name(index)} is no WebP: {error}") from error
 
     def read_bytes(self, index: int) -> bytes:
         """Return a tile as stored, after checking it; see `read`."""
@@ -122,8 +122,8 @@ class TileStore:
         content = os.pread(shard.number, size, offset)
         if len(content) != size or zlib.crc32(content) != crc32:
             raise ValueError(
-                f"{self.name(index)} differs from what was written ({len(content)} of {size} "
-                "bytes, wrong CRC-32); delete this shard and run the tile stage again"
+                f"{self.folder / self.name(index)} differs from what was written ({len(content)} "
+                f"of {size} bytes, wrong CRC-32); delete this shard and run the tile stage again"
             )
         return content
 
@@ -142,9 +142,9 @@ class TileStore:
         return handle
 
     def name(self, index: int) -> str:
-        """Return a tile's shard and corner, for messages."""
+        """Return a tile's shard, relative to `folder`, and corner, for messages."""
         x, y = self._columns["x_level0"][index], self._columns["y_level0"][index]
-        return f"{self.folder / self._shards[self._shard_index[index]]} tile {x}_{y}"
+        return f"{self._shards[self._shard_index[index]]} tile {x}_{y}"
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def verify(folder: Path) -> Iterator[str]:
             yield str(error)
             continue
         if image.shape[:2] != (store.tile.size_px,) * 2:
-            yield f"{store.name(index)} is of {image.shape[1]}x{image.shape[0]} px"
+            yield f"{folder / store.name(index)} is of {image.shape[1]}x{image.shape[0]} px"
 
 
 def _coded(column: pa.ChunkedArray) -> tuple[tuple[str, ...], np.ndarray]:

@@ -87,7 +87,7 @@ class SitStage:
             )
         self.recipe, self.views, self.space, self.device = recipe, views, space, space.device
         self.usual_patch = views.mean_patch.to(self.device)
-        self.batches = Batches(len(views), recipe.batch_size, recipe.seed)
+        self.batches = Batches(len(views), recipe.batch_size, recipe.seed, views.name)
         self.shown = spread_evenly(validation, 16)
         self.held_out = space.encode(spread_evenly(validation, 160))
         network = build_transformer(recipe, space.encoder.config["embed_dim"])

@@ -97,7 +97,7 @@ class VaeStage:
         compiles: bool = False,
     ) -> None:
         self.recipe, self.tiles, self.device = recipe, tiles, device
-        self.batches = Batches(len(tiles), recipe.batch_size, recipe.seed)
+        self.batches = Batches(len(tiles), recipe.batch_size, recipe.seed, tiles.name)
         self.network = build_vae(recipe).to(device, memory_format=torch.channels_last)
         if not recipe.train_encoder:
             for part in (self.network.encoder, self.network.quant_conv):

@@ -1,6 +1,7 @@
 """The latents stage: views of tiles, encoded once, that transformers train on instead of pixels.
 
-    OUT/<number>.safetensors  mean and std of the posterior, features, and the sums of both
+    OUT/<number>.safetensors  mean and std of the posterior, features, and the sums of both;
+                              names of the tiles, JSON as bytes
     OUT/latents.json          written last: what is here, of which networks, and its statistics
 
 Views (turned, mirrored, half of them restained) go through the final autoencoder and the encoder.
@@ -149,10 +150,11 @@ def _encode_shard(
     images = crop_and_turn(tiles.take(index), draw_views(len(index), side, side, draw), side)
     maps = stain_maps(len(index), draw, share=_STAINED_SHARE, jitter=recipe.stain_jitter)
     views = space.encode(restain(images, maps), recipe.has_patches)
+    names = json.dumps([tiles.name(row) for row in index.tolist()]).encode()
     sums = {"latent_sums": channel_sums(views)}
     if recipe.has_patches:
         sums["patch_sum"] = token_sum(views["patches"])
-    return views | sums
+    return views | sums | {"tiles": torch.frombuffer(bytearray(names), dtype=torch.uint8)}
 
 
 def _statistics(folder: Path, num_shards: int, num_views: int) -> dict[str, list[float]]:
@@ -225,14 +227,26 @@ class StoredViews:
     def take(self, index: Tensor, with_patches: bool = True) -> Views:
         """Return views by index [n], as `training.latents.LatentSpace.encode` does."""
         names = ("mean", "std", "cls") + (("patches",) if with_patches else ())
-        shards = torch.searchsorted(self._ends, index, right=True)
         found: dict[str, list[Tensor]] = {name: [] for name in names}
-        for place, shard in zip(index.tolist(), shards.tolist(), strict=True):
-            row = place - (int(self._ends[shard - 1]) if shard else 0)
+        for place in index.tolist():
+            shard, row = self._locate(place)
             handle = self._open(shard)
             for name in names:
                 found[name].append(handle.get_slice(name)[row])
         return {name: torch.stack(parts) for name, parts in found.items()}
+
+    def name(self, index: int) -> str:
+        """Return the tile that a view is of, for messages; sets of before do not say."""
+        shard, row = self._locate(index)
+        handle = self._open(shard)
+        if "tiles" in handle.keys():  # noqa: SIM118, no mapping
+            return str(json.loads(bytes(handle.get_tensor("tiles").numpy()))[row])
+        return f"data set {self.description['data']}, view {row} of {_shard(self.folder, shard)}"
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Return shard and row of a view."""
+        shard = int(torch.searchsorted(self._ends, index, right=True))
+        return shard, index - (int(self._ends[shard - 1]) if shard else 0)
 
     def _open(self, number: int) -> Any:
         handle = self._shards.pop(number, None)

@@ -27,6 +27,10 @@ def test_tiles_are_read_by_slide_in_sorted_order(tmp_path):
     assert tiles.slides == ("a", "b")
     assert tiles.slide_index.tolist() == [0, 1, 1]
     assert tiles.images[:, 0, 0, 0].tolist() == [1, 2, 3]
+    split = tmp_path.name
+    assert [tiles.name(k) for k in range(3)] == [
+        f"{split}/{n}" for n in ("a/9.png", "b/1.png", "b/2.png")
+    ]
 
 
 def test_a_tile_of_another_size_is_named(tmp_path):
@@ -44,6 +48,7 @@ def test_some_tiles_are_taken_evenly_and_the_others_are_not_read(tmp_path):
     assert few.images[:, 0, 0, 0].tolist() == [0, 3, 6, 9]
     assert few.slide_index.tolist() == [0, 0, 1, 1]
     assert few.slides == ("a", "b")
+    assert few.name(2) == f"{tmp_path.name}/b/6.png"
 
 
 def test_positions_are_evenly_spaced_among_forty_million():
@@ -79,6 +84,11 @@ def test_an_epoch_shows_every_tile_once_and_the_next_in_another_order():
 def test_a_batch_depends_on_seed_and_step_only():
     assert torch.equal(Batches(50, 8, 1).index(17), Batches(50, 8, 1).index(17))
     assert not torch.equal(Batches(50, 8, 1).index(17), Batches(50, 8, 2).index(17))
+
+
+def test_a_batch_tells_what_its_items_are_called():
+    batches = Batches(5, 2, seed=0, name="abcde".__getitem__)
+    assert batches.names(1) == ["abcde"[k] for k in batches.index(1)]
 
 
 def test_too_few_tiles_are_refused():

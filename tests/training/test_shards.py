@@ -151,4 +151,6 @@ def test_a_split_too_large_for_memory_is_read_from_its_shards(stage):
     assert (len(stored), stored.side_px) == (len(held), held.side_px) == (3, 64)
     index = torch.tensor([2, 0, 2])
     assert torch.equal(stored.take(index), held.take(index))
+    for tiles in (held, stored):
+        assert [tiles.name(k) for k in (0, 2)] == ["train/a.tar tile 0_0", "train/b.tar tile 0_64"]
     assert torch.equal(spread_evenly(stored, 2), held.images[[0, 2]])

@@ -12,10 +12,11 @@ from cytosyn_aug.checkpoint import load_model
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import pixels_to_images
 from training.__main__ import main
-from training.data import load_tiles
+from training.data import TileSet, load_tiles
+from training.encoder import EncoderStage
 from training.latents import LatentSpace, mean_token
 from training.losses import alignment
-from training.recipes import smoke_sit
+from training.recipes import smoke_encoder, smoke_sit
 from training.sit import SitStage
 from training.stages import find_recipe
 from training.views import StoredViews
@@ -180,6 +181,16 @@ def test_alignment_is_to_tokens_without_their_common_part():
     torch.testing.assert_close(centred.mean((0, 1)), torch.zeros(5), rtol=0, atol=1e-5)
     shifted = patches + common
     torch.testing.assert_close(shifted - mean_token(shifted), centred, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_encoder_names_the_tiles_it_shuffled(data, tmp_path):
+    tiles = load_tiles(data / "train")
+    few = TileSet(tiles.images[:6], tiles.slides, tiles.slide_index[:6], tiles.names[:6])
+    stage = EncoderStage(smoke_encoder(), few, few, torch.device("cpu"), tmp_path)
+    named = [tiles.names.index(name) for name in stage.batches.names(0)]
+    seen = stage.train_views.images[stage.batches.index(0)]
+    assert torch.equal(seen, tiles.images[named])
 
 
 @pytest.mark.slow

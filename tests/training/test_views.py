@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import random_parts, synthetic_tiles
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from training.data import TileSet
+from training.data import Batches, TileSet
 from training.latents import LatentSpace, mean_token, measure_latents
 from training.recipes import smoke_latents
 from training.views import StoredViews, write_views
@@ -18,7 +18,9 @@ EVERY = slice(None)
 
 @pytest.fixture(scope="module")
 def tiles():
-    return TileSet(synthetic_tiles(6, seed=0), ("a",), torch.zeros(6, dtype=torch.int64))
+    names = tuple(f"train/a/{k}.png" for k in range(6))
+    index = torch.zeros(6, dtype=torch.int64)
+    return TileSet(synthetic_tiles(6, seed=0), ("a",), index, names)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,23 @@ def test_views_are_read_by_index_in_any_order_across_shards(folder):
     for name, found in views.take(index).items():
         assert torch.equal(found, torch.cat([s[name] for s in shards])[index])
     assert "patches" not in views.take(index, with_patches=False)
+
+
+def test_a_view_is_named_after_its_tile(folder, tiles):
+    recipe = smoke_latents()
+    shards = Batches(len(tiles), recipe.shard_size, recipe.seed)
+    shown = torch.cat([shards.index(0), shards.index(1)])[: recipe.num_views].tolist()
+    views = StoredViews(folder)
+    assert [views.name(k) for k in range(5)] == [f"train/a/{k}.png" for k in shown]
+
+
+def test_a_view_of_a_set_without_names_is_placed(folder):
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        del tensors["tiles"]
+        save_file(tensors, file)
+    expected = f"data set these tiles, view 0 of {folder / '000001.safetensors'}"
+    assert StoredViews(folder).name(4) == expected
 
 
 def test_statistics_are_those_of_all_views(folder):
