@@ -243,6 +243,9 @@ class Batches:
         size: Items a step, over all processes.
         seed: Seed of the run.
         name: What an item is called, for messages.
+
+    Raises:
+        ValueError: There are too few items for a batch.
     """
 
     num_items: int
@@ -250,16 +253,14 @@ class Batches:
     seed: int
     name: Callable[[int], str] = str
 
-    def index(self, step: int) -> Tensor:
-        """Return the items of a step, counted from 0 over the whole run, int64 [size].
-
-        Raises:
-            ValueError: There are too few items for a batch.
-        """
+    def __post_init__(self) -> None:
         if self.num_items < self.size:
             raise ValueError(
                 f"{self.num_items} tiles cannot fill a batch of {self.size}; add tiles"
             )
+
+    def index(self, step: int) -> Tensor:
+        """Return the items of a step, counted from 0 over the whole run, int64 [size]."""
         epoch, position = divmod(step, self.num_items // self.size)
         order = _epoch_order(self.num_items, self.seed, epoch)
         return order[position * self.size : (position + 1) * self.size]

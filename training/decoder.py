@@ -83,12 +83,16 @@ class DecoderStage:
         self.floor = torch.cat([round_trip(vae, part) for part in self.held_out.split(8)])
         self.compute = torch.compile(self._compute) if compiles else self._compute
 
-    def losses(self, step: int, rows: slice) -> dict[str, Tensor]:
+    def read(self, step: int, rows: slice) -> Tensor:
+        """Return the tiles of these rows."""
+        return self.tiles.take(self.batches.index(step)[rows])
+
+    def losses(self, step: int, rows: slice, samples: Tensor) -> dict[str, Tensor]:
         """Return the losses of crops."""
         r = self.recipe
         crops, noise = draw_crops(
-            self.tiles,
-            self.batches.index(step),
+            samples,
+            self.batches.size,
             rows,
             r.crop_px,
             r.stain_jitter,

@@ -33,7 +33,7 @@ from cytosyn_aug.sampling import (
 from cytosyn_aug.transformer import SiT
 from training.data import Batches, Tiles, spread_evenly, step_generator
 from training.drawn import DrawnRecipe, DrawnTiles
-from training.latents import LatentSpace, stratified
+from training.latents import LatentSpace, Views, stratified
 from training.loop import LoopConfig
 from training.losses import cauchy_error
 from training.mean_flow import RULES, Target, logit_normal, ordered_times
@@ -178,7 +178,11 @@ class DistilStage:
             self.drawn = DrawnTiles(recipe.drawn, decoder, self.device)
         self.compute = torch.compile(self._compute) if compiles else self._compute
 
-    def losses(self, step: int, rows: slice) -> dict[str, Tensor]:
+    def read(self, step: int, rows: slice) -> Views:
+        """Return the views of these rows."""
+        return self.views.take(self.batches.index(step)[rows], with_patches=False)
+
+    def losses(self, step: int, rows: slice, samples: Views) -> dict[str, Tensor]:
         """Return the losses of views.
 
         Raises:
@@ -189,10 +193,8 @@ class DistilStage:
                 f"rows {rows.start} to {rows.stop} split a pair; choose a batch_size that gives "
                 "each process and micro-batch an even share"
             )
-        index = self.batches.index(step)
-        draws = self._draws(len(index), step_generator(self.recipe.seed, step))
-        taken = self.views.take(index[rows], with_patches=False)
-        batch = {k: v.to(self.device).float() for k, v in taken.items()}
+        draws = self._draws(self.batches.size, step_generator(self.recipe.seed, step))
+        batch = {k: v.to(self.device).float() for k, v in samples.items()}
         mine = _Draws(*(x[rows] for x in draws))
         found = self.compute(self.network, batch, mine)
         if self.drawn is not None:

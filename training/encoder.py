@@ -120,12 +120,15 @@ class EncoderStage:
         probe.scale.copy_(std[-_NUM_STAIN:])
         return probe
 
-    def losses(self, step: int, rows: slice) -> dict[str, Tensor]:
+    def read(self, step: int, rows: slice) -> _Views:
+        """Return the views of these rows."""
+        return self.train_views.take(self.batches.index(step)[rows])
+
+    def losses(self, step: int, rows: slice, samples: _Views) -> dict[str, Tensor]:
         """Return patch, tile and stain errors; 1 is what predicting the mean would score."""
         draw = step_generator(self.recipe.seed, step)
         maps = stain_maps(self.batches.size, draw, jitter=self.recipe.stain_jitter)
-        views = self.train_views.take(self.batches.index(step)[rows])
-        return self._errors(self.network, views, maps[rows])
+        return self._errors(self.network, samples, maps[rows])
 
     def _errors(self, network: nn.Module, views: _Views, maps: Tensor) -> dict[str, Tensor]:
         images = restain(views.images, maps)

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,14 @@ from training.parallel import (
     average_gradients,
     is_true_anywhere,
     mean_over_processes,
+    meet,
     row_shares,
     world,
 )
 from training.resume import resume, save_checkpoint
 
 Optimisers = list[torch.optim.Optimizer]
+_Shares = list[tuple[slice, Any]]  # rows of a batch, and their samples
 _NUM_SHOWN = 4  # names in a message; skipped.jsonl has all
 
 
@@ -96,8 +98,12 @@ class Stage(Protocol):
         """Which samples of the data set every step holds."""
         ...
 
-    def losses(self, step: int, rows: slice) -> dict[str, Tensor]:
-        """Return scalar losses over these rows of the step's batch; minimise "loss"."""
+    def read(self, step: int, rows: slice) -> Any:  # Any: the loop only hands it on
+        """Return the samples of these rows of the step's batch; nothing else reads files."""
+        ...
+
+    def losses(self, step: int, rows: slice, samples: Any) -> dict[str, Tensor]:
+        """Return scalar losses over what was read for these rows; minimise "loss"."""
         ...
 
     def report(self, network: nn.Module, folder: Path, step: int) -> dict[str, float]:
@@ -135,7 +141,8 @@ def train(
         ValueError: The folder holds a run of another recipe, the weights do not fit, or the batch
             does not divide among the processes.
         FloatingPointError: `config.max_skipped` steps in a row had no finite gradient.
-        OSError: A checkpoint could not be written; the one before it is kept.
+        OSError: A checkpoint could not be written; the one before it is kept. Or samples could not
+            be read: they are named, and all steps before are saved.
     """
     with _noted_sigterm() as asked_to_stop:
         return _train(stage, config, run_folder, recipe, minutes, warm_start, asked_to_stop)
@@ -163,10 +170,19 @@ def _train(
         if is_first:
             save_checkpoint(run_folder, stage.network, average, optimisers, recipe, done)
 
+    def save_at_the_end(done: int) -> None:
+        save(done)
+        meet()  # torchrun kills what still writes half a minute after another process failed
+
     began, saved = time.monotonic(), time.monotonic()
     step, num_skipped = start, 0
     for step in range(start, config.num_steps):
-        row = _step(stage, config, optimisers, step, shares)
+        batch, fault = _read(stage, step, shares)
+        if fault is not None:
+            if step > start:  # else nothing is new
+                save_at_the_end(step)
+            raise fault
+        row = _step(stage, config, optimisers, step, batch)
         done = step + 1
         if row["is_finite"]:
             num_skipped = 0
@@ -176,7 +192,7 @@ def _train(
             if is_first:
                 _note_skipped(stage.batches, run_folder, step, num_skipped)
             if num_skipped >= config.max_skipped:
-                save(done)
+                save_at_the_end(done)
                 raise FloatingPointError(
                     f"{num_skipped} steps in a row up to {done} had no finite gradient; the "
                     f"weights in {run_folder} are those before. Lower the rate and --warm-start "
@@ -196,7 +212,7 @@ def _train(
         if is_true_anywhere(is_over, _device(stage.network)):
             break
     done = min(step + 1, config.num_steps)
-    save(done)
+    save_at_the_end(done)
     return done
 
 
@@ -231,8 +247,27 @@ def _noted_sigterm() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _read(stage: Stage, step: int, shares: list[slice]) -> tuple[_Shares, OSError | None]:
+    """Return this process's micro-batches, and what to raise if any process cannot read its own.
+
+    Processes agree on it before they compute. One that failed alone would leave the others waiting
+    for its gradient until they are killed, unsaved.
+    """
+    batch, fault = [], None
+    try:
+        batch = [(rows, stage.read(step, rows)) for rows in shares]
+    except (OSError, ValueError) as error:
+        fault = OSError(
+            f"{error}; that is a sample of step {step + 1}. The steps before it are saved: mend "
+            "it, and run the same command again"
+        )
+    if is_true_anywhere(fault is not None, _device(stage.network)) and fault is None:
+        fault = OSError(f"another process, which names it, cannot read a sample of step {step + 1}")
+    return batch, fault
+
+
 def _step(
-    stage: Stage, config: LoopConfig, optimisers: Optimisers, step: int, shares: list[slice]
+    stage: Stage, config: LoopConfig, optimisers: Optimisers, step: int, batch: _Shares
 ) -> dict[str, float]:
     """Do one step, unless its gradient is not finite; return the losses if they are to be logged.
 
@@ -241,8 +276,8 @@ def _step(
     stage.network.train()
     stage.network.zero_grad(set_to_none=True)
     total: dict[str, Tensor] = {}
-    for rows in shares:
-        losses = {k: v / len(shares) for k, v in stage.losses(step, rows).items()}
+    for rows, samples in batch:
+        losses = {k: v / len(batch) for k, v in stage.losses(step, rows, samples).items()}
         losses["loss"].backward()
         total = {k: total.get(k, 0) + v.detach().float() for k, v in losses.items()}
     average_gradients(stage.network.parameters())

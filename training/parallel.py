@@ -115,6 +115,12 @@ def mean_over_processes(values: Tensor) -> Tensor:
     return total / world().size
 
 
+def meet() -> None:
+    """Wait until all processes are here."""
+    if world().size > 1:
+        dist.barrier()
+
+
 def is_true_anywhere(flag: bool, device: torch.device) -> bool:
     """Return whether any process says so; they all get the same answer."""
     if world().size == 1:

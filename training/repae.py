@@ -149,12 +149,15 @@ class RepaeStage:
             self.usual_patch = mean_token(encoded["patches"]).to(device)
         self.compute = torch.compile(self._compute) if compiles else self._compute
 
-    def losses(self, step: int, rows: slice) -> dict[str, Tensor]:
+    def read(self, step: int, rows: slice) -> Tensor:
+        """Return the tiles of these rows."""
+        return self.tiles.take(self.batches.index(step)[rows])
+
+    def losses(self, step: int, rows: slice, samples: Tensor) -> dict[str, Tensor]:
         """Return all losses of tiles; "loss" is their sum, each part in its own gradient."""
         draws = self._draws(step_generator(self.recipe.seed, step))
         draws = _Draws(*(x[rows] for x in draws))
-        images = self.tiles.take(self.batches.index(step)[rows])
-        images = crop_and_turn(images, draws.views, images.shape[-1])
+        images = crop_and_turn(samples, draws.views, samples.shape[-1])
         batch = self._batch(restain(images, draws.maps).to(self.device))
         draws = _Draws(*(x.to(self.device) for x in draws))
         found, moments = self.compute(batch, draws)

@@ -108,6 +108,7 @@ class TileStore:
 
         Raises:
             ValueError: Its bytes are not those that were written; names shard and tile.
+            OSError: They cannot be read; names both too.
         """
         content = self.read_bytes(index)
         try:
@@ -118,8 +119,11 @@ class TileStore:
     def read_bytes(self, index: int) -> bytes:
         """Return a tile as stored, after checking it; see `read`."""
         offset, size, crc32 = (int(self._columns[n][index]) for n in ("offset", "size", "crc32"))
-        shard = self._open(int(self._shard_index[index]))
-        content = os.pread(shard.number, size, offset)
+        try:
+            shard = self._open(int(self._shard_index[index]))
+            content = os.pread(shard.number, size, offset)
+        except OSError as error:
+            raise OSError(f"{self.folder / self.name(index)} cannot be read: {error}") from error
         if len(content) != size or zlib.crc32(content) != crc32:
             raise ValueError(
                 f"{self.folder / self.name(index)} differs from what was written ({len(content)} "

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cytosyn_aug.flow import interpolate, velocity_target
 from cytosyn_aug.transformer import SiT
 from training.data import Batches, Tiles, spread_evenly, step_generator
-from training.latents import LatentSpace, set_latent_statistics, stratified
+from training.latents import LatentSpace, Views, set_latent_statistics, stratified
 from training.loop import LoopConfig
 from training.losses import alignment, velocity_error
 from training.precision import mixed_precision
@@ -95,12 +95,14 @@ class SitStage:
         self.network = network.to(self.device)
         self.compute = torch.compile(self._compute) if compiles else self._compute
 
-    def losses(self, step: int, rows: slice) -> dict[str, Tensor]:
+    def read(self, step: int, rows: slice) -> Views:
+        """Return the views of these rows."""
+        return self.views.take(self.batches.index(step)[rows])
+
+    def losses(self, step: int, rows: slice, samples: Views) -> dict[str, Tensor]:
         """Return velocity and alignment losses of views."""
-        index = self.batches.index(step)
-        draws = self._draws(len(index), step_generator(self.recipe.seed, step))
-        taken = self.views.take(index[rows])
-        batch = {k: v.to(self.device).float() for k, v in taken.items()}
+        draws = self._draws(self.batches.size, step_generator(self.recipe.seed, step))
+        batch = {k: v.to(self.device).float() for k, v in samples.items()}
         return self.compute(self.network, batch, _Draws(*(x[rows] for x in draws)))
 
     def _draws(self, num: int, draw: torch.Generator) -> _Draws:

@@ -106,12 +106,16 @@ class VaeStage:
         self.compute = torch.compile(self._compute) if compiles else self._compute
         self.validation = spread_evenly(validation, 48)
 
-    def losses(self, step: int, rows: slice) -> dict[str, Tensor]:
+    def read(self, step: int, rows: slice) -> Tensor:
+        """Return the tiles of these rows."""
+        return self.tiles.take(self.batches.index(step)[rows])
+
+    def losses(self, step: int, rows: slice, samples: Tensor) -> dict[str, Tensor]:
         """Return the losses of crops; the posterior is sampled as in the paper."""
         r = self.recipe
         crops, noise = draw_crops(
-            self.tiles,
-            self.batches.index(step),
+            samples,
+            self.batches.size,
             rows,
             r.crop_px,
             r.stain_jitter,
@@ -153,8 +157,8 @@ class VaeStage:
 
 
 def draw_crops(
-    tiles: Tiles,
-    index: Tensor,
+    tiles: Tensor,
+    num: int,
     rows: slice,
     crop_px: int,
     stain_jitter: float,
@@ -163,9 +167,9 @@ def draw_crops(
     """Return turned, restained crops of a batch's tiles, and noise for their posterior.
 
     Args:
-        tiles: The data set.
-        index: int64 [B], tiles of the whole batch.
-        rows: Those that are wanted; all are drawn for.
+        tiles: uint8 [n, 3, H, W], some of a batch.
+        num: Tiles of the whole batch; all are drawn for.
+        rows: Which of them these are.
         crop_px: Side of the crops.
         stain_jitter: See `training.data.stain_maps`.
         draw: All draws come from it.
@@ -173,11 +177,11 @@ def draw_crops(
     Returns:
         uint8 [n, 3, crop_px, crop_px] and float32 [n, 4, crop_px / 8, crop_px / 8].
     """
-    num, side = len(index), crop_px // 8
-    views = draw_views(num, tiles.side_px, crop_px, draw)
+    side = crop_px // 8
+    views = draw_views(num, tiles.shape[-1], crop_px, draw)
     maps = stain_maps(num, draw, jitter=stain_jitter)
     noise = torch.randn(num, 4, side, side, generator=draw)
-    crops = crop_and_turn(tiles.take(index[rows]), views[rows], crop_px)
+    crops = crop_and_turn(tiles, views[rows], crop_px)
     return restain(crops, maps[rows]), noise[rows]
 
 

@@ -93,7 +93,7 @@ def test_a_batch_tells_what_its_items_are_called():
 
 def test_too_few_tiles_are_refused():
     with pytest.raises(ValueError, match="3 tiles cannot fill a batch of 8"):
-        Batches(3, 8, 0).index(0)
+        Batches(3, 8, 0)
 
 
 def test_generators_of_other_streams_differ():

@@ -27,7 +27,7 @@ def test_the_autoencoders_decoder_has_nothing_to_learn_but_pixels():
     recipe = replace(smoke_decoder(), batch_size=2, crop_px=64)
     stage = DecoderStage(recipe, tiles, tiles, vae, torch.device("cpu"))
     stage.network = Twin(stage.vae)
-    losses = stage.losses(0, slice(0, 2))
+    losses = stage.losses(0, slice(0, 2), stage.read(0, slice(0, 2)))
     assert losses["l1"] > 0.05
     for name in ("teacher", "perceptual", "texture"):
         assert losses[name] < 1e-4, name

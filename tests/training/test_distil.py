@@ -47,6 +47,10 @@ def make_stage(tiles, tmp_path):
     return make
 
 
+def losses(stage, rows=slice(None)):
+    return stage.losses(0, rows, stage.read(0, rows))
+
+
 def test_a_student_has_its_teachers_weights_and_an_untaught_guidance():
     teacher = random_parts().transformer
     student = build_student(smoke_distil(), teacher)
@@ -63,14 +67,14 @@ def test_without_guidance_the_velocity_half_has_nothing_to_learn_at_first(make_s
     """Up to bfloat16: the teacher runs on the conditions and the null condition in one batch."""
     sizes = {"batch_size": 16, "num_views": 16}  # enough times inside the guidance interval
     stage = make_stage(plain_share=1.0, **sizes)
-    assert stage.losses(0, slice(None))["velocity_mse"].item() < 1e-4
-    assert make_stage(plain_share=0.0, **sizes).losses(0, slice(None))["velocity_mse"].item() > 1e-3
+    assert losses(stage)["velocity_mse"].item() < 1e-4
+    assert losses(make_stage(plain_share=0.0, **sizes))["velocity_mse"].item() > 1e-3
 
 
 @pytest.mark.parametrize("target", ["derivative", "midpoint"])
 def test_gradients_reach_the_student_and_nothing_else(make_stage, target):
     stage = make_stage(target=target)
-    stage.losses(0, slice(None))["loss"].backward()
+    losses(stage)["loss"].backward()
     student = dict(stage.network.student.named_parameters())
     without = {k for k, p in student.items() if p.grad is None}
     assert without == {"pos_embed"}
@@ -96,7 +100,7 @@ def test_half_of_a_batch_is_at_r_equal_t_and_the_rest_jumps_towards_data(make_st
     assert torch.equal(draws.t[::2], draws.r[::2])
     assert bool((draws.r[1::2] < draws.t[1::2]).all())
     with pytest.raises(ValueError, match="split a pair"):
-        stage.losses(0, slice(3, 6))
+        losses(stage, slice(3, 6))
     assert bool(((draws.guidance >= 1) & (draws.guidance <= 3)).all())
 
 
@@ -105,12 +109,12 @@ def test_drawn_tiles_are_looked_at_where_the_recipe_says_so(make_stage):
     with pytest.raises(ValueError, match="pass --decoder"):
         make_stage(drawn=smoke_drawn_distil().drawn)
     decoder = SmallDecoder(widths=(16, 16, 16), num_blocks=(1, 1, 1))
-    plain = make_stage().losses(0, slice(None))
+    plain = losses(make_stage())
     stage = make_stage(drawn=smoke_drawn_distil().drawn, decoder=decoder)
     seen = []
     whole = stage.drawn.texture
     stage.drawn.texture = lambda *given: seen.append(given) or whole(*given)
-    found = stage.losses(0, slice(None))
+    found = losses(stage)
     total = plain["loss"] + stage.drawn.recipe.weight * found["texture"]
     assert found["loss"].item() == pytest.approx(total.item(), rel=1e-4)
     ((_, real, noise, condition, guidance, _),) = seen

@@ -30,9 +30,11 @@ class Regression:
 
     batches = Batches(num_items=160, size=16, seed=1, name="slide/{}.png".format)
 
-    def losses(self, step, rows):
+    def read(self, step, rows):
+        return torch.randn(16, 3, generator=step_generator(1, step))[rows]
+
+    def losses(self, step, rows, x):
         self.steps.append(step)
-        x = torch.randn(16, 3, generator=step_generator(1, step))[rows]
         return {"loss": (self.network(x)[:, 0] - x.sum(1)).square().mean()}
 
     def report(self, network, folder, step):
@@ -65,10 +67,10 @@ def test_a_run_told_to_stop_saves_and_resumes_bit_equal(tmp_path):
     stage = Regression()
     draw = stage.losses
 
-    def interrupted(step, rows):
+    def interrupted(step, *given):
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return draw(step, rows)
+        return draw(step, *given)
 
     stage.losses = interrupted
     before = signal.getsignal(signal.SIGTERM)
@@ -133,8 +135,8 @@ def spoil(stage, steps):
     """Make the loss of some steps infinite."""
     losses = stage.losses
 
-    def spoilt(step, rows):
-        found = losses(step, rows)
+    def spoilt(step, *given):
+        found = losses(step, *given)
         return {"loss": found["loss"] * (float("inf") if step in steps else 1.0)}
 
     stage.losses = spoilt
@@ -167,6 +169,36 @@ def test_single_bad_steps_are_survived_but_not_many_in_a_row(tmp_path):
         assert value.isfinite().all()
 
 
+def unreadable(stage, first):
+    """Make the samples from a row of step 5 on unreadable, as those of a damaged shard are."""
+    read = stage.read
+
+    def failing(step, rows):
+        if step == 5 and rows.start >= first:
+            raise ValueError("train/a.tar tile 3_4 differs from what was written")
+        return read(step, rows)
+
+    stage.read = failing
+    return stage
+
+
+@pytest.mark.parametrize("first", [0, 12])
+def test_a_sample_that_cannot_be_read_is_named_and_costs_nothing(tmp_path, first):
+    config = replace(CONFIG, num_micro_batches=4)
+    train(Regression(), config, tmp_path / "whole", recipe={})
+    stage = unreadable(Regression(), first)
+    for _ in range(2):  # unmended, it is found again
+        with pytest.raises(OSError, match=r"a\.tar tile 3_4 differs.*sample of step 6\..*mend it"):
+            train(stage, config, tmp_path / "parts", recipe={})
+        assert torch.load(tmp_path / "parts" / "checkpoint.pt")["step"] == 5
+    assert not (tmp_path / "parts" / "checkpoint.previous.pt").exists()
+    mended = Regression()
+    train(mended, config, tmp_path / "parts", recipe={})
+    assert mended.steps == [5] * 4 + [6] * 4 + [7] * 4
+    for name, value in weights(tmp_path / "whole").items():
+        assert torch.equal(value, weights(tmp_path / "parts")[name])
+
+
 def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path):
     train(Regression(), CONFIG, tmp_path / "whole", recipe={})
     train(Regression(), replace(CONFIG, num_micro_batches=4), tmp_path / "parts", recipe={})
@@ -187,7 +219,7 @@ def test_parts_are_clipped_by_themselves(tmp_path):
             super().__init__()
             self.network = nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.Linear(1, 1)})
 
-        def losses(self, step, rows):
+        def losses(self, step, rows, samples):
             a, b = self.network["a"], self.network["b"]
             return {"loss": 1e6 * a.weight.sum() + b.weight.sum()}
 

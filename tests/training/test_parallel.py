@@ -15,14 +15,15 @@ from training.weights import stage_weights
 NUM_STEPS = 5
 # Runs of two gloo processes, one of which kills itself in the last, once.
 PROGRAM = """
-import os, signal, sys
+import os, signal, sys, time
 from dataclasses import replace
 from pathlib import Path
 sys.path[:0] = {paths!r}
 import torch
-from test_loop import CONFIG, Regression
+import training.loop
+from test_loop import CONFIG, Regression, unreadable
 from test_repae import make_stage
-from training.loop import LoopConfig, train
+from training.loop import LoopConfig, save_checkpoint, train
 from training.parallel import average_gradients, is_true_anywhere, join_world
 
 place, device = join_world()
@@ -39,16 +40,27 @@ config = LoopConfig(num_steps={num_steps}, learning_rate=1e-3, save_every_s=-1.0
 if is_first_life:
     train(Regression(), CONFIG, folder / "regression", recipe={{}})
     train(make_stage(), config, folder / "whole", recipe={{}})
+    stage = Regression()
+    if place.rank:
+        unreadable(stage, 0)
+    else:  # slower than the other process
+        training.loop.save_checkpoint = lambda *x: (time.sleep(1), save_checkpoint(*x))
+    try:
+        train(stage, CONFIG, folder / "unread", recipe={{}})
+    except OSError as error:
+        assert (folder / "unread" / "checkpoint.pt").exists()
+        (folder / f"fault_{{place.rank}}").write_text(str(error))
+    training.loop.save_checkpoint = save_checkpoint
 stage = make_stage()
 losses = stage.losses
 
-def mortal(step, rows):
+def mortal(step, rows, samples):
     assert rows == slice(place.rank, place.rank + 1)
     if is_first_life and place.rank == victim and step == killed_at:
         os.kill(os.getpid(), signal.SIGKILL)
     if not is_first_life:
         (folder / f"again_{{step}}").touch()
-    return losses(step, rows)
+    return losses(step, rows, samples)
 
 stage.losses = mortal
 train(stage, config, folder / "killed", recipe={{}})
@@ -96,6 +108,13 @@ def test_an_end_to_end_run_that_was_killed_is_bit_equal_to_an_undisturbed_one(ru
     assert {"transformer.bn.running_mean", "judge.0.weight"} <= whole["network"].keys()
     assert killed.pop("recipe") == whole.pop("recipe")  # text, which assert_close refuses
     torch.testing.assert_close(killed, whole, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_where_one_process_cannot_read_all_end_when_the_first_has_saved(runs):
+    assert torch.load(runs / "unread" / "checkpoint.pt", weights_only=True)["step"] == 5
+    assert "another process, which names it" in (runs / "fault_0").read_text()
+    assert "a.tar tile 3_4" in (runs / "fault_1").read_text()
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def test_a_published_step_runs_on_the_meta_device_and_costs_what_is_planned(monk
         networks = build_vae(xl_vae()), build_transformer(xl_sit(), 768), TileEncoder()
     stage = RepaeStage(xl_repae(), tiles, tiles, *networks, torch.device("meta"))
     with FlopCounterMode(display=False) as counter:
-        stage.losses(0, slice(0, 1))["loss"].backward()
+        stage.losses(0, slice(0, 1), stage.read(0, slice(0, 1)))["loss"].backward()
     planned = plan("xl", "repae").flop_per_sample
     # Bias, norms and the first layers' missing input gradients are what the plan leaves out.
     assert counter.get_total_flops() == pytest.approx(planned, rel=0.03)

@@ -41,9 +41,13 @@ def make_stage(**changes):
     )
 
 
+def losses(stage, step=0):
+    return stage.losses(step, ROWS, stage.read(step, ROWS))
+
+
 def parts_with_gradient(stage, name):
     stage.network.zero_grad(set_to_none=True)
-    stage.losses(0, ROWS)[name].backward()
+    losses(stage)[name].backward()
     return {
         part
         for part, module in stage.network.items()
@@ -71,7 +75,7 @@ def test_reconstruction_reaches_both_halves_and_alignment_the_encoder_only(name)
 
     def reached(loss):
         stage.network.zero_grad(set_to_none=True)
-        stage.losses(0, ROWS)[loss].backward()
+        losses(stage)[loss].backward()
         named = stage.network["vae"].named_parameters()
         return {k.split(".")[0] for k, p in named if p.grad is not None and p.grad.any()}
 
@@ -84,13 +88,13 @@ def test_one_backward_pass_gives_what_separate_steps_would():
     """The sum leaks nothing: each part's gradient is that of its own losses."""
     stage = make_stage(adversarial_from=0)
     stage.network.zero_grad(set_to_none=True)
-    stage.losses(0, ROWS)["loss"].backward()
+    losses(stage)["loss"].backward()
     together = {
         k: p.grad.clone() for k, p in stage.network.named_parameters() if p.grad is not None
     }
     weights = {"velocity": 1.0, "alignment": stage.recipe.alignment_weight}
     stage.network.zero_grad(set_to_none=True)
-    found = stage.losses(0, ROWS)
+    found = losses(stage)
     sum(w * found[k] for k, w in weights.items()).backward()
     for name, parameter in stage.network["transformer"].named_parameters():
         if parameter.grad is not None:
@@ -101,15 +105,15 @@ def test_one_backward_pass_gives_what_separate_steps_would():
 
 def test_the_judge_counts_only_from_its_step():
     stage = make_stage(adversarial_from=1, adversarial_weight=1e6)
-    losses = [stage.losses(step, ROWS)["loss"].detach().abs() for step in (0, 1)]
-    assert losses[1] > 100 * losses[0]
+    found = [losses(stage, step)["loss"].detach().abs() for step in (0, 1)]
+    assert found[1] > 100 * found[0]
 
 
 def test_alignment_of_latents_leaves_the_running_statistics_and_velocity_moves_them():
     stage = make_stage()
     bn = stage.network["transformer"].bn
     bn.running_mean.fill_(5.0)
-    stage.losses(0, ROWS)
+    losses(stage)
     once = bn.running_mean.clone()
     assert not torch.equal(once, torch.full((4,), 5.0))
     # One move of a tenth towards the batch, not two.
@@ -141,7 +145,7 @@ def test_a_compiled_step_has_the_gradients_of_an_eager_one():
         stage = make_stage()
         if is_compiled:
             stage.compute = torch.compile(stage._compute, backend="aot_eager")
-        stage.losses(0, ROWS)["loss"].backward()
+        losses(stage)["loss"].backward()
         found.append({k: p.grad for k, p in stage.network.named_parameters()})
     for name, gradient in found[0].items():
         if gradient is not None:
