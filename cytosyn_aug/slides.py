@@ -322,7 +322,9 @@ class Slide:
                 self.close()
                 failure = error
         where = f"{self.file.name} at x={x} y={y} level {level}"
-        raise SlideError(f"{where} cannot be decoded: {failure}") from failure
+        raise SlideError(
+            f"{where} cannot be decoded: {failure}; replace the slide by a sound copy"
+        ) from failure
 
 
 def check_openslide() -> None:

@@ -209,6 +209,8 @@ def receipt_file(folder: Path, slide: str) -> Path:
 
 def _scan_slide(unit: ScanUnit) -> Scan:
     source, recipe = unit.source, unit.recipe
+    if source.fault:
+        raise SlideError(source.fault)
     if source.expected_bytes not in (None, source.num_bytes):
         raise SlideError(
             f"{source.file.name} has {source.num_bytes:,} bytes, its manifest says "

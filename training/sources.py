@@ -1,7 +1,9 @@
 """What the tile stage starts from: slides, and what names and tables say of them.
 
 Everything found is accepted, refused by a rule (named, with the rule) or failed (named, with the
-fault); nothing is passed over. No slide is opened here.
+fault); nothing is passed over. A slide that is known but cannot be had, such as one that was not
+downloaded, is a source with a fault: it has its split, so mending it later moves no other slide. No
+slide is opened here.
 
 Slides come from a folder, or from a GDC manifest and the folder it was downloaded to. A table adds
 what file names do not say: `slide` and any of patient, site, project, split, mpp; or a GDC sample
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -57,6 +60,7 @@ class Source:
         mask: Imported mask, or None.
         mask_sha256: Of the mask's bytes, or "".
         tiles: Given tiles; empty for a slide.
+        fault: Why it cannot be had, and what to do, or "".
     """
 
     slide: str
@@ -72,6 +76,7 @@ class Source:
     mask: Path | None = None
     mask_sha256: str = ""
     tiles: tuple[GivenTile, ...] = ()
+    fault: str = ""
 
 
 class Named(NamedTuple):
@@ -119,7 +124,7 @@ def list_slides(
         try:
             reason = _refusal(source.file.name, sections)
             if reason is None:
-                sources.append(_with_mask(describe(_found(source), rows), masks))
+                sources.append(describe(_with_mask(_found(source), masks), rows))
             else:
                 refused.append(Named(source.file.name, reason))
         except ValueError as error:
@@ -155,7 +160,7 @@ def describe(source: Source, rows: Mapping[str, dict[str, str]]) -> Source:
             )
         source = replace(source, **given)  # type: ignore[arg-type]
         if row.get("mpp"):
-            source = replace(source, mpp=_mpp(row["mpp"], source.slide))
+            source = _with_mpp(source, row["mpp"])
     if source.split:
         check_split_name(source.split)
     return source
@@ -228,11 +233,12 @@ def _slide_files(folder: Path, manifest: Path | None) -> Iterator[Source]:
 
 
 def _found(source: Source) -> Source:
-    """Return the source with the size of its file; raises if there is none."""
+    """Return the source with the size of its file, or with a fault if there is none."""
     if source.file.suffix.lower() not in SLIDE_SUFFIXES:
         raise ValueError(f"is no slide, expected {', '.join(SLIDE_SUFFIXES)}")
     if not source.file.is_file():
-        raise ValueError(f"is not at {source.file}; download it, or take it off the manifest")
+        fault = f"is not at {source.file}; download it, or take it off the manifest"
+        return replace(source, fault=fault)
     return replace(source, num_bytes=source.file.stat().st_size)
 
 
@@ -245,22 +251,27 @@ def _refusal(name: str, sections: tuple[str, ...]) -> str | None:
     return f"is a {SECTIONS[barcode.section]} section ({barcode.section}); wanted: {wanted}"
 
 
-def _mpp(text: str, slide: str) -> float:
+def _with_mpp(source: Source, text: str) -> Source:
     try:
-        return float(text)
+        mpp = float(text)
     except ValueError:
-        raise ValueError(f"{slide} has mpp {text!r} in its table, expected a number") from None
+        mpp = math.nan
+    if math.isfinite(mpp):
+        return replace(source, mpp=mpp)
+    fault = f"has mpp {text!r} in its table, expected a number of microns/pixel; correct the table"
+    return replace(source, fault=source.fault or fault)
 
 
 def _with_mask(source: Source, masks: Path | None) -> Source:
-    if masks is None:
+    if masks is None or source.fault:
         return source
     for suffix in (".png", ".geojson"):
         file = masks / f"{source.slide}{suffix}"
         if file.is_file():
             digest = hashlib.sha256(file.read_bytes()).hexdigest()
             return replace(source, mask=file, mask_sha256=digest)
-    raise ValueError(f"has no mask; expected {masks / source.slide}.png or .geojson")
+    fault = f"has no mask; add {masks / source.slide}.png or .geojson, or take the slide out"
+    return replace(source, fault=fault)
 
 
 def _is_file_name(name: str) -> bool:

@@ -72,8 +72,9 @@ def _make(args: argparse.Namespace) -> int:
         print(note, file=sys.stderr)
     _name("refused", listing.refused)
     if args.dry_run:
-        print(json.dumps(describe(listing, recipe, args.workers), indent=1))
-        return 1 if listing.failed else 0
+        plan = describe(listing, recipe, args.workers)
+        print(json.dumps(plan, indent=1))
+        return 1 if plan["failed"] else 0
     summary = make_tiles(
         listing, recipe, args.out, num_workers=args.workers, check_md5=args.check_md5
     )

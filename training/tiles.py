@@ -8,8 +8,9 @@
     OUT/work/            identity, scans, rows and receipts that a rerun starts from
 
 A run may be killed at any moment: a rerun keeps what has a receipt and reaches the same bytes, with
-any number of processes. What failed is tried again. A folder belongs to one recipe, one set of
-slides and one version of the decoders; another is refused, with the difference. No torch here.
+any number of processes. What failed is tried again, and may be mended: by another file, or in a
+table. A folder belongs to one recipe, one set of slides and one version of the decoders; another
+is refused, with the difference. No torch here.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def describe(listing: Listing, recipe: TileRecipe, num_workers: int) -> dict[str
         "splits": count_by_split(members(listing.sources), splits.splits),
         "divided_sites": splits.divided_sites,
         "refused": [f"{name} {reason}" for name, reason in listing.refused],
-        "failed": [f"{name} {reason}" for name, reason in listing.failed],
+        "failed": [f"{name} {reason}" for name, reason in listing.failed]
+        + [f"{source.slide} {source.fault}" for source in listing.sources if source.fault],
         "notes": listing.notes,
         "estimate": {
             "tiles_at_most": num_tiles,
@@ -152,9 +154,11 @@ def _sole_owner(out: Path) -> Iterator[None]:
 def _claim(out: Path, sources: Sequence[Source], recipe: TileRecipe) -> None:
     """Record whose folder this is, or refuse one that is another run's.
 
-    As long as no slide is cut it is nobody's: tables may be corrected after a first attempt.
+    As long as no slide is cut it is nobody's: tables may be corrected after a first attempt. So may
+    always what a slide that is not cut may have lacked.
     """
-    names = ("patient", "site", "project", "split", "mpp", "mask_sha256")
+    mendable = ("mpp", "mask_sha256", "fault")
+    names = ("patient", "site", "project", "split", *mendable)
     identity: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "recipe": asdict(recipe),
@@ -166,7 +170,11 @@ def _claim(out: Path, sources: Sequence[Source], recipe: TileRecipe) -> None:
     }
     identity = json.loads(json.dumps(identity))
     file = out / "work" / "identity.json"
-    changes = list(differences(_read(file) or {}, identity))
+    was = _read(file) or {}
+    for slide, facts in was.get("slides", {}).items():
+        if slide in identity["slides"] and not receipt_file(out, slide).exists():
+            facts |= {name: identity["slides"][slide][name] for name in mendable}
+    changes = list(differences(was, identity))
     if changes and any((out / "work" / "receipts").glob("*.json")):
         shown = "\n  ".join(changes[:8])
         more = f"\n  and {len(changes) - 8} more" if len(changes) > 8 else ""
@@ -174,7 +182,7 @@ def _claim(out: Path, sources: Sequence[Source], recipe: TileRecipe) -> None:
             f"{out} holds another run; was -> is now:\n  {shown}{more}\n"
             "Choose another --out, or restore what changed"
         )
-    if changes:
+    if _read(file) != identity:
         write_atomically(file, json.dumps(identity, indent=1).encode())
 
 
@@ -196,7 +204,7 @@ def _scan_all(
 def _kept_scan(unit: ScanUnit) -> Scan | None:
     """Return the scan of an earlier run, if it is of this unit; given tiles need none."""
     source, mask = unit.source, mask_file(unit.folder, unit.source.slide)
-    if source.tiles:
+    if source.tiles and not source.fault:
         return Scan(slide=source.slide, num_candidates=len(source.tiles))
     content = _read(scan_file(unit.folder, source.slide))
     if content is None or content["request"] != unit.digest() or not mask.exists():

@@ -48,10 +48,13 @@ def test_what_a_manifest_lists_is_taken_refused_or_failed(tmp_path):
     manifest = tmp_path / "manifest.txt"
     manifest.write_text("\n".join(["id\tfilename\tmd5\tsize", *rows]))
     found = list_slides(tmp_path, manifest=manifest)
-    assert [(s.slide, s.expected_bytes) for s in found.sources] == [(DX[:-4], 7), ("b", 5)]
+    assert [(s.slide, s.expected_bytes) for s in found.sources] == [
+        (DX[:-4], 7),
+        ("b", 5),
+        ("c", 5),
+    ]
     assert [name for name, _ in found.refused] == [TS]
-    assert [name for name, _ in found.failed] == ["c.svs"]
-    assert "download it" in found.failed[0].reason
+    assert ["download it" in s.fault for s in found.sources] == [False, False, True]
 
 
 def test_a_table_wins_over_names_and_says_what_it_does_not_match(tmp_path):
@@ -79,20 +82,30 @@ def test_a_gdc_sample_sheet_is_a_table(tmp_path):
         ("name\na\n", "expected at least slide"),
         ("slide\na\na\n", "line 3 has a a second time"),
         ("slide,split\na,train\n", r"\['b'\] have no split but others do"),
-        ("slide,split\na,../x\nb,val\n", None),
-        ("slide,mpp\na,much\n", None),
     ],
 )
-def test_a_broken_table_is_refused_or_costs_its_slide(tmp_path, table, message):
+def test_a_broken_table_is_refused(tmp_path, table, message):
     touch(tmp_path / "s", "a.svs", "b.svs")
     file = tmp_path / "slides.csv"
     file.write_text(table)
-    if message:
-        with pytest.raises(ValueError, match=message):
-            list_slides(tmp_path / "s", table=file)
-    else:
-        (failed,) = list_slides(tmp_path / "s", table=file).failed
-        assert failed.name == "a.svs"
+    with pytest.raises(ValueError, match=message):
+        list_slides(tmp_path / "s", table=file)
+
+
+def test_a_broken_split_costs_its_slide(tmp_path):
+    touch(tmp_path / "s", "a.svs", "b.svs")
+    (tmp_path / "slides.csv").write_text("slide,split\na,../x\nb,val\n")
+    (failed,) = list_slides(tmp_path / "s", table=tmp_path / "slides.csv").failed
+    assert failed.name == "a.svs"
+
+
+@pytest.mark.parametrize("mpp", ["much", "nan", "inf"])
+def test_a_scale_that_is_no_number_is_a_fault_of_its_slide(tmp_path, mpp):
+    touch(tmp_path / "s", "a.svs", "b.svs")
+    (tmp_path / "slides.csv").write_text(f"slide,mpp\na,{mpp}\n")
+    a, b = list_slides(tmp_path / "s", table=tmp_path / "slides.csv").sources
+    assert f"has mpp '{mpp}' in its table, expected a number" in a.fault
+    assert (a.mpp, b.fault) == (None, "")
 
 
 def test_two_slides_of_one_name_are_refused(tmp_path):
@@ -104,8 +117,9 @@ def test_two_slides_of_one_name_are_refused(tmp_path):
 def test_a_slide_without_its_mask_fails(tmp_path):
     touch(tmp_path, "s/a.svs", "s/b.svs", "m/a.png")
     found = list_slides(tmp_path / "s", masks=tmp_path / "m")
-    assert [s.mask.name for s in found.sources] == ["a.png"]
-    assert "has no mask" in found.failed[0].reason
+    a, b = found.sources
+    assert (a.mask.name, a.fault) == ("a.png", "")
+    assert "has no mask; add" in b.fault
 
 
 def test_given_tiles_keep_split_slide_corner_and_facts(tmp_path):

@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import damage_tile
 from PIL import Image
 
 from cytosyn_aug.config import TileSpec
@@ -260,53 +259,6 @@ def test_too_small_a_disk_is_refused_before_cutting(slides, tmp_path, monkeypatc
     assert not list((tmp_path / "out").rglob("*.tar"))
 
 
-def test_every_kind_of_bad_slide_costs_itself_only(slides, synthetic_slide, tmp_path):
-    cut(slides, tmp_path / "good")
-    truncated = synthetic_slide("truncated.svs")
-    with truncated.open("r+b") as stream:
-        stream.truncate(truncated.stat().st_size // 2)
-    (slides / "text.svs").write_text("hello")
-    (slides / "empty.svs").touch()
-    (slides / "gone.svs").symlink_to(slides / "nowhere.svs")
-    for name, mpp in (("zero", "0"), ("nan", "nan"), ("huge", "1000"), ("coarse", "2")):
-        synthetic_slide(f"{name}.svs", mpp=mpp)
-    synthetic_slide("bare.tif", mpp=None, power=None)
-    damage_tile(synthetic_slide("rotten.svs"), 0, level_page=2)  # its coarse level, all of it
-    summary = cut(slides, tmp_path / "out", num_workers=1)
-    bad = ["bare", "coarse", "empty", "gone.svs", "huge", "nan", "rotten", "text", "truncated"]
-    bad.append("zero")
-    assert sorted(name for name, _ in summary.failures) == bad
-    assert all(reason for _, reason in summary.failures)
-    assert {n for n, r in slide_rows(tmp_path / "out").items() if r["status"] == "failed"} == {*bad}
-    taken = {r["slide"] for r in rows(tmp_path / "out")}
-    assert taken == {"s0", "s1", "s2"}
-    for name in taken:
-        (first,), (second,) = ((tmp_path / run).glob(f"*/{name}.tar") for run in ("good", "out"))
-        assert first.read_bytes() == second.read_bytes()
-
-
-def test_a_damaged_region_costs_its_tiles_and_names_them(synthetic_slide, tmp_path):
-    file = synthetic_slide(grid="####\n####\n####\n####")
-    damage_tile(file, 0)  # 256 px: four of our tiles
-    summary = cut(file.parent, tmp_path / "out")
-    assert summary.num_tiles == 12
-    assert [name for name, _ in summary.failures] == [
-        f"slide tile {x}_{y}" for x, y in ((0, 0), (0, 128), (128, 0), (128, 128))
-    ]
-    with (tmp_path / "out" / "failures.csv").open() as stream:
-        assert len(list(csv.DictReader(stream))) == 4
-
-
-def test_a_repaired_slide_is_taken_when_run_again(slides, tmp_path):
-    good = (slides / "s1.svs").read_bytes()
-    (slides / "s1.svs").write_bytes(good[:3000])
-    assert len(cut(slides, tmp_path / "out").failures) == 1
-    (slides / "s1.svs").write_bytes(good)
-    assert not cut(slides, tmp_path / "out").failures
-    cut(slides, tmp_path / "undisturbed")
-    assert tree(tmp_path / "out") == tree(tmp_path / "undisturbed")
-
-
 def test_a_missing_or_shortened_shard_is_cut_again(slides, tmp_path):
     cut(slides, tmp_path / "out")
     before = tree(tmp_path / "out")
@@ -431,6 +383,15 @@ def test_an_unusable_given_tile_fails_by_name_and_is_not_replaced(given_tiles, t
     messages = " ".join(reason for _, reason in summary.failures)
     for part in ("1_1.png is 65x64 px", "has mode CMYK", "3_3.png cannot", "4_4.png cannot"):
         assert part in messages
+
+
+def test_a_fault_in_the_table_of_given_tiles_costs_their_slide(given_tiles, tmp_path):
+    (given_tiles / "slides.csv").write_text("slide,mpp\nb,much\n")
+    summary = make_tiles(list_tiles(given_tiles), RECIPE, tmp_path / "out", num_workers=0)
+    assert summary.num_slides == 2
+    assert [(name, "has mpp 'much'" in reason) for name, reason in summary.failures] == [
+        ("b", True)
+    ]
 
 
 def test_a_larger_set_than_memory_is_read_by_a_data_loader(given_tiles, tmp_path):
