@@ -27,7 +27,8 @@ def slide_mask(slide: Slide, imported: Path | None, config: TissueConfig) -> Tis
     if is_unreadable.all():
         raise SlideError(f"{slide.file.name} opens, but no part of it can be decoded")
     # What cannot be seen may be tissue: its tiles are tried, and those that fail are named.
-    return TissueMask(tissue_pixels(image, config) | is_unreadable, (pixel, pixel))
+    is_tissue = tissue_pixels(image, config) | is_unreadable
+    return TissueMask(is_tissue, (pixel, pixel), float(is_unreadable.mean()))
 
 
 def candidate_positions(

@@ -75,11 +75,18 @@ class TissueMask:
     Attributes:
         is_tissue: bool [H, W].
         pixel_level0: Width and height of a mask pixel in level-0 pixels.
+        unreadable: Share of the mask where the slide could not be seen, which counts as tissue.
     """
 
-    def __init__(self, is_tissue: np.ndarray, pixel_level0: tuple[float, float]) -> None:
+    def __init__(
+        self,
+        is_tissue: np.ndarray,
+        pixel_level0: tuple[float, float],
+        unreadable: float = 0.0,
+    ) -> None:
         self.is_tissue = is_tissue
         self.pixel_level0 = pixel_level0
+        self.unreadable = unreadable
         sums = np.zeros((is_tissue.shape[0] + 1, is_tissue.shape[1] + 1), np.int64)
         sums[1:, 1:] = is_tissue.cumsum(0, dtype=np.int64).cumsum(1)
         self._sums = sums  # of all pixels above and to the left

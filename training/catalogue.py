@@ -125,7 +125,8 @@ def _failures(outcome: Outcome) -> Iterator[tuple[str, int, int, str]]:
     """Yield what could not be had, in the order of names; corner -1, -1 is a whole slide."""
     found: list[tuple[str, int, int, str]] = []
     found += [(name, -1, -1, reason) for name, reason in outcome.listing.failed]
-    found += [(name, -1, -1, scan.error) for name, scan in outcome.scans.items() if scan.error]
+    for name, scan in outcome.scans.items():
+        found += [(name, -1, -1, fault) for fault in (scan.error, scan.damage) if fault]
     for name, receipt in outcome.receipts.items():
         found += [(name, *failure) for failure in receipt.failures]
     yield from sorted(found)
@@ -162,7 +163,7 @@ def _slide_row(outcome: Outcome, source: Source, quotas: Mapping[str, int]) -> t
         len(receipt.failures),
         receipt.sha256,
         scan.identity,
-        "; ".join([*scan.notes, *errors]),
+        "; ".join([*scan.notes, *filter(None, [scan.damage]), *errors]),
     )
 
 

@@ -80,10 +80,14 @@ class TileRecipe:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scan:
-    """What is known of a slide before it is cut; all but `slide` is empty if `error` is not."""
+    """What is known of a slide before it is cut; all but `slide` is empty if `error` is not.
+
+    With `damage` it can be cut, but not as a sound copy would be.
+    """
 
     slide: str
     error: str = ""
+    damage: str = ""
     request: str = ""  # digest of the unit
     mpp: float = 0.0
     mpp_source: str = ""
@@ -226,6 +230,7 @@ def _scan_slide(unit: ScanUnit) -> Scan:
         write_atomically(mask_file(unit.folder, source.slide), stream.getvalue())
         return Scan(
             slide=source.slide,
+            damage=_damage(mask),
             request=unit.digest(),
             mpp=slide.scale.mpp,
             mpp_source=slide.scale.source,
@@ -235,6 +240,15 @@ def _scan_slide(unit: ScanUnit) -> Scan:
             mask_pixel_level0=mask.pixel_level0,
             num_candidates=len(candidate_positions(slide, reading, mask, recipe.tissue)[0]),
         )
+
+
+def _damage(mask: TissueMask) -> str:
+    if not mask.unreadable:
+        return ""
+    return (
+        f"{mask.unreadable:.1%} of its overview cannot be decoded, where all tiles were tried; "
+        "replace it by a sound copy"
+    )
 
 
 def _digest(*content: object) -> str:

@@ -197,6 +197,7 @@ def _scan_all(
         result = Scan(slide=slide, error=found.reason) if isinstance(found, Death) else found
         scans[slide] = result
         state = result.error or f"{result.num_candidates} tiles with tissue"
+        state += f", DAMAGED: {result.damage}" if result.damage else ""
         _say(f"scan {count}/{len(units)} {slide}: {state}")
     return {name: found for name, found in scans.items() if found is not None}
 
@@ -209,6 +210,8 @@ def _kept_scan(unit: ScanUnit) -> Scan | None:
     content = _read(scan_file(unit.folder, source.slide))
     if content is None or content["request"] != unit.digest() or not mask.exists():
         return None
+    if content.get("damage"):
+        return None  # a sound copy may have come, of the same size
     content["notes"] = tuple(content["notes"])
     content["mask_pixel_level0"] = tuple(content["mask_pixel_level0"])
     found = Scan(**content)

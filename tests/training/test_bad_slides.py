@@ -162,6 +162,27 @@ def test_a_damaged_region_costs_its_tiles_and_names_them(folder, tmp_path):
     check_it_is_as_never_bad(folder, tmp_path / "out")
 
 
+def test_a_slide_whose_overview_is_damaged_is_named_cut_and_cut_again_once_mended(
+    synthetic_slide, tmp_path
+):
+    """Where nothing can be seen every tile is tried: glass is rejected, none is missed."""
+    glass, tissue = "." * 20, "." * 8 + "####" + "." * 8
+    file = synthetic_slide("bad.svs", "\n".join([glass] * 4 + [tissue] * 4 + [glass] * 12))
+    good, out = file.read_bytes(), tmp_path / "out"
+    damage_tile(file, 0, level_page=2)  # a sixth of the coarse level
+    for _ in range(2):
+        summary = cut(file.parent, out)
+        ((name, reason),) = summary.failures
+        assert (name, summary.num_tiles) == ("bad", 16)
+        assert "16.0% of its overview cannot be decoded" in reason
+        row = slide_rows(out)["bad"]
+        assert (row["status"], row["num_candidates"], row["num_blank"]) == ("taken", "80", "64")
+        assert reason in row["notes"]
+    file.write_bytes(good)
+    assert not cut(file.parent, out).failures
+    check_it_is_as_never_bad(file.parent, out)
+
+
 def test_the_command_names_bad_slides_and_its_exit_code_changes(folder, tmp_path, capsys):
     arguments = ["--slides", str(folder), "--out", str(tmp_path / "out"), "--workers", "1"]
     good = (folder / "bad.svs").read_bytes()
