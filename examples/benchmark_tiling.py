@@ -1,24 +1,27 @@
 """Measure the tile stage beside OpenSlide's own read and PIL's resize: tiles/s and the ratio.
 
-    python examples/benchmark_tiling.py SLIDE [--repeats 7] [--copies 4]
+    python examples/benchmark_tiling.py SLIDE [--repeats 7] [--workers 2] [--copies 4]
 
 1. One process: the same tiles of the same slide, read and reduced by three lines of OpenSlide and
    PIL, and by ours (alpha, retry, tile checks; encoding excluded). The two take turns, tile row by
    tile row, and processor time is counted, so that other work on the machine touches both alike.
 2. Processes: copies of the slide are cut to shards (read, check, encode, checksum, write) by one
-   process and by two, in turns. On a busy machine wall time says little; processor time still
-   tells whether two processes hinder each other.
+   process and by several, in turns. Wall time is counted from when all of them run to when the
+   last one ends. It says something only on a machine with a free core for each; processor time
+   tells even on a busy one whether processes hinder each other.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import openslide
@@ -36,16 +39,32 @@ from training.workers import Death, run_units
 Corners = list[tuple[int, int]]
 
 
+class Meeting(NamedTuple):
+    """Something to do for each of several processes: wait until all of them run."""
+
+    folder: Path
+    number: int
+    num_workers: int
+
+
+class Rate(NamedTuple):
+    """Tiles per second of wall time, and of processor time."""
+
+    wall: float
+    processor: float
+
+
 def main() -> None:
     """Print both measurements for one slide."""
     parser = argparse.ArgumentParser(description="Measure the tile stage on one slide.")
     parser.add_argument("slide", type=Path)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--copies", type=int, default=4, help="slides of the second part")
+    parser.add_argument("--workers", type=int, default=2, help="processes of the second part")
+    parser.add_argument("--copies", type=int, default=4, help="slides a process has to cut")
     args = parser.parse_args()
     print(f"{args.slide.name}, OpenSlide {openslide.__library_version__}, PIL {PIL.__version__}")
     compare_with_openslide(args.slide, args.repeats)
-    compare_processes(args.slide, args.copies)
+    compare_processes(args.slide, args.repeats, args.workers, args.copies)
 
 
 def compare_with_openslide(file: Path, repeats: int) -> None:
@@ -81,15 +100,15 @@ def compare_with_openslide(file: Path, repeats: int) -> None:
     print(f"  encoding          {1000 * statistics.median(encoding):6.2f} ms a tile on top")
 
 
-def compare_processes(file: Path, copies: int) -> None:
-    """Print tiles per second of wall time of the whole stage with one process and with two."""
+def compare_processes(file: Path, repeats: int, num_workers: int, copies: int) -> None:
+    """Print tiles per second of the whole stage with one process and with several."""
     recipe = TileRecipe()
     with tempfile.TemporaryDirectory() as temporary:
         slides, out = Path(temporary, "slides"), Path(temporary, "out")
         slides.mkdir()
         for name in ("work/scans", "work/parts", "work/receipts", "masks", "train"):
             (out / name).mkdir(parents=True)
-        for k in range(copies):
+        for k in range(num_workers * copies):
             (slides / f"copy{k}{file.suffix}").symlink_to(file.resolve())
         sources = list_slides(slides).sources
         scans = {s.slide: scan(ScanUnit(s, recipe, out, False)) for s in sources}
@@ -97,34 +116,47 @@ def compare_processes(file: Path, copies: int) -> None:
             CutUnit(s, recipe, out, scans[s.slide], "train", scans[s.slide].num_candidates)
             for s in sources
         ]
-        rates: dict[int, list[np.ndarray]] = {1: [], 2: []}
-        for _ in range(3):
-            for num_workers in rates:
-                rates[num_workers].append(rate(units, num_workers))
-    print(f"cut to shards, {copies} copies of the slide: tiles/s of wall and of processor time")
-    one, two = (np.median(rates[n], axis=0) for n in (1, 2))
-    print(f"  1 process   {one[0]:6.1f} {one[1]:6.1f}")
-    print(f"  2 processes {two[0]:6.1f} {two[1]:6.1f}")
-    print(f"  ratio       {two[0] / one[0]:6.2f} {two[1] / one[1]:6.2f}   (ideal: 2 and 1)")
+        one: list[Rate] = []
+        several: list[Rate] = []
+        for k in range(repeats):
+            turns = [(one, 1), (several, num_workers)]
+            for rates, num in turns if k % 2 else turns[::-1]:
+                rates.append(rate(units, num))
+    cores = len(os.sched_getaffinity(0))
+    print(f"cut to shards, {len(units)} copies of the slide, {cores} cores, {repeats} repeats")
+    print("  tiles/s of wall time, of processor time")
+    for num, rates in ((1, one), (num_workers, several)):
+        wall, processor = np.median(rates, axis=0)
+        print(f"  processes: {num}   {wall:6.1f} {processor:6.1f}")
+    ratios = np.array(several) / np.array(one)
+    wall, processor = np.median(ratios, axis=0)
+    print(f"  ratio          {wall:6.2f} {processor:6.2f}   (ideal: {num_workers} and 1)")
+    print(f"  of wall time   {ratios[:, 0].min():6.2f} to {ratios[:, 0].max():.2f}")
 
 
-def rate(units: list[CutUnit], num_workers: int) -> np.ndarray:
-    """Return tiles per second of wall time, once all processes run, and of processor time."""
-    warm = [unit._replace(quota=1) for unit in units[:num_workers]]
-    began, seconds, done = 0.0, 0.0, 0
-    for count, (unit, answer) in enumerate(run_units(timed_cut, [*warm, *units], num_workers), 1):
-        if count == len(warm):
-            began = time.monotonic()
-        if unit.quota > 1:
+def rate(units: list[CutUnit], num_workers: int) -> Rate:
+    """Return how fast processes cut, all together, once all of them run."""
+    with tempfile.TemporaryDirectory() as temporary:
+        meetings = [Meeting(Path(temporary), k, num_workers) for k in range(num_workers)]
+        began, seconds, done = 0.0, 0.0, 0
+        for unit, answer in run_units(meet_or_cut, [*meetings, *units], num_workers):
             assert not isinstance(answer, Death)
-            done += unit.quota
-            seconds += answer
-    return done / np.array([time.monotonic() - began, seconds])
+            if isinstance(unit, Meeting):
+                began = began or time.monotonic()
+            else:
+                done += unit.quota
+                seconds += answer
+        return Rate(done / (time.monotonic() - began), done / seconds)
 
 
-def timed_cut(unit: CutUnit) -> float:
-    """Cut a slide and return the processor time that took."""
-    return processor_time(cut, unit)
+def meet_or_cut(unit: Meeting | CutUnit) -> float:
+    """Wait for the other processes, or cut a slide; return the processor time that took."""
+    if isinstance(unit, CutUnit):
+        return processor_time(cut, unit)
+    (unit.folder / str(unit.number)).touch()
+    while len(list(unit.folder.iterdir())) < unit.num_workers:
+        time.sleep(0.001)
+    return 0.0
 
 
 def tissue_rows(
