@@ -77,7 +77,7 @@ TRAINING_ROWS = [
     {"sources"},
     {"tile_folders"},
     {"data", "losses", "mean_flow", "perception", "sheets", "weights", "candidates"},
-    {"metrics", "cutting", "discriminator", "drawn", "latents"},
+    {"metrics", "cutting", "discriminator", "latents"},
     {"loop"},
     {"codecs", "extractors", "neighbours", "likelihood", "catalogue"},
     {"views"},

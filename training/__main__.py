@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--sit", type=Path, help="run or model folder of the transformer")
     parser.add_argument("--teacher", type=Path, help="distil: run or model folder of the teacher")
     parser.add_argument("--student", type=Path, help="export: run or model folder of the student")
-    parser.add_argument("--decoder", type=Path, help="run or model folder of the small decoder")
+    parser.add_argument("--decoder", type=Path, help="export: run or model folder of the small one")
     parser.add_argument("--notes", type=Path, help="export: Markdown that opens the model card")
     parser.add_argument(
         "--run",

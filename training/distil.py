@@ -3,8 +3,7 @@
 The student is a Decoupled MeanFlow network that starts as the teacher (`SiT` with
 `decoupled_depth`). Half of each batch is taught the teacher's guided velocity at r = t, the other
 half average velocities from t to r by a rule of `training.mean_flow`. The guidance scale is an
-input, drawn anew for every sample, so one student serves all scales up to the largest. Optionally
-tiles that the student draws are looked at too; see `training.drawn`.
+input, drawn anew for every sample, so one student serves all scales up to the largest.
 
 Source: Lee et al. (2025), "Decoupled MeanFlow", arXiv 2510.24474. Deviations: the teacher's
 velocity is the target at r = t too, which has less variance than eps - x; the scale as an input is
@@ -32,7 +31,6 @@ from cytosyn_aug.sampling import (
 )
 from cytosyn_aug.transformer import SiT
 from training.data import Batches, Tiles, spread_evenly, step_generator
-from training.drawn import DrawnRecipe, DrawnTiles
 from training.latents import LatentSpace, Views, stratified
 from training.loop import LoopConfig
 from training.losses import cauchy_error
@@ -60,7 +58,6 @@ class DistilRecipe:
         time_scale: Standard deviation of these logits.
         condition_dropout: Probability that a sample is taught under the null condition.
         batch_size: Even.
-        drawn: How tiles that the student draws are judged; None: they are not.
     """
 
     loop: LoopConfig
@@ -75,7 +72,6 @@ class DistilRecipe:
     batch_size: int
     condition_dropout: float
     seed: int
-    drawn: DrawnRecipe | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 2 or self.batch_size % 2:
@@ -163,19 +159,13 @@ class DistilStage:
         space: LatentSpace,
         teacher: SiT,
         compiles: bool = False,
-        decoder: nn.Module | None = None,
     ) -> None:
-        if recipe.drawn is not None and decoder is None:
-            raise ValueError("the recipe looks at drawn tiles; pass --decoder, a small decoder")
         self.recipe, self.views, self.space, self.device = recipe, views, space, space.device
         self.teacher = teacher.to(self.device).eval().requires_grad_(False)
         self.batches = Batches(len(views), recipe.batch_size, recipe.seed, views.name)
         self.shown = spread_evenly(validation, 16)
         self.held_out = space.encode(spread_evenly(validation, 160), with_patches=False)
         self.network = Distillation(build_student(recipe, teacher)).to(self.device)
-        self.drawn: DrawnTiles | None = None
-        if recipe.drawn is not None and decoder is not None:
-            self.drawn = DrawnTiles(recipe.drawn, decoder, self.device)
         self.compute = torch.compile(self._compute) if compiles else self._compute
 
     def read(self, step: int, rows: slice) -> Views:
@@ -195,29 +185,7 @@ class DistilStage:
             )
         draws = self._draws(self.batches.size, step_generator(self.recipe.seed, step))
         batch = {k: v.to(self.device).float() for k, v in samples.items()}
-        mine = _Draws(*(x[rows] for x in draws))
-        found = self.compute(self.network, batch, mine)
-        if self.drawn is not None:
-            draw = step_generator(self.recipe.seed, step, stream=1)
-            found["texture"] = self._texture(self.drawn, batch, mine, draw)
-            found["loss"] = found["loss"] + self.drawn.recipe.weight * found["texture"]
-        return found
-
-    def _texture(
-        self, drawn: DrawnTiles, batch: dict[str, Tensor], draws: _Draws, draw: torch.Generator
-    ) -> Tensor:
-        """Return the loss of tiles drawn from the conditions of some of the rows."""
-        some = slice(None, None, drawn.recipe.row_stride)
-        x = self.teacher.whiten(batch["mean"] + batch["std"] * draws.posterior)[some]
-        with mixed_precision(x.device):
-            return drawn.texture(
-                self.network.student,
-                x,
-                draws.eps[some],
-                batch["cls"][some],
-                draws.guidance[some],
-                draw,
-            )
+        return self.compute(self.network, batch, _Draws(*(x[rows] for x in draws)))
 
     def _draws(self, num: int, draw: torch.Generator) -> _Draws:
         recipe, shape = self.recipe, (num, *self.held_out["mean"].shape[1:])

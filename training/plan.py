@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,6 @@ from training.card import NUM_SOURCES, NUM_VARIATIONS
 from training.decoder import DecoderRecipe, build_decoder
 from training.discriminator import PatchDiscriminator
 from training.distil import DistilRecipe, build_student
-from training.drawn import DrawnRecipe
 from training.encoder import EncoderRecipe, build_encoder
 from training.evaluate import Evaluation
 from training.perception import PerceptualNetwork
@@ -199,32 +197,11 @@ def _uses(recipe: Recipe, name: str) -> list[_Use]:
         student = build_student(recipe, transformer)
         # Half of the samples: teacher with and without condition, student trained. Half: the
         # same teacher, and a derivative along the flow, which costs a pass more than it.
-        drawn = 0.0
-        if recipe.drawn is not None:
-            drawn = _TRAINED * fmean(recipe.drawn.forwards) / recipe.drawn.row_stride
         return [
-            _Use("student", student, True, (_TRAINED + 1 + drawn) * forward),
+            _Use("student", student, True, (_TRAINED + 1) * forward),
             _Use("teacher", transformer, False, 2 * forward),
-            *_uses_drawn(recipe.drawn, name),
         ]
     return _uses_end_to_end(recipe, vae, transformer, encoder, forward)
-
-
-def _uses_drawn(recipe: DrawnRecipe | None, name: str) -> list[_Use]:
-    """Return what looks at drawn tiles, its cost spread over all rows of a batch."""
-    if recipe is None:
-        return []
-    small_recipe = find_recipe(name, "decoder")
-    assert isinstance(small_recipe, DecoderRecipe)
-    small, vgg = build_decoder(small_recipe, 4), _vgg()
-    latents = torch.zeros(1, 4, 28, 28)
-    look = torch.zeros(1, 3, recipe.crop_px, recipe.crop_px)
-    share = 1 / recipe.row_stride
-    beside = _PASSED_ON + _FROZEN  # what is drawn, and the real tile that it is compared with
-    return [
-        _Use("decoder", small, False, share * beside * count_flop(small, latents)),
-        _Use("vgg", vgg, False, share * 2 * beside * count_flop(vgg, look)),
-    ]
 
 
 def _uses_end_to_end(

@@ -7,7 +7,6 @@ from dataclasses import replace
 from training.cutting import TileRecipe
 from training.decoder import DecoderRecipe
 from training.distil import DistilRecipe
-from training.drawn import DrawnRecipe
 from training.encoder import EncoderRecipe
 from training.loop import LoopConfig
 from training.repae import RepaeRecipe
@@ -194,33 +193,6 @@ def tiny_distil() -> DistilRecipe:
         condition_dropout=0.1,
         seed=7,
     )
-
-
-def tiny_drawn_distil() -> DistilRecipe:
-    """Return a second part of the student's run, which looks at the tiles it draws.
-
-    Not part of `tiny`: with 4 forwards it comes nearer to real tiles by Frechet distance, and
-    loses recall (LOG.md, 2026-11-28). `--warm-start` takes the first part, `--decoder` the small
-    decoder.
-    """
-    first = tiny_distil()
-    loop = replace(
-        first.loop,
-        num_steps=160,
-        learning_rate=5e-4,
-        muon_rate=0.002,
-        cooldown_steps=110,
-        report_every_steps=80,
-        log_every_steps=10,
-    )
-    drawn = DrawnRecipe(
-        row_stride=2,
-        forwards=(1, 4, 4),
-        crop_px=112,
-        perceptual_stages=5,
-        weight=10.0,
-    )
-    return replace(first, loop=loop, batch_size=16, drawn=drawn, seed=13)
 
 
 def xl_distil() -> DistilRecipe:
@@ -493,13 +465,6 @@ def smoke_sit() -> SitRecipe:
         projector_dim=16,
         batch_size=2,
     )
-
-
-def smoke_drawn_distil() -> DistilRecipe:
-    """Return a run of seconds that touches every line of looking at drawn tiles."""
-    drawn = tiny_drawn_distil().drawn
-    assert drawn is not None
-    return replace(smoke_distil(), drawn=replace(drawn, crop_px=64, forwards=(2,)), seed=13)
 
 
 def smoke_distil() -> DistilRecipe:

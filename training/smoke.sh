@@ -30,9 +30,6 @@ parts=(--vae "$out/repae" --encoder "$out/encoder")
 run latents --recipe smoke --data "$out/tiles" --out "$out/final_latents" "${parts[@]}"
 stage distil "${parts[@]}" --latents "$out/final_latents" --teacher "$out/repae"
 stage decoder --vae "$out/repae"
-run distil --recipe smoke_drawn --data "$out/tiles" --out "$out/drawn" "${parts[@]}" \
-    --latents "$out/final_latents" --teacher "$out/repae" --decoder "$out/decoder" \
-    --warm-start "$out/distil" > "$out/drawn.log"
 run export --recipe smoke "${parts[@]}" --sit "$out/repae" --student "$out/distil" \
     --decoder "$out/decoder" --out "$out/model"
 run evaluate --data "$out/tiles" --model "$out/model" --out "$out/report" \

@@ -100,10 +100,7 @@ def find_recipe(name: str, stage: str) -> Recipe:
 
 
 def _recipe_function(name: str, stage: str) -> Callable[[], object]:
-    """Return the function `NAME_STAGE`; a later part of a run (`tiny_drawn`) shares its others."""
     function = getattr(recipes, f"{name}_{stage}", None)
-    if function is None and any(k.startswith(f"{name}_") for k in vars(recipes)):
-        function = getattr(recipes, f"{name.partition('_')[0]}_{stage}", None)
     if function is None:
         known = sorted(k for k in vars(recipes) if k.endswith(f"_{stage}"))
         raise ValueError(f"no recipe {name}_{stage} in training/recipes.py; there are {known}")
@@ -150,8 +147,7 @@ def build_stage(
         return SitStage(recipe, views, open_tiles(val), space, compiles)
     assert sources.teacher is not None
     teacher = load_transformer(sources, sources.teacher)
-    decoder = None if recipe.drawn is None else load_decoder(sources, vae)
-    return DistilStage(recipe, views, open_tiles(val), space, teacher, compiles, decoder)
+    return DistilStage(recipe, views, open_tiles(val), space, teacher, compiles)
 
 
 def write_latents(

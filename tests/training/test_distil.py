@@ -7,20 +7,12 @@ import torch
 from conftest import random_parts, synthetic_tiles
 
 from cytosyn_aug.sampling import guide
-from cytosyn_aug.small_decoder import SmallDecoder
 from cytosyn_aug.transformer import SiT
 from training.data import TileSet
 from training.distil import DistilStage, build_student, guided_velocity
 from training.latents import LatentSpace
 from training.loop import recipe_dict, train
-from training.recipes import (
-    smoke_distil,
-    smoke_drawn_distil,
-    smoke_latents,
-    tiny_distil,
-    tiny_sit,
-    xl_distil,
-)
+from training.recipes import smoke_distil, smoke_latents, tiny_distil, tiny_sit, xl_distil
 from training.sit import build_transformer
 from training.views import StoredViews, write_views
 
@@ -33,16 +25,14 @@ def tiles():
 
 @pytest.fixture
 def make_stage(tiles, tmp_path):
-    def make(num_views=4, decoder=None, **changes):
+    def make(num_views=4, **changes):
         parts = random_parts()
         space = LatentSpace(parts.vae.eval(), parts.encoder.eval())
         latents = replace(smoke_latents(), num_views=num_views, has_patches=False)
         folder = tmp_path / f"latents{num_views}"
         write_views(space, tiles, latents, folder, data="these tiles")
         recipe = replace(smoke_distil(), **changes)
-        return DistilStage(
-            recipe, StoredViews(folder), tiles, space, parts.transformer, decoder=decoder
-        )
+        return DistilStage(recipe, StoredViews(folder), tiles, space, parts.transformer)
 
     return make
 
@@ -102,27 +92,6 @@ def test_half_of_a_batch_is_at_r_equal_t_and_the_rest_jumps_towards_data(make_st
     with pytest.raises(ValueError, match="split a pair"):
         losses(stage, slice(3, 6))
     assert bool(((draws.guidance >= 1) & (draws.guidance <= 3)).all())
-
-
-def test_drawn_tiles_are_looked_at_where_the_recipe_says_so(make_stage):
-    """Every second row, from its own noise; the loss is the distillation's and theirs."""
-    with pytest.raises(ValueError, match="pass --decoder"):
-        make_stage(drawn=smoke_drawn_distil().drawn)
-    decoder = SmallDecoder(widths=(16, 16, 16), num_blocks=(1, 1, 1))
-    plain = losses(make_stage())
-    stage = make_stage(drawn=smoke_drawn_distil().drawn, decoder=decoder)
-    seen = []
-    whole = stage.drawn.texture
-    stage.drawn.texture = lambda *given: seen.append(given) or whole(*given)
-    found = losses(stage)
-    total = plain["loss"] + stage.drawn.recipe.weight * found["texture"]
-    assert found["loss"].item() == pytest.approx(total.item(), rel=1e-4)
-    ((_, real, noise, condition, guidance, _),) = seen
-    assert len(real) == len(noise) == len(condition) == len(guidance) == 2
-    found["texture"].backward()
-    assert all(
-        p.grad is not None for k, p in stage.network.student.named_parameters() if "pos" not in k
-    )
 
 
 def test_a_resumed_distillation_is_bit_equal_to_an_undisturbed_one(make_stage, tmp_path):

@@ -18,7 +18,6 @@ from training.latents import LatentSpace, mean_token
 from training.losses import alignment
 from training.recipes import smoke_encoder, smoke_sit
 from training.sit import SitStage
-from training.stages import find_recipe
 from training.views import StoredViews
 from training.weights import stage_weights
 
@@ -326,10 +325,3 @@ def test_missing_arguments_are_named(tmp_path):
 def test_an_unknown_recipe_is_named(data, tmp_path):
     with pytest.raises(SystemExit, match="no recipe huge_vae"):
         run("vae", "--recipe", "huge", "--data", data, "--out", tmp_path)
-
-
-def test_a_later_part_of_a_run_shares_the_recipes_of_the_first_and_a_typing_error_is_refused():
-    assert find_recipe("tiny_drawn", "decoder") == find_recipe("tiny", "decoder")
-    assert find_recipe("tiny_drawn", "distil") != find_recipe("tiny", "distil")
-    with pytest.raises(ValueError, match="no recipe tiny_dranw_distil"):
-        find_recipe("tiny_dranw", "distil")
