@@ -1,8 +1,7 @@
 """What a run will cost, before it starts: parameters, bytes and FLOP, counted on the meta device.
 
-Networks are built without memory, and one sample goes through each, so that a plan for 683 M
-parameters takes seconds. What a step does with each network is written down here once a stage.
-Activations are not in it: they depend on the batch, and num_micro_batches bounds them.
+Networks are built without memory, and a sample or two go through each, so that a plan for 683 M
+parameters takes seconds. What a step does with each network is in `training.step_costs`.
 """
 
 from __future__ import annotations
@@ -11,27 +10,17 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 from cytosyn_aug.checkpoint import ModelParts
-from cytosyn_aug.encoder import TileEncoder
-from cytosyn_aug.transformer import SiT
+from training import recipes
 from training.card import NUM_SOURCES, NUM_VARIATIONS
-from training.decoder import DecoderRecipe, build_decoder
-from training.discriminator import PatchDiscriminator
-from training.distil import DistilRecipe, build_student
-from training.encoder import EncoderRecipe, build_encoder
 from training.evaluate import Evaluation
-from training.perception import PerceptualNetwork
-from training.repae import RepaeRecipe
-from training.sit import SitRecipe, build_transformer
-from training.stages import Recipe, find_latents_recipe, find_recipe
+from training.pass_costs import count_flop
+from training.stages import find_latents_recipe, find_recipe
+from training.step_costs import decode_flop, encode_flop, step_uses, tile_encoder
 from training.vae import VaeRecipe, build_vae
 
-# Passes of a step in units of a forward pass: a backward pass costs one for the inputs' gradient
-# and one for the weights'.
-_TRAINED, _PASSED_ON, _FROZEN = 3, 2, 1
 _FLOAT = 4
 _H100_FLOPS, _SHARE = 989e12, 0.4
 
@@ -43,20 +32,31 @@ class Plan:
     Attributes:
         num_steps: Optimiser steps.
         batch_size: Samples a step.
+        num_gpus: Processes that share it, one a GPU.
+        num_passes: Micro-batches that each splits its part into.
         parameters: Trained parameters of each network.
         state_bytes: Weights, gradients, optimiser and moving average of a process, all float32.
         frozen_bytes: Weights of networks that are only run.
+        activation_bytes: What a pass keeps for its backward pass; see `training.pass_costs`.
         checkpoint_bytes: One of the two checkpoints that a run keeps.
         flop_per_sample: Of a training step.
     """
 
     num_steps: int
     batch_size: int
+    num_gpus: int
+    num_passes: int
     parameters: dict[str, int]
     state_bytes: int
     frozen_bytes: int
+    activation_bytes: float
     checkpoint_bytes: int
     flop_per_sample: float
+
+    @property
+    def gpu_bytes(self) -> float:
+        """Of state, frozen weights and activations together; leave a tenth of a GPU to the rest."""
+        return self.state_bytes + self.frozen_bytes + self.activation_bytes
 
     def text(self) -> str:
         """Return the plan as lines for a terminal."""
@@ -66,8 +66,12 @@ class Plan:
         return (
             f"steps        {self.num_steps:,} of {self.batch_size} samples\n"
             f"trained      {sizes}\n"
-            f"memory       {self.state_bytes / 1e9:.2f} GB of state and "
-            f"{self.frozen_bytes / 1e9:.2f} GB of frozen weights a process, plus activations\n"
+            f"batch        {self.num_gpus} GPUs x {self.num_passes} passes of "
+            f"{self.batch_size // (self.num_gpus * self.num_passes)}\n"
+            f"memory       {self.gpu_bytes / 1e9:.2f} GB a GPU: {self.state_bytes / 1e9:.2f} of "
+            f"state, {self.frozen_bytes / 1e9:.2f} of frozen weights, "
+            f"{self.activation_bytes / 1e9:.2f} of activations;\n"
+            "             workspace of kernels and fragmentation come on top\n"
             f"checkpoints  2 of {self.checkpoint_bytes / 1e9:.2f} GB\n"
             f"compute      {self.flop_per_sample / 1e9:.1f} GFLOP a sample, {total:.2g} FLOP in "
             f"all: {hours:,.1f} H100-hours at {_SHARE:.0%} of {_H100_FLOPS / 1e12:.0f} TFLOP/s"
@@ -86,17 +90,22 @@ def plan(name: str, stage: str) -> Plan:
     """
     recipe = find_recipe(name, stage)
     with torch.device("meta"):
-        uses = _uses(recipe, name)
+        uses = step_uses(recipe, name)
     trained = {use.name: _count(use.network) for use in uses if use.is_trained}
     total = sum(trained.values())
     # Muon keeps one number a weight, AdamW two; counted as AdamW's.
-    frozen = sum(_count(use.network) for use in uses if not use.is_trained)
+    frozen_weights = sum(_count(use.network) for use in uses if not use.is_trained)
+    num_gpus, num_passes = recipes.NUM_GPUS.get(name, 1), recipe.loop.num_micro_batches
+    num_rows = recipe.batch_size // (num_gpus * num_passes)
     return Plan(
         num_steps=recipe.loop.num_steps,
         batch_size=recipe.batch_size,
+        num_gpus=num_gpus,
+        num_passes=num_passes,
         parameters=trained,
         state_bytes=5 * _FLOAT * total,
-        frozen_bytes=_FLOAT * frozen,
+        frozen_bytes=_FLOAT * frozen_weights,
+        activation_bytes=sum(use.kept.fixed + num_rows * use.kept.per_sample for use in uses),
         checkpoint_bytes=4 * _FLOAT * total,
         flop_per_sample=sum(use.flop for use in uses),
     )
@@ -137,113 +146,15 @@ def plan_latents(name: str) -> LatentsPlan:
     recipe, vae_recipe = find_latents_recipe(name), find_recipe(name, "vae")
     assert isinstance(vae_recipe, VaeRecipe)
     with torch.device("meta"):
-        vae, (encoder, width) = build_vae(vae_recipe), _tile_encoder(name)
+        vae, (encoder, width) = build_vae(vae_recipe), tile_encoder(name)
         tile = torch.zeros(1, 3, 224, 224)
-        flop = _encode(vae, tile) + count_flop(encoder.vit, tile)
+        flop = encode_flop(vae, tile) + count_flop(encoder.vit, tile)
     num_numbers = 2 * 4 * 28 * 28 + width * (1 + 196 * recipe.has_patches)
     return LatentsPlan(
         num_views=recipe.num_views,
         num_bytes=2 * num_numbers * recipe.num_views,
         flop_per_view=flop,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Use:
-    """A network of a step, whether it is trained, and the FLOP a sample spends in it."""
-
-    name: str
-    network: nn.Module
-    is_trained: bool
-    flop: float
-
-
-def _uses(recipe: Recipe, name: str) -> list[_Use]:
-    if isinstance(recipe, EncoderRecipe):
-        encoder = build_encoder(recipe)
-        tile = torch.zeros(1, 3, 224, 224)
-        return [
-            _Use("encoder", encoder, True, _TRAINED * count_flop(encoder.vit, tile)),
-        ]
-    if isinstance(recipe, VaeRecipe):
-        crop = torch.zeros(1, 3, recipe.crop_px, recipe.crop_px)
-        vae, vgg = build_vae(recipe), _vgg()
-        perceived = _PASSED_ON + _FROZEN
-        return [
-            _Use("vae", vae, True, _TRAINED * (_encode(vae, crop) + _decode(vae, crop))),
-            _Use("vgg", vgg, False, perceived * recipe.perceptual_share * count_flop(vgg, crop)),
-        ]
-    vae_recipe = find_recipe(name, "vae")
-    assert isinstance(vae_recipe, VaeRecipe)
-    vae = build_vae(vae_recipe)
-    if isinstance(recipe, DecoderRecipe):
-        crop = torch.zeros(1, 3, recipe.crop_px, recipe.crop_px)
-        small, vgg = build_decoder(recipe, 4), _vgg()
-        latents = torch.zeros(1, 4, recipe.crop_px // 8, recipe.crop_px // 8)
-        return [
-            _Use("decoder", small, True, _TRAINED * count_flop(small, latents)),
-            _Use("vae", vae, False, _encode(vae, crop) + _decode(vae, crop)),
-            _Use("vgg", vgg, False, (_PASSED_ON + _FROZEN) * count_flop(vgg, crop)),
-        ]
-    encoder, width = _tile_encoder(name)
-    sit_recipe = find_recipe(name, "sit")
-    assert isinstance(sit_recipe, SitRecipe)
-    transformer = build_transformer(sit_recipe, width)
-    one = (torch.zeros(1, 4, 28, 28), torch.zeros(1), torch.zeros(1, width))
-    forward = count_flop(transformer, *one)
-    if isinstance(recipe, SitRecipe):  # its views are encoded once, before the run
-        return [_Use("transformer", transformer, True, _TRAINED * forward)]
-    if isinstance(recipe, DistilRecipe):
-        student = build_student(recipe, transformer)
-        # Half of the samples: teacher with and without condition, student trained. Half: the
-        # same teacher, and a derivative along the flow, which costs a pass more than it.
-        return [
-            _Use("student", student, True, (_TRAINED + 1) * forward),
-            _Use("teacher", transformer, False, 2 * forward),
-        ]
-    return _uses_end_to_end(recipe, vae, transformer, encoder, forward)
-
-
-def _uses_end_to_end(
-    recipe: RepaeRecipe, vae: nn.Module, transformer: SiT, encoder: TileEncoder, flow: float
-) -> list[_Use]:
-    tile = torch.zeros(1, 3, 224, 224)
-    window = torch.zeros(1, 3, recipe.decode_px, recipe.decode_px)
-    judge, vgg = PatchDiscriminator(recipe.judge_width), _vgg()
-    aligned = transformer.encoder_depth / len(transformer.blocks)
-    return [
-        _Use("vae", vae, True, _TRAINED * (_encode(vae, tile) + _decode(vae, window))),
-        _Use("transformer", transformer, True, (_TRAINED + _PASSED_ON * aligned) * flow),
-        _Use("judge", judge, True, (2 * _TRAINED + _PASSED_ON) * count_flop(judge, window)),
-        _Use("encoder", encoder, False, _FROZEN * count_flop(encoder.vit, tile)),
-        _Use("vgg", vgg, False, (_PASSED_ON + _FROZEN) * count_flop(vgg, window)),
-    ]
-
-
-def _tile_encoder(name: str) -> tuple[TileEncoder, int]:
-    """Return the encoder of a recipe's family; H0-mini where none is trained."""
-    try:
-        recipe = find_recipe(name, "encoder")
-    except ValueError:
-        return TileEncoder(), 768
-    assert isinstance(recipe, EncoderRecipe)
-    return build_encoder(recipe), recipe.embed_dim
-
-
-def _vgg() -> PerceptualNetwork:
-    with torch.device("cpu"):  # its weights come from a file
-        network = PerceptualNetwork("vgg")
-    return network.to("meta")
-
-
-def _encode(vae: nn.Module, pixels: Tensor) -> float:
-    return count_flop(vae.encoder, pixels)  # type: ignore[arg-type]
-
-
-def _decode(vae: nn.Module, pixels: Tensor) -> float:
-    side = pixels.shape[-1] // 8
-    latents = torch.zeros(1, 4, side, side, device=pixels.device)
-    return count_flop(vae.decoder, latents)  # type: ignore[arg-type]
 
 
 def plan_evaluation(parts: ModelParts, config: Evaluation, num_held_out: int) -> str:
@@ -282,8 +193,8 @@ def tile_flop(parts: ModelParts) -> dict[str, float]:
         latents = torch.zeros(1, config["in_channels"], size // 8, size // 8)
         time, condition = torch.zeros(1), torch.zeros(1, config["conditioning_dim"])
     found = {
-        "encode": _encode(vae, pixels),
-        "decode": _decode(vae, pixels),
+        "encode": encode_flop(vae, pixels),
+        "decode": decode_flop(vae, pixels),
         "forward": count_flop(transformer, latents, time, condition),
     }
     if parts.encoder is not None:
@@ -291,14 +202,6 @@ def tile_flop(parts: ModelParts) -> dict[str, float]:
     if parts.decoder is not None:
         found["small_decode"] = count_flop(copy.deepcopy(parts.decoder).to("meta"), latents)
     return found
-
-
-@torch.no_grad()
-def count_flop(network: nn.Module, *inputs: Tensor) -> float:
-    """Return the FLOP of a forward pass of one sample, 2 a multiply-add."""
-    with FlopCounterMode(display=False) as counter:
-        network(*inputs)
-    return float(counter.get_total_flops())
 
 
 def _count(network: nn.Module) -> int:
