@@ -1,6 +1,7 @@
 """full.sh itself, with commands that only note what they were asked to do."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -14,6 +15,7 @@ STAGES = ["tile", "repae", "latents", "distil", "decoder", "export", "evaluate",
 COMMAND = """#!/usr/bin/env bash
 trap 'echo saved >> "$NOTES"; exit 143' TERM
 echo "$(basename "$0") $*" >> "$NOTES"
+[ "$(basename "$0")" != torchrun ] || echo "patience $TORCH_ELASTIC_SHUTDOWN_TIMEOUT" >> "$NOTES"
 case "$*" in
 *"training tile"*) exit "$TILE_EXIT" ;;
 *"training $SLOW"*) sleep 30 & wait ;;
@@ -50,6 +52,15 @@ def test_all_stages_run_in_order_although_slides_failed(start, tile_exit):
     assert stages(notes) == STAGES
     assert notes.read_text().count("--nproc-per-node 8") == 4
     assert notes.read_text().count("--compile") == 3
+
+
+def test_torchrun_lets_a_stage_save_until_shortly_before_slurm_kills_it(start):
+    process, notes = start()
+    assert process.wait(30) == 0
+    slurm_s = int(re.search(r"TERM@(\d+)", SCRIPT.read_text())[1])
+    patience_s = [int(x.split()[1]) for x in notes.read_text().splitlines() if "patience" in x]
+    assert len(patience_s) == 4
+    assert all(slurm_s - 120 < x < slurm_s for x in patience_s)
 
 
 def test_nothing_follows_a_tile_stage_that_could_not_run(start):
