@@ -136,7 +136,9 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--extractors", nargs="+", help="judges, see training/extractors.py")
     group.add_argument("--num", type=int, dest="num_tiles", help="tiles of held-out slides")
     group.add_argument("--num-training", type=int, dest="num_training_tiles")
-    group.add_argument("--unseen", type=Path, help="tiles of training slides never trained on")
+    group.add_argument(
+        "--unseen", type=Path, help="DATA/unseen: of training slides, not trained on"
+    )
     group.add_argument("--sampler", choices=get_args(Sampler))
     group.add_argument("--steps", type=int)
     group.add_argument("--guidance-scale", type=float)

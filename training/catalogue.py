@@ -23,16 +23,17 @@ from PIL import features
 
 from cytosyn_aug.config import config_digest
 from cytosyn_aug.files import atomic_file, write_atomically
-from training.cutting import CutUnit, Receipt, Scan, TileRecipe, part_file, shard_name
+from training.cutting import CutUnit, Receipt, Scan, TileRecipe, part_file
 from training.shards import DATASET_NAME, FORMAT_VERSION, TABLE_NAME, TILE_SCHEMA, file_sha256
 from training.sources import Listing, Named, Source
-from training.splits import Assignment, Member, count_by_split
+from training.splits import UNSEEN, Assignment, Member, count_by_split
 from training.tile_folders import PROVENANCE
 
 _SLIDE_COLUMNS = (
     *("slide", "status", "split", "project", "site", "patient", "mpp", "mpp_source"),
-    *("num_candidates", "quota", "num_tiles", "num_blank", "num_blurred", "num_failed"),
-    *("shard_sha256", "identity", "notes"),
+    *("num_candidates", "quota", "num_tiles", "num_unseen"),
+    *("num_blank", "num_blurred", "num_failed"),
+    *("shard_sha256", "unseen_sha256", "identity", "notes"),
 )
 _FAILURE_COLUMNS = ("slide", "x_level0", "y_level0", "error")
 
@@ -60,13 +61,13 @@ def publish(out: Path, outcome: Outcome) -> Summary:
     """Join the rows of all slides, write the tables and, last, `dataset.json`."""
     units = [unit for unit in outcome.units if outcome.receipts[unit.source.slide].digest]
     units.sort(key=lambda unit: (unit.split, unit.source.slide))
-    _remove_other_shards(out, outcome, set(map(shard_name, units)))
-    num_tiles = _join_parts(out, units)
+    _remove_other_shards(out, outcome, {name for u in units for name in u.shards().values()})
+    _join_parts(out, units)
     failures = list(_failures(outcome))
     _write_csv(out / "failures.csv", _FAILURE_COLUMNS, failures)
     _write_csv(out / "slides.csv", _SLIDE_COLUMNS, _slide_rows(outcome))
     tables = (TABLE_NAME, "slides.csv", "failures.csv", *_keep_provenance(out, outcome.listing))
-    counts = count_by_split(members(unit.source for unit in units), outcome.splits.splits)
+    splits = _counts(units, outcome)
     description = {
         "format": "cytosyn-aug tiles",
         "format_version": FORMAT_VERSION,
@@ -75,7 +76,7 @@ def publish(out: Path, outcome: Outcome) -> Summary:
         "recipe": asdict(outcome.recipe),
         "recipe_digest": config_digest(outcome.recipe),
         "software": software(),
-        "splits": {name: count | {"tiles": num_tiles[name]} for name, count in counts.items()},
+        "splits": splits,
         "divided_sites": outcome.splits.divided_sites,
         "num_failures": len(failures),
         "files": {name: file_sha256(out / name) for name in tables},
@@ -84,7 +85,7 @@ def publish(out: Path, outcome: Outcome) -> Summary:
     named = tuple(
         Named(slide if x < 0 else f"{slide} tile {x}_{y}", error) for slide, x, y, error in failures
     )
-    return Summary(len(units), sum(num_tiles.values()), named)
+    return Summary(len(units), sum(count["tiles"] for count in splits.values()), named)
 
 
 def software() -> dict[str, str | None]:
@@ -105,20 +106,29 @@ def members(sources: Iterable[Source]) -> list[Member]:
 def _remove_other_shards(out: Path, outcome: Outcome, current: set[str]) -> None:
     """Remove shards of these slides that an earlier run made and this one does not want."""
     for slide, split in outcome.splits.splits.items():
-        name = f"{split}/{slide}.tar"
-        if name not in current:
+        for name in {f"{split}/{slide}.tar", f"{UNSEEN}/{slide}.tar"} - current:
             (out / name).unlink(missing_ok=True)
 
 
-def _join_parts(out: Path, units: Sequence[CutUnit]) -> Counter[str]:
-    """Write the table of all tiles; return how many each split has."""
-    num_tiles: Counter[str] = Counter()
+def _counts(units: Sequence[CutUnit], outcome: Outcome) -> dict[str, dict[str, int]]:
+    """Return the number of slides, patients, sites and tiles of each split."""
+    receipts, num_tiles = outcome.receipts, Counter[str]()
+    for unit in units:
+        receipt = receipts[unit.source.slide]
+        num_tiles[unit.split] += receipt.num_tiles - receipt.num_unseen
+        num_tiles[UNSEEN] += receipt.num_unseen
+    divided = [unit.source for unit in units if receipts[unit.source.slide].num_unseen]
+    counts = count_by_split(members(unit.source for unit in units), outcome.splits.splits)
+    counts |= count_by_split(members(divided), {s.slide: UNSEEN for s in divided})
+    return {split: count | {"tiles": num_tiles[split]} for split, count in counts.items()}
+
+
+def _join_parts(out: Path, units: Sequence[CutUnit]) -> None:
+    """Write the table of all tiles."""
     with atomic_file(out / TABLE_NAME) as stream, pq.ParquetWriter(stream, TILE_SCHEMA) as writer:
         for unit in units:
-            table = pq.read_table(part_file(out, unit.source.slide), schema=TILE_SCHEMA)
-            writer.write_table(table)
-            num_tiles[unit.split] += len(table)
-    return num_tiles
+            part = part_file(out, unit.source.slide)
+            writer.write_table(pq.read_table(part, schema=TILE_SCHEMA))
 
 
 def _failures(outcome: Outcome) -> Iterator[tuple[str, int, int, str]]:
@@ -158,10 +168,12 @@ def _slide_row(outcome: Outcome, source: Source, quotas: Mapping[str, int]) -> t
         scan.num_candidates,
         quotas.get(source.slide, 0),
         receipt.num_tiles,
+        receipt.num_unseen,
         receipt.rejected.get("blank", 0),
         receipt.rejected.get("blurred", 0),
         len(receipt.failures),
-        receipt.sha256,
+        receipt.sha256.get(outcome.splits.splits[source.slide], ""),
+        receipt.sha256.get(UNSEEN, ""),
         scan.identity,
         "; ".join([*scan.notes, *filter(None, [scan.damage]), *errors]),
     )

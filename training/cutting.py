@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +42,7 @@ from training.candidates import (
 )
 from training.shards import TILE_SCHEMA
 from training.sources import Source, check_split_name
-from training.splits import QuotaBy, rank
+from training.splits import UNSEEN, QuotaBy, keep_apart, rank
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +59,9 @@ class TileRecipe:
         quota_by: What makes a tissue source site large.
         split_shares: Name and share of slides of each split; unused where splits are given.
         keep_sites: Whether sites are kept in one split where a project has enough of them.
-        seed: Of ranks and splits.
+        unseen_share: Share of the tiles of slides of the split `train` that go apart, as the split
+            `unseen`: what `evaluate --unseen` wants. `num_tiles` includes them.
+        seed: Of ranks, splits and what goes apart.
     """
 
     tile: TileSpec = field(default_factory=TileSpec)
@@ -69,11 +72,14 @@ class TileRecipe:
     quota_by: QuotaBy = "slides"
     split_shares: tuple[tuple[str, float], ...] = (("train", 0.9), ("val", 0.05), ("test", 0.05))
     keep_sites: bool = True
+    unseen_share: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.num_tiles is not None and self.num_tiles < 1:
             raise ValueError(f"num_tiles is {self.num_tiles}, expected at least 1, or None for all")
+        if not 0 <= self.unseen_share < 1:
+            raise ValueError(f"unseen_share is {self.unseen_share}, expected 0 to less than 1")
         for name, _ in self.split_shares:
             check_split_name(name)
 
@@ -122,8 +128,14 @@ class CutUnit(NamedTuple):
     split: str
     quota: int
 
+    def shards(self) -> dict[str, str]:
+        """Return where the slide's shards are, relative to the folder, by split."""
+        is_divided = self.split == "train" and self.recipe.unseen_share
+        splits = (self.split, UNSEEN) if is_divided else (self.split,)
+        return {split: f"{split}/{self.source.slide}.tar" for split in splits}
+
     def digest(self) -> str:
-        """Return a hash of all that decides the shard's bytes."""
+        """Return a hash of all that decides the bytes of the shards."""
         tiles = [tile[1:] for tile in self.source.tiles]  # all but where the file is
         recipe, scan = config_digest(self.recipe), asdict(self.scan)
         return _digest(recipe, scan, self.source.num_bytes, self.split, self.quota, tiles)
@@ -139,23 +151,25 @@ class Failure(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Receipt:
-    """What was made of a slide: proof that its shard is complete, written after it.
+    """What was made of a slide: proof that its shards are complete, written after them.
 
     Attributes:
         slide: Name.
         digest: Of the unit; "" if there is no shard.
-        num_bytes: Of the shard.
-        sha256: Of the shard.
-        num_tiles: In the shard.
+        num_bytes: Of each shard, by split.
+        sha256: Of each shard, by split.
+        num_tiles: In all shards.
+        num_unseen: Of these, in the one of what is kept apart.
         rejected: Tiles that were read and found blank or blurred, by reason.
         failures: Tiles that could not be read.
     """
 
     slide: str
     digest: str = ""
-    num_bytes: int = 0
-    sha256: str = ""
+    num_bytes: dict[str, int] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
     num_tiles: int = 0
+    num_unseen: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
     failures: tuple[Failure, ...] = ()
 
@@ -172,7 +186,7 @@ def scan(unit: ScanUnit) -> Scan:
 
 
 def cut(unit: CutUnit) -> Receipt:
-    """Write the shard of a slide, its rows of the table and, last, its receipt."""
+    """Write the shards of a slide, its rows of the table and, last, its receipt."""
     source = unit.source
     if source.tiles:
         return _write(unit, given_candidates(source.tiles, unit.recipe.tile))
@@ -194,11 +208,6 @@ def scan_file(folder: Path, slide: str) -> Path:
 def mask_file(folder: Path, slide: str) -> Path:
     """Return where the mask of a slide is kept."""
     return folder / "masks" / f"{slide}.png"
-
-
-def shard_name(unit: CutUnit) -> str:
-    """Return where the shard of a slide is, relative to the folder."""
-    return f"{unit.split}/{unit.source.slide}.tar"
 
 
 def part_file(folder: Path, slide: str) -> Path:
@@ -273,8 +282,14 @@ def _write(unit: CutUnit, candidates: Candidates) -> Receipt:
     rows: list[dict[str, Any]] = []
     failures: list[Failure] = []
     rejected: Counter[str] = Counter()
-    with atomic_file(unit.folder / shard_name(unit)) as stream:
-        shard = ShardWriter(stream)
+    keys = [f"{slide}/{key}" for key in candidates.keys]
+    goes_apart = keep_apart(keys, unit.recipe.seed, unit.recipe.unseen_share)
+    names = unit.shards()
+    with ExitStack() as files:
+        shards = {
+            split: ShardWriter(files.enter_context(atomic_file(unit.folder / name)))
+            for split, name in names.items()
+        }
 
         def is_taken(index: int) -> bool:
             facts = candidates.facts[index]
@@ -287,20 +302,23 @@ def _write(unit: CutUnit, candidates: Candidates) -> Receipt:
             if candidates.tissue and (reason := reason_to_reject(quality, candidates.tissue)):
                 rejected[reason] += 1
                 return False
-            record = shard.add(f"{slide}/{_member_name(facts)}.webp", encode_tile(image))
-            rows.append(facts | quality._asdict() | record._asdict())
+            split = UNSEEN if UNSEEN in shards and goes_apart[index] else unit.split
+            content = encode_tile(image)
+            record = shards[split].add(f"{slide}/{_member_name(facts)}.webp", content)
+            place = {"split": split, "shard": names[split]}
+            rows.append(place | facts | quality._asdict() | record._asdict())
             return True
 
-        order = rank((f"{slide}/{key}" for key in candidates.keys), unit.recipe.seed)
-        take(order, unit.quota, is_taken)
-        sha256 = shard.finish()
+        take(rank(keys, unit.recipe.seed), unit.quota, is_taken)
+        sha256 = {split: shard.finish() for split, shard in shards.items()}
     _write_part(unit, rows)
     receipt = Receipt(
         slide=slide,
         digest=unit.digest(),
-        num_bytes=shard.num_bytes,
+        num_bytes={split: shard.num_bytes for split, shard in shards.items()},
         sha256=sha256,
         num_tiles=len(rows),
+        num_unseen=sum(row["split"] == UNSEEN for row in rows),
         rejected=dict(sorted(rejected.items())),
         failures=tuple(failures),
     )
@@ -318,12 +336,10 @@ def _member_name(facts: dict[str, Any]) -> str:
 def _write_part(unit: CutUnit, rows: list[dict[str, Any]]) -> None:
     source = unit.source
     same = {
-        "split": unit.split,
         "project": source.project,
         "site": source.site,
         "patient": source.patient,
         "slide": source.slide,
-        "shard": shard_name(unit),
     }
     table = pa.Table.from_pylist([same | row for row in rows], schema=TILE_SCHEMA)
     with atomic_file(part_file(unit.folder, source.slide)) as stream:

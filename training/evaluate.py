@@ -41,7 +41,8 @@ class Evaluation:
             for all held-out tiles.
         num_training_tiles: At most so many further training tiles, in which copies are sought.
         unseen: Folder `<slide>/<tile>` of tiles of training slides that the model has never
-            seen; None takes a share of the training tiles, which the report then says it has seen.
+            seen, such as DATA/unseen of a tile recipe with an `unseen_share`; None takes a share of
+            the training tiles, which the report then says it has seen.
         sampler: Sampler of the generated tiles.
         steps: Its velocity evaluations; None for the sampler's usual number.
         guidance_scale: Classifier-free guidance; 1 for none.

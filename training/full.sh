@@ -54,5 +54,6 @@ export_model() {
 }
 export_model
 run python -m training evaluate --data "$out/tiles" --model "$out/model" --encoder "$h0_mini" \
-    --sampler student --num "$num" --num-training $((10 * num)) --extractors own alexnet --out "$out/report"
+    --sampler student --num "$num" --num-training $((10 * num)) --unseen "$out/tiles/unseen" \
+    --extractors own alexnet --out "$out/report"
 export_model --report "student=$out/report"  # again, with the numbers in the model card

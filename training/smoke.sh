@@ -33,7 +33,8 @@ stage decoder --vae "$out/repae"
 run export --recipe smoke "${parts[@]}" --sit "$out/repae" --student "$out/distil" \
     --decoder "$out/decoder" --out "$out/model"
 run evaluate --data "$out/tiles" --model "$out/model" --out "$out/report" \
-    --extractors own --sampler student --steps 2 --num 48 > "$out/evaluate.log"
+    --extractors own --sampler student --steps 2 --num 48 --unseen "$out/tiles/unseen" \
+    > "$out/evaluate.log"
 python -c "
 import sys
 from cytosyn_aug import TileGenerator

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cytosyn_aug.slides import SLIDE_SUFFIXES
+from training.splits import UNSEEN
 from training.tcga import SECTIONS, parse_barcode, patient_and_site, read_manifest
 
-RESERVED_NAMES = ("work", "masks", "provenance")
+RESERVED_NAMES = ("work", "masks", "provenance", UNSEEN)
 _GDC_SHEET = {"File Name": "slide", "Case ID": "patient", "Project ID": "project"}
 _COLUMNS = ("slide", "patient", "site", "project", "split", "mpp")
 _MAX_NAME_BYTES = 120  # with the member's own name it must fit a USTAR header

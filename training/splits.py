@@ -6,8 +6,9 @@ than it is: Howard et al. (2021), Nature Communications 12:4423.
 
 Quotas follow the tissue source sites and grow monotonically: the tiles of a larger set include
 those of a smaller one. The usual largest-remainder rule does not have that property (the Alabama
-paradox), so places go by Webster's divisors, which do. Nothing here reads a file or draws a random
-number; every choice is a hash of names and a seed.
+paradox), so places go by Webster's divisors, which do. What is kept apart from training does not
+depend on quotas, so no larger set trains on what a smaller one kept apart. Nothing here reads a
+file or draws a random number; every choice is a hash of names and a seed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 QuotaBy = Literal["slides", "tissue"]
+UNSEEN = "unseen"  # split of tiles that are kept apart, of slides that are trained on
 
 _RESTARTS = 20
 
@@ -206,8 +208,18 @@ def apportion(
 
 def rank(keys: Iterable[str], seed: int) -> np.ndarray:
     """Return the order in which to take keys: by SHA-256 of seed and key, int64 [N]."""
-    hashes = [hashlib.sha256(f"{seed}/{key}".encode()).digest()[:8] for key in keys]
-    return np.argsort(np.frombuffer(b"".join(hashes), ">u8"), kind="stable")
+    return np.argsort(_hashes(keys, seed)[:, 0], kind="stable")
+
+
+def keep_apart(keys: Iterable[str], seed: int, share: float) -> np.ndarray:
+    """Return which keys are kept apart, about a share of them whatever their rank: bool [N]."""
+    return _hashes(keys, seed)[:, 1] < share * 2.0**64
+
+
+def _hashes(keys: Iterable[str], seed: int) -> np.ndarray:
+    """Return the SHA-256 of seed and key as four independent numbers, uint64 [N, 4]."""
+    hashes = [hashlib.sha256(f"{seed}/{key}".encode()).digest() for key in keys]
+    return np.frombuffer(b"".join(hashes), ">u8").reshape(-1, 4)
 
 
 def _groups(members: Sequence[Member], whole: set[str]) -> list[list[Member]]:

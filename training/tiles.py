@@ -1,6 +1,7 @@
 """The tile stage: slides, or tiles cut elsewhere, become a data set that training reads.
 
     OUT/dataset.json, tiles.parquet, <split>/<slide>.tar    see `training.shards`
+    OUT/unseen/          tiles of training slides that are kept apart, a split like the others
     OUT/slides.csv       one row a slide: scale and its source, split, counts, or why it is absent
     OUT/failures.csv     one row for each slide or tile that could not be had
     OUT/masks/           tissue masks
@@ -42,11 +43,11 @@ from training.cutting import (
     receipt_file,
     scan,
     scan_file,
-    shard_name,
 )
 from training.shards import DATASET_NAME, FORMAT_VERSION, file_sha256
 from training.sources import Listing, Source
 from training.splits import (
+    UNSEEN,
     Assignment,
     assign_splits,
     check_leakage,
@@ -120,7 +121,7 @@ def make_tiles(
     with _sole_owner(out):
         _claim(out, listing.sources, recipe)
         splits = _splits(listing.sources, recipe)
-        names = set(splits.splits.values())
+        names = {*splits.splits.values(), *([UNSEEN] if recipe.unseen_share else [])}
         for name in names:
             (out / name).mkdir(exist_ok=True)
         for name in (".", *_FOLDERS, *names):
@@ -265,13 +266,15 @@ def _cut_all(units: Sequence[CutUnit], num_workers: int) -> dict[str, Receipt]:
 def _kept_receipt(unit: CutUnit) -> Receipt | None:
     """Return the receipt of an earlier run, if it is of this unit and complete."""
     slide = unit.source.slide
-    shard, content = unit.folder / shard_name(unit), _read(receipt_file(unit.folder, slide))
+    content = _read(receipt_file(unit.folder, slide))
     if content is None or content["digest"] != unit.digest() or content["failures"]:
         return None
-    if not part_file(unit.folder, slide).exists() or not shard.exists():
+    shards = {split: unit.folder / name for split, name in unit.shards().items()}
+    if not all(file.exists() for file in (part_file(unit.folder, slide), *shards.values())):
         return None
     receipt = Receipt(**content | {"failures": ()})
-    return receipt if receipt.num_bytes == shard.stat().st_size else None
+    sizes = {split: shard.stat().st_size for split, shard in shards.items()}
+    return receipt if receipt.num_bytes == sizes else None
 
 
 def _read(file: Path) -> dict[str, Any] | None:

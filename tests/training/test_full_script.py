@@ -52,6 +52,7 @@ def test_all_stages_run_in_order_although_slides_failed(start, tile_exit):
     assert stages(notes) == STAGES
     assert notes.read_text().count("--nproc-per-node 8") == 4
     assert notes.read_text().count("--compile") == 3
+    assert "--unseen out/tiles/unseen" in notes.read_text()
 
 
 def test_torchrun_lets_a_stage_save_until_shortly_before_slurm_kills_it(start):

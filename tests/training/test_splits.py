@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.splits import Member, apportion, assign_splits, check_leakage, rank, slide_quotas
+from training.splits import (
+    Member,
+    apportion,
+    assign_splits,
+    check_leakage,
+    keep_apart,
+    rank,
+    slide_quotas,
+)
 
 SHARES = (("train", 0.9), ("val", 0.05), ("test", 0.05))
 HALVES = (("train", 0.5), ("val", 0.5))
@@ -147,3 +155,13 @@ def test_ranks_depend_on_seed_and_key_only():
     assert sorted(order.tolist()) == list(range(50))
     assert [keys[i] for i in order] == [keys[::-1][i] for i in rank(keys[::-1], 0)]
     assert order.tolist() != rank(keys, 1).tolist()
+
+
+def test_a_share_is_kept_apart_whatever_its_rank():
+    keys = [f"{k}" for k in range(4000)]
+    tenth, fifth = (keep_apart(keys, 0, share) for share in (0.1, 0.2))
+    assert tenth.mean() == pytest.approx(0.1, abs=0.02)  # four standard errors
+    assert fifth[tenth].all()
+    assert tenth[rank(keys, 0)[:1000]].mean() == pytest.approx(0.1, abs=0.04)
+    assert keep_apart(keys[::-1], 0, 0.1).tolist() == tenth[::-1].tolist()
+    assert not keep_apart(keys, 0, 0.0).any()

@@ -278,7 +278,7 @@ def test_what_is_unreadable_vouches_for_nothing(slides, tmp_path, name):
     assert tree(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("name", ["../elsewhere", "work", ""])
+@pytest.mark.parametrize("name", ["../elsewhere", "work", "unseen", ""])
 def test_a_split_that_cannot_name_a_folder_is_refused(name):
     with pytest.raises(ValueError, match="cannot name a folder"):
         replace(RECIPE, split_shares=((name, 1.0),))
