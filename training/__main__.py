@@ -44,7 +44,7 @@ from training.export import export
 from training.loop import recipe_dict, train
 from training.model_card import CardSources, parts_text
 from training.parallel import join_world
-from training.plan import plan, plan_evaluation, plan_latents
+from training.plan import launch_text, plan, plan_evaluation, plan_latents
 from training.restaining import gap_closed, known_answer, methods
 from training.stages import (
     TRAINED,
@@ -154,7 +154,7 @@ def _train(args: argparse.Namespace, device: torch.device) -> None:
     settings = recipe_dict(recipe)
     print(json.dumps(settings, indent=1))
     if args.dry_run:
-        print(plan(args.recipe, args.stage).text())
+        print(plan(args.recipe, args.stage).text() + launch_text(args.recipe, args.stage))
         return
     settings["data"] = identify(args.data)  # another data set is another run
     stage = build_stage(recipe, args.data, _sources(args), args.out, device, args.compile)
@@ -171,7 +171,7 @@ def _train(args: argparse.Namespace, device: torch.device) -> None:
 def _write_latents(args: argparse.Namespace, device: torch.device) -> None:
     print(json.dumps(recipe_dict(find_latents_recipe(args.recipe)), indent=1))
     if args.dry_run:
-        print(plan_latents(args.recipe).text())
+        print(plan_latents(args.recipe).text() + launch_text(args.recipe, args.stage))
         return
     _need(args, "data")
     missing = write_latents(args.recipe, args.data, _sources(args), args.out, device)

@@ -4,10 +4,8 @@
 # usage: training/full.sh SLIDES GDC_MANIFEST SD_VAE H0_MINI OUT
 #   SD_VAE   the autoencoder to start from: a folder of diffusers' AutoencoderKL, or a model folder
 #   H0_MINI  folder with H0-mini's model.safetensors and config.json
-# Under SLURM, where it puts itself back into the queue ten minutes before its time is over:
-#   sbatch --nodes 1 --gpus-per-node 8 --cpus-per-task 96 --time 2-0 --requeue --signal B:TERM@600 \
-#       training/full.sh SLIDES GDC_MANIFEST SD_VAE H0_MINI OUT
-# `python -m training STAGE --recipe xl --dry-run` says beforehand what a stage costs.
+# `python -m training STAGE --recipe xl --dry-run` says beforehand what a stage costs, and how to
+# start all of this under SLURM, where it puts itself back into the queue before its time is over.
 set -euo pipefail
 slides=$1 manifest=$2 sd_vae=$3 h0_mini=$4 out=$5
 gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}

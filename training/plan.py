@@ -17,11 +17,12 @@ from training import recipes
 from training.card import NUM_SOURCES, NUM_VARIATIONS
 from training.evaluate import Evaluation
 from training.pass_costs import count_flop
-from training.stages import find_latents_recipe, find_recipe
+from training.stages import NEEDS, TRAINED, find_latents_recipe, find_recipe
 from training.step_costs import decode_flop, encode_flop, step_uses, tile_encoder
 from training.vae import VaeRecipe, build_vae
 
 _FLOAT = 4
+_CORES_PER_GPU = 12
 _H100_FLOPS, _SHARE = 989e12, 0.4
 
 
@@ -154,6 +155,25 @@ def plan_latents(name: str) -> LatentsPlan:
         num_views=recipe.num_views,
         num_bytes=2 * num_numbers * recipe.num_views,
         flop_per_view=flop,
+    )
+
+
+def launch_text(name: str, stage: str) -> str:
+    """Return the command of a stage that several GPUs share, and that of all stages under SLURM.
+
+    Empty for a recipe of one process. Words in capitals are for the user to fill in.
+    """
+    num_gpus = recipes.NUM_GPUS.get(name, 1)
+    if num_gpus == 1:
+        return ""
+    given = " ".join(f"--{need} {need.upper()}" for need in NEEDS.get(stage, ()))
+    compiled = " --compile" if stage in TRAINED else ""
+    return (
+        f"\nlaunch       torchrun --standalone --nproc-per-node {num_gpus} --max-restarts 3 "
+        f"-m training {stage} --recipe {name} --data TILES --out OUT {given}{compiled}"
+        f"\nall stages   sbatch --nodes 1 --gpus-per-node {num_gpus} "
+        f"--cpus-per-task {_CORES_PER_GPU * num_gpus} --time 2-0 --requeue --signal B:TERM@600 "
+        "training/full.sh SLIDES GDC_MANIFEST SD_VAE H0_MINI OUT"
     )
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from training.plan import launch_text
+
 SCRIPT = Path(__file__).parents[2] / "training" / "full.sh"
 STAGES = ["tile", "repae", "latents", "distil", "decoder", "export", "evaluate", "export"]
 COMMAND = """#!/usr/bin/env bash
@@ -43,6 +45,24 @@ def start(tmp_path):
 def stages(notes):
     words = [shlex.split(line) for line in notes.read_text().splitlines()]
     return [line[line.index("training") + 1] for line in words if "training" in line]
+
+
+def test_the_script_runs_what_a_dry_run_prints(start):
+    process, notes = start()
+    assert process.wait(30) == 0
+    ran = [shlex.split(line) for line in notes.read_text().splitlines() if "torchrun" in line]
+    for words in ran:
+        launch, every_stage = launch_text("xl", words[words.index("training") + 1]).split("\n")[1:]
+        printed = shlex.split(launch)[1:]
+        assert len(printed) == len(words)
+        assert all(p == w or p.isupper() for p, w in zip(printed, words, strict=True))
+    usage = next(x for x in SCRIPT.read_text().splitlines() if "usage:" in x).split("usage: ")[1]
+    assert every_stage.endswith(f" {usage}")
+    assert "--gpus-per-node 8 " in every_stage
+
+
+def test_a_recipe_of_one_process_needs_no_launcher():
+    assert launch_text("tiny", "repae") == ""
 
 
 @pytest.mark.parametrize("tile_exit", [0, 1])

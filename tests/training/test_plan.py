@@ -95,4 +95,5 @@ def test_a_dry_run_prints_recipe_and_cost_and_touches_nothing(capsys, monkeypatc
     assert "H100-hours" in printed
     assert "8 GPUs x 2 passes of 16" in printed
     assert "of activations" in printed
+    assert "torchrun --standalone --nproc-per-node 8" in printed
     assert not list(tmp_path.iterdir())
