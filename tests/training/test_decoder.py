@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from conftest import random_parts, synthetic_tiles
 
 from training.data import TileSet
-from training.decoder import DecoderStage
-from training.recipes import smoke_decoder
+from training.decoder import DecoderStage, build_decoder
+from training.pass_costs import count_flop
+from training.recipes import smoke_decoder, xl_decoder, xl_vae
+from training.vae import build_vae
 
 
 class Twin(torch.nn.Module):
@@ -31,3 +34,13 @@ def test_the_autoencoders_decoder_has_nothing_to_learn_but_pixels():
     assert losses["l1"] > 0.05
     for name in ("teacher", "perceptual", "texture"):
         assert losses[name] < 1e-4, name
+
+
+def test_a_tile_costs_a_tenth_of_what_the_published_decoder_does():
+    """Of 28x28 latents; the tiny one is compared with its own in test_small_decoder."""
+    with torch.device("meta"):
+        latents = torch.zeros(1, 4, 28, 28)
+        small, own = build_decoder(xl_decoder(), 4), build_vae(xl_vae()).decoder
+        small_flop, own_flop = count_flop(small, latents), count_flop(own, latents)
+    assert own_flop == pytest.approx(476e9, rel=0.01)
+    assert 10 * small_flop < own_flop
