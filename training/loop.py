@@ -122,7 +122,7 @@ def train(
 ) -> int:
     """Train until `config.num_steps`, for so many minutes, or until SIGTERM, then save.
 
-    A step whose gradient is not finite changes nothing, is counted and named.
+    A step whose gradient is not finite changes no weight, is counted and named.
 
     Args:
         stage: What to train.

@@ -104,6 +104,8 @@ def save_checkpoint(
     """
     newest, before = (run_folder / name for name in NAMES)
     temporary = run_folder / f"checkpoint.{os.getpid()}.tmp"
+    for leftover in run_folder.glob("checkpoint.*.tmp"):  # of a process killed while it wrote
+        leftover.unlink()
     state = {
         "step": step,
         "recipe": json.dumps(recipe),

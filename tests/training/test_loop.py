@@ -237,10 +237,13 @@ def test_a_checkpoint_cut_short_gives_way_to_the_one_before(tmp_path, capsys):
     train(Regression(), saves_always, tmp_path, recipe={})
     file = tmp_path / "checkpoint.pt"
     file.write_bytes(file.read_bytes()[:500])
+    leftover = tmp_path / "checkpoint.99999999.tmp"  # of a process that was killed
+    leftover.write_bytes(b"half")
     stage = Regression()
     train(stage, CONFIG, tmp_path, recipe={})
     assert "checkpoint.pt was cut short" in capsys.readouterr().err
     assert stage.steps == []  # the last step was saved twice: in its turn and at the end
+    assert not leftover.exists()
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         (tmp_path / name).write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"no checkpoint in .* can be read"):
