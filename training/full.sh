@@ -13,9 +13,9 @@ cores=$(nproc)
 recipe=${RECIPE:-xl} # smoke, GPUS=1, COMPILE= and NUM=16 try the script itself on a CPU
 num=${NUM:-10000}
 compile=(${COMPILE---compile})
-# Seconds that torchrun gives its processes to save after SIGTERM, fewer than SLURM's 600 above; its own
-# 30 may not do for the 12 GB of xl. Before torch 2.12 it knows no others: a save that takes longer is
-# lost there, and with it what came after the checkpoint before, 15 minutes of xl at most.
+# Seconds that torchrun gives its processes to save after SIGTERM, fewer than the 600 that SLURM is asked
+# for; its own 30 may not do for the 12 GB of xl. Before torch 2.12 it knows no others: a save that
+# takes longer is lost there, and with it what came after the checkpoint before, 15 minutes at most.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=540
 
 # In the background, because bash looks at signals only between commands: the stage saves first.

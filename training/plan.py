@@ -23,6 +23,7 @@ from training.vae import VaeRecipe, build_vae
 
 _FLOAT = 4
 _CORES_PER_GPU = 12
+_NOTICE_S, _SAVING_S = 600, 540  # from SLURM's signal to its end, and torchrun's part of it
 _H100_FLOPS, _SHARE = 989e12, 0.4
 
 
@@ -169,11 +170,12 @@ def launch_text(name: str, stage: str) -> str:
     given = " ".join(f"--{need} {need.upper()}" for need in NEEDS.get(stage, ()))
     compiled = " --compile" if stage in TRAINED else ""
     return (
-        f"\nlaunch       torchrun --standalone --nproc-per-node {num_gpus} --max-restarts 3 "
-        f"-m training {stage} --recipe {name} --data TILES --out OUT {given}{compiled}"
+        f"\nlaunch       TORCH_ELASTIC_SHUTDOWN_TIMEOUT={_SAVING_S} torchrun --standalone "
+        f"--nproc-per-node {num_gpus} --max-restarts 3 -m training {stage} "
+        f"--recipe {name} --data TILES --out OUT {given}{compiled}"
         f"\nall stages   sbatch --nodes 1 --gpus-per-node {num_gpus} "
-        f"--cpus-per-task {_CORES_PER_GPU * num_gpus} --time 2-0 --requeue --signal B:TERM@600 "
-        "training/full.sh SLIDES GDC_MANIFEST SD_VAE H0_MINI OUT"
+        f"--cpus-per-task {_CORES_PER_GPU * num_gpus} --time 2-0 --requeue "
+        f"--signal B:TERM@{_NOTICE_S} training/full.sh SLIDES GDC_MANIFEST SD_VAE H0_MINI OUT"
     )
 
 

@@ -53,7 +53,7 @@ def test_the_script_runs_what_a_dry_run_prints(start):
     ran = [shlex.split(line) for line in notes.read_text().splitlines() if "torchrun" in line]
     for words in ran:
         launch, every_stage = launch_text("xl", words[words.index("training") + 1]).split("\n")[1:]
-        printed = shlex.split(launch)[1:]
+        printed = shlex.split(launch)[2:]
         assert len(printed) == len(words)
         assert all(p == w or p.isupper() for p, w in zip(printed, words, strict=True))
     usage = next(x for x in SCRIPT.read_text().splitlines() if "usage:" in x).split("usage: ")[1]
@@ -78,10 +78,12 @@ def test_all_stages_run_in_order_although_slides_failed(start, tile_exit):
 def test_torchrun_lets_a_stage_save_until_shortly_before_slurm_kills_it(start):
     process, notes = start()
     assert process.wait(30) == 0
-    slurm_s = int(re.search(r"TERM@(\d+)", SCRIPT.read_text())[1])
+    printed = launch_text("xl", "repae")
+    slurm_s = int(re.search(r"TERM@(\d+)", printed)[1])
     patience_s = [int(x.split()[1]) for x in notes.read_text().splitlines() if "patience" in x]
     assert len(patience_s) == 4
     assert all(slurm_s - 120 < x < slurm_s for x in patience_s)
+    assert f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={patience_s[0]} torchrun " in printed
 
 
 def test_nothing_follows_a_tile_stage_that_could_not_run(start):
