@@ -4,11 +4,13 @@ Without extractors it writes the numbers of the model card; with them also dista
 distributions, memorisation and the gap between slides, as JSON, Markdown and plots. Everything
 that can be wrong about weights, codecs and folders is found before the first tile is made. Made
 tiles and features are kept in OUT/kept, so that an evaluation that was stopped, or is asked for
-another extractor, goes on from them; without that folder it starts afresh.
+another extractor, goes on from them. They are of one model, its settings and tiles, not of one
+release: after an update, remove that folder to start afresh.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cytosyn_aug.drawing import time_grid
 from cytosyn_aug.generator import DEFAULT_STEPS, Sampler, TileGenerator
 from training.card import Sample, card_numbers, check_tiles
 from training.codecs import check_codecs, count_codecs, recompress
@@ -117,7 +120,9 @@ def evaluate(
         sampler=config.sampler,
         guidance_scale=config.guidance_scale,
     )
-    made = make_tiles(generator, held_out, sample, config.seed, kept)
+    times = time_grid(config.sampler, config.num_forwards)
+    make = partial(make_tiles, generator, sample=sample, times=times, kept=kept)
+    made = make(held_out, seed=config.seed)
     numbers: dict[str, object] = {"digest": generator.digest}
     numbers |= card_numbers(
         generator, held_out, made.round_trips, made.generated, sample, load("alexnet")
@@ -127,7 +132,7 @@ def evaluate(
     judgements: list[Judgement] = []
     if training is not None:
         real, bank = training
-        made_of_training = make_tiles(generator, real, sample, config.seed + number, kept)
+        made_of_training = make(real, seed=config.seed + number)
         sets = EvaluationSets(
             held_out=_through_codec(made, config.codec),
             training_slides=_through_codec(made_of_training, config.codec),
@@ -144,6 +149,7 @@ def make_tiles(
     generator: TileGenerator,
     real: TileSet,
     sample: partial[Tensor],
+    times: Sequence[float],
     seed: int,
     kept: KeptResults,
 ) -> MadeTiles:
@@ -153,6 +159,7 @@ def make_tiles(
         generator: The model.
         real: Sources.
         sample: `generator.sample`, with its sampler chosen.
+        times: Those the sampler goes through, which are part of what tiles are kept under.
         seed: Tile i is sampled with seed + i.
         kept: Where they are kept.
     """
@@ -162,7 +169,7 @@ def make_tiles(
         part = real.images[start : start + TILES_PER_FILE]
         made_from = model | {"images": images_digest(part), "batch_size": generator.batch_size}
         round_trips.append(kept.get("round_trips", made_from, partial(_reproduce, generator, part)))
-        made_from |= sample.keywords | {"seed": seed + start}
+        made_from |= sample.keywords | {"times": list(times), "seed": seed + start}
         again = partial(_regenerate, generator, part, sample, seed + start)
         generated.append(kept.get("generated", made_from, again))
     return MadeTiles(real, torch.cat(generated), torch.cat(round_trips))

@@ -104,7 +104,7 @@ def test_real_tiles_that_repeat_training_tiles_are_found(result):
     assert near["real"] < 0.1 * near["fake"]
 
 
-def forbidden(*_):
+def forbidden(*_, **__):
     raise AssertionError("tiles were made")
 
 
