@@ -4,8 +4,8 @@ usage: python examples/compare_samplers.py --model FOLDER --data SLIDES --out RE
 SLIDES holds <slide>/<tile>. Of 2 x num tiles, evenly spaced, every second one is a source: tiles
 are drawn from its features, from the same noise by every sampler, and compared with the other half.
 The real sources compared with that half give the floor. Rows are kept in REPORT/rows.jsonl and the
-features of real tiles in REPORT/real.safetensors, so an interrupted comparison resumes; one of
-another model, other tiles or another precision is refused.
+features of all tiles in REPORT/kept, so an interrupted comparison resumes; one of another model,
+other tiles or another precision is refused.
 
 frechet   between normal fits of 16 principal components of AlexNet features
 recall    share of the other half within the 5th-neighbour distance of a drawn tile
@@ -28,10 +28,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cytosyn_aug.files import write_atomically
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.sampling import (
     Velocity,
@@ -49,7 +49,8 @@ from cytosyn_aug.sampling import (
 )
 from training.comparison import ReferenceSet
 from training.comparison import compare as score
-from training.extractors import Extractor, load_extractor
+from training.extractors import load_extractor
+from training.kept import KeptResults
 from training.metrics import principal_components
 
 FORWARDS = (1, 2, 4, 8)
@@ -168,7 +169,6 @@ def compare(
         samplers: Names of those to draw with.
         is_few_step: Decode all with the small decoder.
     """
-    judge = load_extractor("alexnet", device=generator.device)
     identity = {
         "model": generator.digest,
         "tiles": hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16],
@@ -176,8 +176,10 @@ def compare(
         "precision": str(generator.dtype),
         "small decoder": is_few_step,
     }
-    real = real_features(generator, judge, images, out / "real.safetensors", identity)
-    sources, half, cls = real["sources"], real["half"], real["cls"]
+    check_identity(out / "comparison.json", identity)
+    judge = load_extractor("alexnet", device=generator.device, kept=KeptResults(out / "kept"))
+    sources, half = (judge.features(images[k::2]) for k in (0, 1))
+    cls = generator.features(images[0::2]).cls
     others = ReferenceSet.of(half, principal_components(half, NUM_COMPONENTS))
     file, ode_file = out / "rows.jsonl", out / "ode.safetensors"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -206,33 +208,21 @@ def compare(
     return rows
 
 
-def real_features(
-    generator: TileGenerator,
-    judge: Extractor,
-    images: Tensor,
-    file: Path,
-    identity: dict[str, object],
-) -> dict[str, Tensor]:
-    """Return features of the real tiles, kept in a file with what the comparison is of.
+def check_identity(file: Path, identity: dict[str, object]) -> None:
+    """Write down what is compared, or compare it with what was.
 
     Raises:
-        ValueError: The file is of another comparison; names what differs.
+        ValueError: The folder is of another comparison; names what differs.
     """
-    if file.exists():
-        with safe_open(file, "pt") as stored:
-            was = json.loads(stored.metadata()["identity"])
-        changed = {k: (was.get(k), v) for k, v in identity.items() if was.get(k) != v}
-        if changed:
-            raise ValueError(
-                f"{file.parent} holds another comparison (was, now): {changed}; "
-                "choose another --out"
-            )
-        return load_file(file)
-    found = {name: judge.features(images[k::2]) for k, name in enumerate(("sources", "half"))}
-    found["cls"] = generator.features(images[0::2]).cls
-    contiguous = {name: value.cpu().contiguous() for name, value in found.items()}
-    save_file(contiguous, file, metadata={"identity": json.dumps(identity)})
-    return found
+    if not file.exists():
+        write_atomically(file, json.dumps(identity, indent=1).encode())
+        return
+    was = json.loads(file.read_text())
+    changed = {k: (was.get(k), v) for k, v in identity.items() if was.get(k) != v}
+    if changed:
+        raise ValueError(
+            f"{file.parent} holds another comparison (was, now): {changed}; choose another --out"
+        )
 
 
 def draw_all(run: Run, cls: Tensor, batch_size: int) -> Tensor:

@@ -83,11 +83,12 @@ def test_real_tiles_are_looked_at_once_and_another_comparison_is_refused(
     assert [(r["sampler"], r["forwards"]) for r in rows] == [
         ("real", 0), ("student", 1), ("student", 2),
     ]  # fmt: skip
-    before = (tmp_path / "real.safetensors").stat().st_mtime_ns
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "kept").iterdir()}
     more = example.compare(generator, images, tmp_path, samplers=["Euler"], **settings)
     assert more[:3] == rows
     assert [r["forwards"] for r in more[3:]] == [1, 2]
-    assert (tmp_path / "real.safetensors").stat().st_mtime_ns == before
+    assert {f: f.stat().st_mtime_ns for f in before} == before
+    assert len(list((tmp_path / "kept").iterdir())) == len(before) + 2  # of what was drawn
     with pytest.raises(ValueError, match=r"another comparison \(was, now\): .*'tiles'"):
         example.compare(generator, images.flip(0), tmp_path, samplers=["Euler"], **settings)
     with pytest.raises(ValueError, match=r"'guidance': \(1\.0, 2\.0\)"):

@@ -1,7 +1,7 @@
 """Tensors on disk under what they were made from, so that long work goes on where it stopped.
 
-A result is found by a digest of everything it depends on, so it is never stale: whoever asks with
-another model, other tiles or other settings makes it anew, beside the old one.
+A result is found by a digest of what it was made from: whoever asks with another model, other tiles
+or other settings makes it anew, beside the old one. Only a change of the code goes unseen.
 """
 
 from __future__ import annotations
