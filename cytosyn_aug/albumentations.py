@@ -8,7 +8,7 @@ image. References are pooled, so that a written or replayed pipeline holds a few
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from torch import Tensor
 
@@ -25,6 +25,8 @@ from cytosyn_aug.reference import StainReference
 from cytosyn_aug.reinhard import ReinhardReference
 from cytosyn_aug.schedules import Probability, Scheduled
 from cytosyn_aug.written import read_argument
+
+Reference = TypeVar("Reference")
 
 
 class StainTransfer(TileImageTransform):
@@ -222,7 +224,30 @@ class CachedVariants(TileImageTransform):
         return self.inner.num_missed
 
 
-class MacenkoNormalize(TileImageTransform):
+class ClassicalImageTransform(TileImageTransform, Generic[Reference]):
+    """The arguments of the three classical ones."""
+
+    kind: type[classical.ClassicalTransform[Any]]  # Any: of each its own kind of reference
+
+    def __init__(
+        self,
+        reference: Reference,
+        *,
+        source: Reference | None = None,
+        strength: Scheduled = 1.0,
+        p: Probability = 1.0,
+    ) -> None:
+        p = read_argument(p)
+        arguments = {
+            "reference": read_argument(reference),
+            "source": read_argument(source),
+            "strength": read_argument(strength),
+        }
+        inner = self.kind(**arguments, p=p if isinstance(p, Mapping) else 1.0)
+        super().__init__(inner, p, arguments)
+
+
+class MacenkoNormalize(ClassicalImageTransform[MacenkoReference]):
     """Replace the two stains of an image by a reference's; see `cytosyn_aug.MacenkoNormalize`.
 
     Args:
@@ -232,25 +257,10 @@ class MacenkoNormalize(TileImageTransform):
         p: Probability that an image is changed; a `Ramp`, or one of them by class.
     """
 
-    def __init__(
-        self,
-        reference: MacenkoReference,
-        *,
-        source: MacenkoReference | None = None,
-        strength: Scheduled = 1.0,
-        p: Probability = 1.0,
-    ) -> None:
-        p = read_argument(p)
-        arguments = {
-            "reference": read_argument(reference),
-            "source": read_argument(source),
-            "strength": read_argument(strength),
-        }
-        inner = classical.MacenkoNormalize(**arguments, p=p if isinstance(p, Mapping) else 1.0)
-        super().__init__(inner, p, arguments)
+    kind = classical.MacenkoNormalize
 
 
-class ReinhardNormalize(TileImageTransform):
+class ReinhardNormalize(ClassicalImageTransform[ReinhardReference]):
     """Give an image the colour of a reference in Lab; see `cytosyn_aug.ReinhardNormalize`.
 
     Args:
@@ -260,25 +270,10 @@ class ReinhardNormalize(TileImageTransform):
         p: Probability that an image is changed; a `Ramp`, or one of them by class.
     """
 
-    def __init__(
-        self,
-        reference: ReinhardReference,
-        *,
-        source: ReinhardReference | None = None,
-        strength: Scheduled = 1.0,
-        p: Probability = 1.0,
-    ) -> None:
-        p = read_argument(p)
-        arguments = {
-            "reference": read_argument(reference),
-            "source": read_argument(source),
-            "strength": read_argument(strength),
-        }
-        inner = classical.ReinhardNormalize(**arguments, p=p if isinstance(p, Mapping) else 1.0)
-        super().__init__(inner, p, arguments)
+    kind = classical.ReinhardNormalize
 
 
-class DensityTransport(TileImageTransform):
+class DensityTransport(ClassicalImageTransform[DensityReference]):
     """Give an image the optical density of a reference; see `cytosyn_aug.DensityTransport`.
 
     Args:
@@ -288,22 +283,7 @@ class DensityTransport(TileImageTransform):
         p: Probability that an image is changed; a `Ramp`, or one of them by class.
     """
 
-    def __init__(
-        self,
-        reference: DensityReference,
-        *,
-        source: DensityReference | None = None,
-        strength: Scheduled = 1.0,
-        p: Probability = 1.0,
-    ) -> None:
-        p = read_argument(p)
-        arguments = {
-            "reference": read_argument(reference),
-            "source": read_argument(source),
-            "strength": read_argument(strength),
-        }
-        inner = classical.DensityTransport(**arguments, p=p if isinstance(p, Mapping) else 1.0)
-        super().__init__(inner, p, arguments)
+    kind = classical.DensityTransport
 
 
 def _pooled(reference: Any) -> StainReference | None:  # Any: a reference, written or not

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ from cytosyn_aug.tile_sets import MAX_TILES, TileSource, read_tiles
 from cytosyn_aug.tile_transform import Edit, TileTransform
 
 _CHUNK = 2
+Reference = TypeVar("Reference")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,12 +99,22 @@ class DensityReference:
         return DensityMoments(mean, covariance, torch.ones(1, dtype=torch.float64, device=device))
 
 
-class _Classical(TileTransform):
-    """A strength beside p; the rest is in the three."""
+# Generic comes first: __init_subclass__ of torchvision does not hand on to what follows it.
+class ClassicalTransform(Generic[Reference], TileTransform):
+    """What the three share: their arguments and draws. How tiles change is in each."""
 
-    def __init__(self, *, strength: Scheduled, p: Probability) -> None:
+    def __init__(
+        self,
+        reference: Reference,
+        *,
+        source: Reference | None = None,
+        strength: Scheduled = 1.0,
+        p: Probability = 1.0,
+    ) -> None:
         super().__init__(p=p, keeps_structure=True)
         check_scheduled("strength", strength)
+        self.reference = reference
+        self.source = source
         self.strength = strength
 
     def make_params(self, flat_inputs: list[Any], facts: Facts = NO_FACTS) -> dict[str, Any]:
@@ -126,7 +137,7 @@ class _Classical(TileTransform):
         raise NotImplementedError
 
 
-class MacenkoNormalize(_Classical):
+class MacenkoNormalize(ClassicalTransform[MacenkoReference]):
     """Replace the two stains of tiles by those of a reference, as Macenko et al. (2009).
 
     Args:
@@ -135,18 +146,6 @@ class MacenkoNormalize(_Classical):
         strength: 1 goes to the reference, 0 stays; or a `Ramp` over epochs.
         p: Probability that a tile is changed; a `Ramp`, or one of them by class.
     """
-
-    def __init__(
-        self,
-        reference: MacenkoReference,
-        *,
-        source: MacenkoReference | None = None,
-        strength: Scheduled = 1.0,
-        p: Probability = 1.0,
-    ) -> None:
-        super().__init__(strength=strength, p=p)
-        self.reference = reference
-        self.source = source
 
     def _change(self, grey: Tensor, strength: Tensor) -> Edit:
         density = optical_density(grey)
@@ -161,7 +160,7 @@ class MacenkoNormalize(_Classical):
         return Edit(recoloured, start.is_sound & has_tissue)
 
 
-class ReinhardNormalize(_Classical):
+class ReinhardNormalize(ClassicalTransform[ReinhardReference]):
     """Give the tissue of tiles the mean and deviation of a reference's, as Reinhard et al. (2001).
 
     Args:
@@ -171,18 +170,6 @@ class ReinhardNormalize(_Classical):
         p: Probability that a tile is changed; a `Ramp`, or one of them by class.
     """
 
-    def __init__(
-        self,
-        reference: ReinhardReference,
-        *,
-        source: ReinhardReference | None = None,
-        strength: Scheduled = 1.0,
-        p: Probability = 1.0,
-    ) -> None:
-        super().__init__(strength=strength, p=p)
-        self.reference = reference
-        self.source = source
-
     def _change(self, grey: Tensor, strength: Tensor) -> Edit:
         lab, weight = grey_to_lab(grey), tissue_weight(optical_density(grey))
         own = lab_moments(lab, weight) if self.source is None else self.source.moments(grey.device)
@@ -191,7 +178,7 @@ class ReinhardNormalize(_Classical):
         return Edit(recoloured, weight.mean((1, 2, 3)) >= MIN_TISSUE)
 
 
-class DensityTransport(_Classical):
+class DensityTransport(ClassicalTransform[DensityReference]):
     """Give the tissue of tiles the mean and covariance of optical density of a reference's.
 
     The optimal-transport map between normal distributions, with bounded gain; what `StainTransfer`
@@ -203,18 +190,6 @@ class DensityTransport(_Classical):
         strength: 1 goes to the reference, 0 stays; or a `Ramp` over epochs.
         p: Probability that a tile is changed; a `Ramp`, or one of them by class.
     """
-
-    def __init__(
-        self,
-        reference: DensityReference,
-        *,
-        source: DensityReference | None = None,
-        strength: Scheduled = 1.0,
-        p: Probability = 1.0,
-    ) -> None:
-        super().__init__(strength=strength, p=p)
-        self.reference = reference
-        self.source = source
 
     def _change(self, grey: Tensor, strength: Tensor) -> Edit:
         own = tissue_moments(grey)
