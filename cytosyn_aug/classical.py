@@ -7,8 +7,8 @@ Baselines that need no model, with the same grammar as all transforms here; see
     normalise = MacenkoNormalize(reference, source=MacenkoReference.fit(tiles_of_this_slide))
 
 Without `source` every tile is changed by its own statistics, and neighbours differ (seams). Tiles
-that do not tell their stain (blank, of one colour) come back unchanged. With `p` and `strength`
-they serve as augmentations too.
+that do not tell their stain (blank, black, of one colour) come back unchanged. With `p` and
+`strength` they serve as augmentations too.
 """
 
 from __future__ import annotations

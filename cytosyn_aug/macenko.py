@@ -26,7 +26,7 @@ from cytosyn_aug.config import TileSpec, Triple
 from cytosyn_aug.images import optical_density
 from cytosyn_aug.json_files import load_record, save_record
 from cytosyn_aug.precision import own_precision
-from cytosyn_aug.stain import DensityMap
+from cytosyn_aug.stain import DARK_TO, DensityMap
 from cytosyn_aug.tile_sets import MAX_TILES, TileSource, read_tiles
 
 # Transmitted light, least optical density of tissue and percentile, as published.
@@ -146,8 +146,9 @@ def estimate_stains(density: Tensor) -> Stains:
         density: Optical density [B, 3, H, W]; see `cytosyn_aug.images.optical_density`.
     """
     # 1
+    brightest = density.flatten(2).amin(1)
     density = density.flatten(2) - _OFFSET
-    is_tissue = density.amin(1) >= MIN_DENSITY
+    is_tissue = (brightest - _OFFSET >= MIN_DENSITY) & (brightest < DARK_TO)
     number = is_tissue.sum(1, dtype=torch.int32)
     # 2
     inside = (density * is_tissue[:, None]).double()

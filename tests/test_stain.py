@@ -2,6 +2,7 @@ import pytest
 import torch
 from conftest import synthetic_tiles
 
+from cytosyn_aug.images import optical_density
 from cytosyn_aug.stain import (
     MAX_GAIN,
     MIN_TISSUE,
@@ -87,6 +88,15 @@ def test_the_weight_is_zero_on_glass_one_on_tissue_and_monotone():
     assert (weight.diff() >= 0).all()
 
 
+def test_the_weight_falls_to_zero_from_dark_to_black():
+    grey = torch.arange(61.0, -1, -1).view(1, 1, 1, -1).expand(1, 3, 1, 62).clone()
+    grey[:, 0] /= 2  # the brightest channel decides
+    weight = tissue_weight(optical_density(grey)).flatten()
+    assert weight[:30].min() == 1  # 32 grey levels and more
+    assert weight[46:].max() == 0  # 15 and less
+    assert (weight.diff() <= 0).all()
+
+
 def test_no_tissue_gives_finite_moments_and_no_weight():
     blank = tissue_moments(torch.full((1, 3, 16, 16), 250, dtype=torch.uint8))
     assert blank.tissue.item() == 0
@@ -95,6 +105,7 @@ def test_no_tissue_gives_finite_moments_and_no_weight():
 
 def test_tissue_is_told_from_glass_in_any_number_type(tiles):
     glass = torch.full_like(tiles[:2], 243)
+    glass[1] = 0  # beyond the edge of a slide
     mixed = torch.cat([tiles[:1], glass, tiles[1:2]])
     for images in (mixed, mixed.float(), mixed.double()):
         assert is_tissue(images).tolist() == [True, False, False, True]

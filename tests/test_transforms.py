@@ -389,6 +389,15 @@ class Edited(Dataset):
         return self.transform(self.samples[index])
 
 
+def test_black_stays_black(transfer, tiles):
+    padded = tiles.clone()
+    padded[..., :56] = 0
+    edited = transfer(padded)
+    assert torch.equal(edited[..., :56], padded[..., :56])
+    assert not torch.equal(edited[..., 56:], padded[..., 56:])
+    assert transfer(torch.zeros_like(tiles)).max() == 0
+
+
 @pytest.fixture
 def failing(model_folder, monkeypatch):
     """A generator of its own, whose named network gives NaN for the second tile of a batch."""
