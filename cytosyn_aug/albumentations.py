@@ -84,9 +84,7 @@ class StainTransfer(TileImageTransform):
             "features": features,
             "allow_geometry_change": allow_geometry_change,
         }
-        # One draw a slide, and a label, only the inner transform knows.
-        inner_p = p if isinstance(p, Mapping) or mode == "slide" else 1.0
-        super().__init__(transforms.StainTransfer(**arguments, p=inner_p), p, arguments)
+        super().__init__(transforms.StainTransfer(**arguments, p=_inner_p(p, mode)), p, arguments)
 
 
 class StainNormalize(TileImageTransform):
@@ -134,8 +132,7 @@ class StainNormalize(TileImageTransform):
             "seed": seed,
             "allow_geometry_change": allow_geometry_change,
         }
-        inner_p = p if isinstance(p, Mapping) else 1.0
-        super().__init__(transforms.StainNormalize(**arguments, p=inner_p), p, arguments)
+        super().__init__(transforms.StainNormalize(**arguments, p=_inner_p(p)), p, arguments)
 
 
 class ConditionedResample(TileImageTransform):
@@ -149,6 +146,8 @@ class ConditionedResample(TileImageTransform):
         guidance_scale: Classifier-free guidance; 1 for none.
         p: Probability that an image is replaced; a `Ramp`, or one of them by class.
         features: See `StainTransfer`.
+        mode: "tile" or "slide"; see `cytosyn_aug.ConditionedResample`.
+        seed: Of the draws of mode "slide".
         allow_geometry_change: Accept masks and boxes although structure changes.
     """
 
@@ -162,6 +161,8 @@ class ConditionedResample(TileImageTransform):
         guidance_scale: float = 1.0,
         p: Probability = 0.3,
         features: Callable[[Tensor], Tensor] | None = None,
+        mode: Mode = "tile",
+        seed: int = 0,
         allow_geometry_change: bool = False,
     ) -> None:
         p = read_argument(p)
@@ -172,10 +173,13 @@ class ConditionedResample(TileImageTransform):
             "steps": steps,
             "guidance_scale": guidance_scale,
             "features": features,
+            "mode": mode,
+            "seed": seed,
             "allow_geometry_change": allow_geometry_change,
         }
-        inner_p = p if isinstance(p, Mapping) else 1.0
-        super().__init__(resampling.ConditionedResample(**arguments, p=inner_p), p, arguments)
+        super().__init__(
+            resampling.ConditionedResample(**arguments, p=_inner_p(p, mode)), p, arguments
+        )
 
     @property
     def num_rejected(self) -> int:
@@ -192,6 +196,8 @@ class CachedVariants(TileImageTransform):
         cache: Filled by `fill_variants`, with images.
         p: Probability that an image is replaced; a `Ramp`, or one of them by class.
         on_miss: "raise" or "keep".
+        mode: "tile" or "slide"; see `cytosyn_aug.CachedVariants`.
+        seed: Of the draws of mode "slide".
         allow_geometry_change: Accept masks and boxes although the variants moved structure.
     """
 
@@ -201,16 +207,19 @@ class CachedVariants(TileImageTransform):
         p: Probability = 0.5,
         *,
         on_miss: Literal["raise", "keep"] = "raise",
+        mode: Mode = "tile",
+        seed: int = 0,
         allow_geometry_change: bool = False,
     ) -> None:
         p = read_argument(p)
         arguments = {
             "cache": read_argument(cache),
             "on_miss": on_miss,
+            "mode": mode,
+            "seed": seed,
             "allow_geometry_change": allow_geometry_change,
         }
-        inner_p = p if isinstance(p, Mapping) else 1.0
-        inner = variants.CachedVariants(**arguments, p=inner_p)
+        inner = variants.CachedVariants(**arguments, p=_inner_p(p, mode))
         if inner.is_latent:
             raise ValueError(
                 f"{inner.cache.folder} holds latents, which albumentations cannot carry to the "
@@ -236,15 +245,18 @@ class ClassicalImageTransform(TileImageTransform, Generic[Reference]):
         source: Reference | None = None,
         strength: Scheduled = 1.0,
         p: Probability = 1.0,
+        mode: Mode = "tile",
+        seed: int = 0,
     ) -> None:
         p = read_argument(p)
         arguments = {
             "reference": read_argument(reference),
             "source": read_argument(source),
             "strength": read_argument(strength),
+            "mode": mode,
+            "seed": seed,
         }
-        inner = self.kind(**arguments, p=p if isinstance(p, Mapping) else 1.0)
-        super().__init__(inner, p, arguments)
+        super().__init__(self.kind(**arguments, p=_inner_p(p, mode)), p, arguments)
 
 
 class MacenkoNormalize(ClassicalImageTransform[MacenkoReference]):
@@ -255,6 +267,7 @@ class MacenkoNormalize(ClassicalImageTransform[MacenkoReference]):
         source: Stains of the slide the tiles come from; None for each tile's own.
         strength: 1 goes to the reference, 0 stays; or a `Ramp` over epochs.
         p: Probability that an image is changed; a `Ramp`, or one of them by class.
+        mode: "tile" or "slide"; and `seed`, of the draws of mode "slide". See `StainTransfer`.
     """
 
     kind = classical.MacenkoNormalize
@@ -268,6 +281,7 @@ class ReinhardNormalize(ClassicalImageTransform[ReinhardReference]):
         source: Colour of the slide the tiles come from; None for each tile's own.
         strength: 1 goes to the reference, 0 stays; or a `Ramp` over epochs.
         p: Probability that an image is changed; a `Ramp`, or one of them by class.
+        mode: "tile" or "slide"; and `seed`, of the draws of mode "slide". See `StainTransfer`.
     """
 
     kind = classical.ReinhardNormalize
@@ -281,9 +295,15 @@ class DensityTransport(ClassicalImageTransform[DensityReference]):
         source: Moments of the slide the tiles come from; None for each tile's own.
         strength: 1 goes to the reference, 0 stays; or a `Ramp` over epochs.
         p: Probability that an image is changed; a `Ramp`, or one of them by class.
+        mode: "tile" or "slide"; and `seed`, of the draws of mode "slide". See `StainTransfer`.
     """
 
     kind = classical.DensityTransport
+
+
+def _inner_p(p: Probability, mode: Mode = "tile") -> Probability:
+    """Return p for the inner transform: one draw a slide, and a label, only that knows."""
+    return p if isinstance(p, Mapping) or mode == "slide" else 1.0
 
 
 def _pooled(reference: Any) -> StainReference | None:  # Any: a reference, written or not

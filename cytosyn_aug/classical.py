@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cytosyn_aug.config import TileSpec, Triple
+from cytosyn_aug.draws import Mode
 from cytosyn_aug.facts import NO_FACTS, Facts
 from cytosyn_aug.images import optical_density
 from cytosyn_aug.json_files import load_record, save_record
@@ -110,8 +111,10 @@ class ClassicalTransform(Generic[Reference], TileTransform):
         source: Reference | None = None,
         strength: Scheduled = 1.0,
         p: Probability = 1.0,
+        mode: Mode = "tile",
+        seed: int = 0,
     ) -> None:
-        super().__init__(p=p, keeps_structure=True)
+        super().__init__(p=p, keeps_structure=True, mode=mode, seed=seed)
         check_scheduled("strength", strength)
         self.reference = reference
         self.source = source
@@ -145,6 +148,9 @@ class MacenkoNormalize(ClassicalTransform[MacenkoReference]):
         source: Stains of the slide the tiles come from; None for each tile's own.
         strength: 1 goes to the reference, 0 stays; or a `Ramp` over epochs.
         p: Probability that a tile is changed; a `Ramp`, or one of them by class.
+        mode: "tile" or "slide", which changes all tiles of a slide in an epoch, or none; see
+            `StainTransfer`.
+        seed: Of the draws of mode "slide".
     """
 
     def _change(self, grey: Tensor, strength: Tensor) -> Edit:
@@ -168,6 +174,9 @@ class ReinhardNormalize(ClassicalTransform[ReinhardReference]):
         source: Colour of the slide the tiles come from; None for each tile's own.
         strength: 1 goes to the reference, 0 stays; or a `Ramp` over epochs.
         p: Probability that a tile is changed; a `Ramp`, or one of them by class.
+        mode: "tile" or "slide", which changes all tiles of a slide in an epoch, or none; see
+            `StainTransfer`.
+        seed: Of the draws of mode "slide".
     """
 
     def _change(self, grey: Tensor, strength: Tensor) -> Edit:
@@ -189,6 +198,9 @@ class DensityTransport(ClassicalTransform[DensityReference]):
         source: Moments of the slide the tiles come from; None for each tile's own.
         strength: 1 goes to the reference, 0 stays; or a `Ramp` over epochs.
         p: Probability that a tile is changed; a `Ramp`, or one of them by class.
+        mode: "tile" or "slide", which changes all tiles of a slide in an epoch, or none; see
+            `StainTransfer`.
+        seed: Of the draws of mode "slide".
     """
 
     def _change(self, grey: Tensor, strength: Tensor) -> Edit:

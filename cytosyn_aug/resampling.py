@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cytosyn_aug.draws import MAX_SEED, Mode
 from cytosyn_aug.editing import resample
+from cytosyn_aug.facts import NO_FACTS, Facts
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import check_sides
 from cytosyn_aug.schedules import Probability
@@ -36,6 +38,9 @@ class ConditionedResample(TileTransform):
         features: Gives CLS vectors [B, D] of uint8 tiles [B, 3, size, size], such as a
             `FeatureTable`; None asks the model's encoder. A model without one cannot tell
             similarity, so it needs features and no bounds.
+        mode: "tile" or "slide", which replaces all tiles of a slide in an epoch, or none, and then
+            samples carry the name of the slide under "slide"; see `StainTransfer`.
+        seed: Of the draws of mode "slide".
         allow_geometry_change: Accept masks and boxes although structure changes.
 
     Raises:
@@ -59,9 +64,11 @@ class ConditionedResample(TileTransform):
         guidance_scale: float = 1.0,
         p: Probability = 0.3,
         features: Callable[[Tensor], Tensor] | None = None,
+        mode: Mode = "tile",
+        seed: int = 0,
         allow_geometry_change: bool = False,
     ) -> None:
-        super().__init__(p=p, keeps_structure=allow_geometry_change)
+        super().__init__(p=p, keeps_structure=allow_geometry_change, mode=mode, seed=seed)
         if not -1 <= min_similarity <= max_similarity <= 1:
             raise ValueError(
                 f"similarities are {min_similarity} and {max_similarity}, expected "
@@ -86,6 +93,13 @@ class ConditionedResample(TileTransform):
     def num_rejected(self) -> int:
         """Tiles, in all workers, whose new version was too unlike or too like the old one."""
         return self._rejected.total()
+
+    def make_params(self, flat_inputs: list[Any], facts: Facts = NO_FACTS) -> dict[str, Any]:
+        """Draw which tiles are replaced, and a noise of its own for each, also within a slide."""
+        params = super().make_params(flat_inputs, facts)
+        if self.mode == "slide":
+            params["seeds"] = torch.randint(0, MAX_SEED, (len(params["seeds"]),)).tolist()
+        return params
 
     def _check_size(self, height_px: int, width_px: int) -> None:
         check_sides(height_px, width_px, self.generator.tile)

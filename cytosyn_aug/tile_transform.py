@@ -11,7 +11,7 @@ plain tensors only the first is an image, and none where the sample holds a PIL 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import PIL.Image
@@ -21,8 +21,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from cytosyn_aug.draws import MAX_SEED
-from cytosyn_aug.facts import NO_FACTS, Facts, read_labels
+from cytosyn_aug.draws import MAX_SEED, Mode, slide_generator
+from cytosyn_aug.facts import NO_FACTS, SLIDE, Facts, read_fact, read_labels
 from cytosyn_aug.images import (
     check_image,
     is_image_tensor,
@@ -54,17 +54,27 @@ class TileTransform(v2.Transform):
         p: Probability that a tile is edited; a `Ramp` over epochs, or one of them by class, and
             then samples carry labels: {"image": ..., "label": ...} or (image, label).
         keeps_structure: Whether masks, boxes and key points stay right.
+        mode: "tile" draws for every tile; "slide" for every slide and epoch, in all workers alike,
+            and then samples carry the name of the slide under "slide".
+        seed: Of the draws of mode "slide", which do not depend on torch's generator.
     """
 
     _transformed_types = (PIL.Image.Image, tv_tensors.Image, is_image_tensor)
 
-    def __init__(self, *, p: Probability, keeps_structure: bool) -> None:
+    def __init__(
+        self, *, p: Probability, keeps_structure: bool, mode: Mode = "tile", seed: int = 0
+    ) -> None:
         super().__init__()
         check_probability(p)
+        if mode not in ("tile", "slide"):
+            raise ValueError(f"mode is {mode!r}, expected 'tile' or 'slide'")
         self.p = p if isinstance(p, Mapping | Ramp) else float(p)
         self.keeps_structure = keeps_structure
+        self.mode = mode
+        self.seed = seed
         self._epoch = SharedEpoch()
         self._failed = SharedCount()
+        self._warned_epoch = SharedCount()
 
     @property
     def num_failed(self) -> int:
@@ -156,11 +166,39 @@ class TileTransform(v2.Transform):
         Returns:
             Lists with one entry a tile, which JSON can hold: `chosen` and `seeds`.
         """
-        num = num_tiles(flat_inputs[0])
+        return self._draw_tiles(num_tiles(flat_inputs[0]), facts)[0]
+
+    def _draw_tiles(
+        self, num: int, facts: Facts
+    ) -> tuple[dict[str, Any], list[torch.Generator | None]]:
+        """Draw `chosen` and `seeds`; return also where each tile's further draws come from.
+
+        That is torch's own generator (None), or in mode "slide" one that all tiles of a slide
+        begin anew, so that all of them must draw the same things in the same order.
+        """
         p = probabilities(self.p, self.epoch, facts.labels, num)
-        chosen = torch.rand(num, dtype=torch.float64) < torch.tensor(p, dtype=torch.float64)
-        seeds = torch.randint(0, MAX_SEED, (num,))
-        return {"chosen": chosen.tolist(), "seeds": seeds.tolist()}
+        if self.mode == "tile":
+            chosen = torch.rand(num, dtype=torch.float64) < torch.tensor(p, dtype=torch.float64)
+            seeds = torch.randint(0, MAX_SEED, (num,))
+            return {"chosen": chosen.tolist(), "seeds": seeds.tolist()}, [None] * num
+        sources = [slide_generator(x, self.epoch, self.seed) for x in self._slides(facts)]
+        params: dict[str, Any] = {"chosen": [], "seeds": []}
+        for k, source in enumerate(sources):
+            uniform = float(torch.rand((), dtype=torch.float64, generator=source))
+            params["chosen"].append(uniform < p[k])
+            params["seeds"].append(int(torch.randint(0, MAX_SEED, (), generator=source)))
+        return params, [*sources]
+
+    def _slides(self, facts: Facts) -> list[Hashable]:
+        if facts.slides is None:
+            raise ValueError(missing_fact(SLIDE))
+        if not self._epoch.is_set:
+            warn_once(
+                self._warned_epoch,
+                "mode='slide' draws the same for a slide until transform.set_epoch(epoch) says "
+                "that another epoch has begun, and it was never called; call it before each",
+            )
+        return facts.slides
 
     @own_precision()
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
@@ -194,10 +232,11 @@ class TileTransform(v2.Transform):
 
     def read_facts(self, sample: object, images: list[Any]) -> Facts:
         """Return what draws go by, one value a tile; only what is asked for."""
-        labels = None
-        if isinstance(self.p, Mapping):
-            labels = read_labels(sample, num_tiles(images[0]))
-        return Facts(labels=labels)
+        num = num_tiles(images[0])
+        return Facts(
+            labels=read_labels(sample, num) if isinstance(self.p, Mapping) else None,
+            slides=read_fact(sample, SLIDE, num) if self.mode == "slide" else None,
+        )
 
     def _assemble(self, done: list[Any], is_image: list[bool], spec: TreeSpec) -> Any:
         return tree_unflatten(done, spec)
@@ -218,6 +257,21 @@ class TileTransform(v2.Transform):
                 stacklevel=2,
             )
         self._failed.add(number)
+
+
+def missing_fact(name: str) -> str:
+    """Return what to say where `make_params` was not told what draws go by."""
+    return (
+        f"draws go by {name}, and make_params was not told which; call the transform on a sample "
+        f'that carries it: {{"image": ..., "{name}": ...}}'
+    )
+
+
+def warn_once(counter: SharedCount, sentence: str) -> None:
+    """Warn once in all processes."""
+    if not counter.total():
+        counter.add(1)
+        warnings.warn(sentence, stacklevel=2)
 
 
 def _may_be_mask(x: object, images: list[Any]) -> bool:

@@ -6,7 +6,6 @@ see `cytosyn_aug.editing`. The grammar is that of `cytosyn_aug.tile_transform`.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -15,13 +14,11 @@ from torch import Tensor
 
 from cytosyn_aug.config import Preserve
 from cytosyn_aug.draws import (
-    MAX_SEED,
     Mode,
     Sampling,
     draw_references,
     farthest_references,
     group_by_laboratory,
-    slide_generator,
     without_laboratory,
 )
 from cytosyn_aug.editing import (
@@ -36,12 +33,12 @@ from cytosyn_aug.editing import (
     redraw,
     reference_statistics,
 )
-from cytosyn_aug.facts import LABORATORY, NO_FACTS, SLIDE, Facts, read_fact
+from cytosyn_aug.facts import LABORATORY, NO_FACTS, Facts, read_fact
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import check_sides, num_tiles, open_image
 from cytosyn_aug.precision import own_precision
 from cytosyn_aug.reference import StainReference
-from cytosyn_aug.schedules import Probability, Scheduled, check_scheduled, probabilities, value_at
+from cytosyn_aug.schedules import Probability, Scheduled, check_scheduled, value_at
 from cytosyn_aug.shared import SharedCount
 from cytosyn_aug.stain import (
     apply_density_map,
@@ -49,7 +46,7 @@ from cytosyn_aug.stain import (
     moment_statistics,
     tissue_moments,
 )
-from cytosyn_aug.tile_transform import Edit, TileTransform
+from cytosyn_aug.tile_transform import Edit, TileTransform, missing_fact, warn_once
 
 
 class StainTransfer(TileTransform):
@@ -114,7 +111,8 @@ class StainTransfer(TileTransform):
         features: Callable[[Tensor], Tensor] | None = None,
         allow_geometry_change: bool = False,
     ) -> None:
-        super().__init__(p=p, keeps_structure=preserve == "color" or allow_geometry_change)
+        keeps_structure = preserve == "color" or allow_geometry_change
+        super().__init__(p=p, keeps_structure=keeps_structure, mode=mode, seed=seed)
         if preserve not in ("color", "none"):
             raise ValueError(f"preserve is {preserve!r}, expected 'color' or 'none'")
         if not references:
@@ -137,14 +135,12 @@ class StainTransfer(TileTransform):
         self.preserve = preserve
         self.mpp = mpp
         self.sampling = sampling
-        self.mode = mode
-        self.seed = seed
         self.recipe = recipe if recipe is not None else EditRecipe()
         self.features = features
         self._laboratories = [r.laboratory for r in self.references]
         self._groups = group_by_laboratory(self._laboratories)
         self._targets: Tensor | None = None
-        self._warned = {kind: SharedCount() for kind in ("epoch", "laboratory")}
+        self._warned_laboratory = SharedCount()
 
     def make_params(self, flat_inputs: list[Any], facts: Facts = NO_FACTS) -> dict[str, Any]:
         """Draw also the reference of every tile, and its strength in this epoch.
@@ -159,30 +155,18 @@ class StainTransfer(TileTransform):
         """Draw `count` references a tile, and everything else."""
         num = num_tiles(flat_inputs[0])
         own = facts.laboratories or [None] * num
-        for fact, values, is_needed in (
-            (SLIDE, facts.slides, self.mode == "slide"),
-            (LABORATORY, facts.laboratories, self.sampling == "own_excluded"),
-        ):
-            if is_needed and values is None:
-                raise ValueError(
-                    f"draws go by {fact}, and make_params was not told which; call the transform "
-                    f'on a sample that carries it: {{"image": ..., "{fact}": ...}}'
-                )
         if self.sampling == "own_excluded":
+            if facts.laboratories is None:
+                raise ValueError(missing_fact(LABORATORY))
             self._check_laboratories(own)
-        if facts.slides is not None and self.mode == "slide":
-            if not self._epoch.is_set:
-                self._warn_once(
-                    "epoch",
-                    "mode='slide' draws the same for a slide until transform.set_epoch(epoch) says "
-                    "that another epoch has begun, and it was never called; call it before each",
-                )
-            params = self._draw_by_slide(facts.slides, facts, own, count)
-        else:
-            params = super().make_params(flat_inputs, facts)
-            params["references"] = [self._draw_references(own[k], count, None) for k in range(num)]
+        params, sources = self._draw_tiles(num, facts)
         if self.sampling == "farthest":
             params["references"] = self._farthest(flat_inputs[0], num, count)
+        else:
+            params["references"] = [
+                self._draw_references(x, count, source)
+                for x, source in zip(own, sources, strict=True)
+            ]
         params["strengths"] = [value_at(self.strength, self.epoch)] * num
         return params
 
@@ -190,31 +174,11 @@ class StainTransfer(TileTransform):
         unknown = [x for x in own if x not in self._laboratories]
         if unknown:
             known = ", ".join(sorted({repr(x) for x in self._laboratories}))
-            self._warn_once(
-                "laboratory",
+            warn_once(
+                self._warned_laboratory,
                 f"the sample is of laboratory {unknown[0]!r}, and the references are of {known}: "
                 "nothing is left out for it. Spell it as they do, if it is one of them",
             )
-
-    def _warn_once(self, kind: str, sentence: str) -> None:
-        """Warn once in all processes."""
-        if not self._warned[kind].total():
-            self._warned[kind].add(1)
-            warnings.warn(sentence, stacklevel=2)
-
-    def _draw_by_slide(
-        self, slides: Sequence[Hashable], facts: Facts, own: Sequence[Hashable], count: int
-    ) -> dict[str, Any]:
-        p = probabilities(self.p, self.epoch, facts.labels, len(slides))
-        params: dict[str, Any] = {"chosen": [], "seeds": [], "references": []}
-        for k, slide in enumerate(slides):
-            # One source of randomness a slide, read in the same order for all its tiles.
-            source = slide_generator(slide, self.epoch, self.seed)
-            uniform = float(torch.rand((), dtype=torch.float64, generator=source))
-            params["chosen"].append(uniform < p[k])
-            params["seeds"].append(int(torch.randint(0, MAX_SEED, (), generator=source)))
-            params["references"].append(self._draw_references(own[k], count, source))
-        return params
 
     def _draw_references(
         self, own: Hashable, count: int, generator: torch.Generator | None
@@ -299,12 +263,10 @@ class StainTransfer(TileTransform):
 
     def read_facts(self, sample: object, images: list[Any]) -> Facts:
         """Return what draws go by, one value a tile; only what is asked for."""
-        facts, num = super().read_facts(sample, images), num_tiles(images[0])
-        if self.mode == "slide":
-            facts = facts._replace(slides=read_fact(sample, SLIDE, num))
-        if self.sampling == "own_excluded":
-            facts = facts._replace(laboratories=read_fact(sample, LABORATORY, num))
-        return facts
+        facts = super().read_facts(sample, images)
+        if self.sampling != "own_excluded":
+            return facts
+        return facts._replace(laboratories=read_fact(sample, LABORATORY, num_tiles(images[0])))
 
 
 class StainNormalize(StainTransfer):
@@ -380,8 +342,6 @@ def _check_draws(
         raise ValueError(
             f"sampling is {sampling!r}, expected 'uniform', 'farthest' or 'own_excluded'"
         )
-    if mode not in ("tile", "slide"):
-        raise ValueError(f"mode is {mode!r}, expected 'tile' or 'slide'")
     if mode == "slide" and sampling == "farthest" and source is None:
         raise ValueError(
             "mode='slide' with sampling='farthest' needs source, the statistics of the slide: "

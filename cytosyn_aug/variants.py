@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cytosyn_aug.cache import LatentCache
+from cytosyn_aug.draws import Mode
 from cytosyn_aug.encodings import check_model
 from cytosyn_aug.facts import NO_FACTS, Facts
 from cytosyn_aug.generator import TileGenerator
@@ -66,6 +67,10 @@ class CachedVariants(TileTransform):
         p: Probability that a tile is replaced; a `Ramp` over epochs, or one of them by class.
         on_miss: "raise" names the tile and why it is not there; "keep" leaves the tile as it is,
             warns once, and counts in `num_missed`.
+        mode: "tile" or "slide", which gives all tiles of a slide the same variant in an epoch, or
+            none, and then samples carry the name of the slide under "slide"; see `StainTransfer`.
+            Where a variant is one laboratory (a `StainNormalize` each), a slide has one stain.
+        seed: Of the draws of mode "slide".
         allow_geometry_change: Accept masks and boxes although the cache's variants moved
             structure.
 
@@ -89,9 +94,12 @@ class CachedVariants(TileTransform):
         p: Probability = 0.5,
         *,
         on_miss: Literal["raise", "keep"] = "raise",
+        mode: Mode = "tile",
+        seed: int = 0,
         allow_geometry_change: bool = False,
     ) -> None:
-        super().__init__(p=p, keeps_structure=cache.spec.keeps_structure or allow_geometry_change)
+        keeps_structure = cache.spec.keeps_structure or allow_geometry_change
+        super().__init__(p=p, keeps_structure=keeps_structure, mode=mode, seed=seed)
         names = cache.spec.names
         if "is_edited" not in names:
             raise ValueError(
@@ -112,10 +120,10 @@ class CachedVariants(TileTransform):
 
     def make_params(self, flat_inputs: list[Any], facts: Facts = NO_FACTS) -> dict[str, Any]:
         """Draw also the variant of every tile."""
-        params = super().make_params(flat_inputs, facts)
-        num = num_tiles(flat_inputs[0])
-        drawn = torch.randint(0, self.cache.spec.num_variants, (num,))
-        return params | {"variants": drawn.tolist()}
+        params, sources = self._draw_tiles(num_tiles(flat_inputs[0]), facts)
+        num_variants = self.cache.spec.num_variants
+        drawn = [int(torch.randint(num_variants, (), generator=source)) for source in sources]
+        return params | {"variants": drawn}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Look an image up; of a cache of latents, return a `LatentVariant`.

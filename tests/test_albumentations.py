@@ -289,6 +289,18 @@ def test_slides_are_drawn_alike(generator, reference, image):
     np.testing.assert_array_equal(a, b)
 
 
+def test_the_classical_ones_draw_by_slide_too(image):
+    reference = MacenkoReference.fit(synthetic_tiles(2, seed=5))
+    transform = caa.MacenkoNormalize(reference, p=0.5, mode="slide", seed=1)
+    transform.set_epoch(0)
+    is_edited = [
+        [(transform(image=image, slide=slide)["image"] != image).any() for _ in range(3)]
+        for slide in range(12)
+    ]
+    assert all(len(set(tiles)) == 1 for tiles in is_edited)
+    assert len({tiles[0] for tiles in is_edited}) == 2
+
+
 def test_failures_and_rejections_are_counted(generator, image):
     transform = caa.ConditionedResample(generator, p=1.0, steps=2, min_similarity=0.9999)
     transform(image=image)

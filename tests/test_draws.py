@@ -10,18 +10,32 @@ from conftest import synthetic_tiles
 from torch.utils.data import DataLoader, Dataset
 
 from cytosyn_aug import (
+    CachedVariants,
+    ConditionedResample,
+    DensityReference,
+    DensityTransport,
     EditRecipe,
+    LatentCache,
     MacenkoNormalize,
     MacenkoReference,
     Ramp,
+    ReinhardNormalize,
+    ReinhardReference,
     StainReference,
     StainTransfer,
     StainViews,
+    fill_variants,
+    variants_spec,
 )
 from cytosyn_aug.draws import draw_references, group_by_laboratory
 from cytosyn_aug.stain import pool_moments, tissue_moments
 
 FAST = EditRecipe(steps=2)
+CLASSICAL = {
+    "macenko": (MacenkoNormalize, MacenkoReference),
+    "reinhard": (ReinhardNormalize, ReinhardReference),
+    "transport": (DensityTransport, DensityReference),
+}
 
 
 def paler(tiles, share):
@@ -269,6 +283,42 @@ def test_slide_mode_reads_one_name_a_tile(generator, references, tiles):
         transform(tiles)
     with pytest.raises(ValueError, match="was not told which"):
         transform.make_params([tiles])
+
+
+@pytest.fixture(params=["resample", "cached", *CLASSICAL])
+def by_slide(request, generator, tiles, tmp_path):
+    """Every other transform that draws by slide."""
+    if request.param == "resample":
+        return ConditionedResample(generator, p=0.5, mode="slide")
+    if request.param == "cached":
+        edits = [lambda images, seeds, k=k: images // k for k in (2, 3, 4)]
+        cache = LatentCache.open(tmp_path, variants_spec(generator, "images", edits, recipe="x"))
+        fill_variants(generator, tiles, cache, edits)
+        return CachedVariants(cache, p=0.5, mode="slide")
+    transform, reference = CLASSICAL[request.param]
+    return transform(reference.fit(synthetic_tiles(2, seed=5)), p=0.5, mode="slide")
+
+
+def test_every_transform_edits_slides_as_a_whole_or_not_at_all(by_slide, tiles):
+    with pytest.raises(ValueError, match="the sample says no slide"):
+        by_slide(tiles)
+    by_slide.set_epoch(0)
+    drawn, noises = [], set()
+    for k in range(40):
+        facts = by_slide.read_facts({"image": tiles, "slide": f"slide {k}"}, [tiles])
+        params = by_slide.make_params([tiles], facts)
+        noises.add(len(set(params.pop("seeds"))))
+        assert all(len(set(values)) == 1 for values in params.values())
+        drawn.append(params)
+        # Resampled tiles of a slide must not share their noise.
+        torch.manual_seed(k)
+        again = by_slide.make_params([tiles], facts)
+        again.pop("seeds")
+        assert again == params
+    assert 10 < sum(params["chosen"][0] for params in drawn) < 30
+    if "variants" in drawn[0]:
+        assert {params["variants"][0] for params in drawn} == {0, 1, 2}
+    assert noises == ({len(tiles)} if isinstance(by_slide, ConditionedResample) else {1})
 
 
 def test_slide_mode_without_epochs_says_once_that_it_repeats(generator, references, tiles):
