@@ -147,6 +147,7 @@ class ReplayBank:
             raise ValueError(f"epoch is {epoch}, expected 0 or more")
         self._epoch = epoch
 
+    @torch.compiler.disable  # as transforms are: every batch draws others
     @own_precision()
     @torch.no_grad()
     def __call__(self, images: Tensor, index: Tensor) -> Tensor:

@@ -103,11 +103,14 @@ class TileTransform(v2.Transform):
                 shown.append(f"{name}={len(value)}")
         return ", ".join(s for s in shown if not s.startswith(("_", "training=")))
 
+    # A compiled training step would otherwise be traced into it and compiled anew for every draw.
+    @torch.compiler.disable
     @own_precision()
     def forward(self, *inputs: Any) -> Any:
         """Edit the images of a sample.
 
         torchvision's own forward, which forgets the keys of the sample that facts are found by.
+        `torch.compile` around it leaves it as it is; `TileGenerator.compile` is for the networks.
         """
         if not inputs:
             raise TypeError("got no sample; call the transform on an image, or a sample with one")

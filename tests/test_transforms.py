@@ -9,6 +9,7 @@ import pytest
 import torch
 from check_transform import check_transform
 from conftest import SIZE, synthetic_tiles
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -396,6 +397,27 @@ def test_black_stays_black(transfer, tiles):
     assert torch.equal(edited[..., :56], padded[..., :56])
     assert not torch.equal(edited[..., 56:], padded[..., 56:])
     assert transfer(torch.zeros_like(tiles)).max() == 0
+
+
+def test_a_compiled_training_step_is_not_compiled_anew_for_other_draws(
+    generator, references, tiles
+):
+    transform = Transfer(generator, references, p=0.5, recipe=FAST)
+    weight = torch.tensor(0.5, requires_grad=True)
+    counter = CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+
+    @torch.compile(backend=counter)
+    def step(images):
+        return (weight * transform(images).float()).mean()
+
+    for seed in range(4):
+        torch.manual_seed(seed)
+        loss = step(tiles)
+        loss.backward()
+        torch.manual_seed(seed)
+        assert loss.item() == pytest.approx(0.5 * transform(tiles).float().mean().item())
+    assert counter.frame_count == 1
 
 
 @pytest.fixture
