@@ -7,7 +7,8 @@ with few. A reference without a laboratory's name counts as a laboratory of its 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Literal, TypeVar
 
 import torch
@@ -78,20 +79,36 @@ def without_laboratory(
     return left
 
 
-def farthest_references(statistics: Tensor, references: Tensor, count: int) -> list[list[int]]:
+def farthest_references(
+    statistics: Tensor, references: Tensor, groups: Sequence[Sequence[int]], count: int
+) -> list[list[int]]:
     """Return for each tile the references whose stain differs most from its own.
 
     Args:
         statistics: [B, 9], the tiles' stain; see `cytosyn_aug.stain.moment_statistics`.
         references: [R, 9], the references' stain.
+        groups: References by laboratory.
         count: How many a tile; they repeat where there are fewer.
 
     Returns:
-        B lists of `count` positions, the farthest first.
+        B lists of `count` positions: the farthest, the farthest of another laboratory, and so on;
+        no laboratory comes again before all came.
     """
     distance = torch.cdist(statistics, references.to(statistics))
     order = distance.argsort(dim=1, descending=True).tolist()
-    return [[row[k % len(row)] for k in range(count)] for row in order]
+    laboratory = {k: number for number, group in enumerate(groups) for k in group}
+    rows = [_in_rounds(row, laboratory) for row in order]
+    return [[row[k % len(row)] for k in range(count)] for row in rows]
+
+
+def _in_rounds(order: Sequence[int], laboratory: Mapping[int, int]) -> list[int]:
+    """Sort references into rounds, each with the next of every laboratory that has one left."""
+    seen: Counter[int] = Counter()
+    rounds = []
+    for k in order:
+        rounds.append(seen[laboratory[k]])
+        seen[laboratory[k]] += 1
+    return [k for _, k in sorted(zip(rounds, order, strict=True), key=lambda pair: pair[0])]
 
 
 def slide_generator(slide: Hashable, epoch: int, seed: int) -> torch.Generator:

@@ -201,7 +201,7 @@ class StainTransfer(TileTransform):
                     for part in open_image(image).grey.split(self.generator.batch_size)
                 ]
             )
-        return farthest_references(own.cpu(), targets, count)
+        return farthest_references(own.cpu(), targets, self._groups, count)
 
     def _check_size(self, height_px: int, width_px: int) -> None:
         if self.preserve == "none":

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_unflatten
+from torchvision import tv_tensors
 
 from cytosyn_aug.draws import Mode, Sampling
 from cytosyn_aug.editing import EditRecipe
@@ -30,6 +31,11 @@ class StainViews(StainTransfer):
     restained (blank, or `num_failed`) are the original in every view; and a view that changes
     nothing of an image is the object that came in, not a copy of it.
 
+    Of a plain tensor the views are `tv_tensors.Image` (tensors still, and collated to plain ones):
+    torchvision would take only the first of several plain tensors for an image, so a flip after
+    this transform would turn one view and not the other. What follows must be of v2 and see all
+    views at once, as in a `Compose`, or they are no longer aligned.
+
     Does not support: `preserve="none"`, which is not aligned.
 
     Args:
@@ -51,7 +57,7 @@ class StainViews(StainTransfer):
         >>> tiles = generator.sample(per_condition=4, steps=4, seed=0)
         >>> views = StainViews(generator, [StainReference.fit(generator, tiles)], has_original=True)
         >>> first, second = views(tiles)
-        >>> first is tiles, second.shape
+        >>> torch.equal(first, tiles), second.shape
         (True, torch.Size([4, 3, 224, 224]))
     """
 
@@ -103,6 +109,8 @@ class StainViews(StainTransfer):
     @own_precision()
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Return the versions of one image, a tuple."""
+        if isinstance(inpt, Tensor) and not isinstance(inpt, tv_tensors.TVTensor):
+            inpt = tv_tensors.Image(inpt)
         self._check_size(*sides_of(inpt))
         if not any(params["strengths"]):
             check_image(inpt)

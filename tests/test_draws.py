@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import synthetic_tiles
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
 
 from cytosyn_aug import (
     CachedVariants,
@@ -411,7 +412,7 @@ def test_views_are_what_stain_transfer_gives_and_the_first_may_be_the_original(
     views = StainViews(generator, references[3:], views=3, has_original=True, recipe=FAST)
     torch.manual_seed(0)
     first, second, third = views(tiles)
-    assert first is tiles
+    assert torch.equal(first, tiles)
     torch.manual_seed(0)
     params = views.make_params([tiles])
     one = StainTransfer(generator, references[3:], p=1.0, recipe=FAST)
@@ -420,11 +421,36 @@ def test_views_are_what_stain_transfer_gives_and_the_first_may_be_the_original(
         assert torch.equal(one.transform(tiles, single), view)
 
 
+def test_the_farthest_views_are_of_different_laboratories_too(generator, references, tiles):
+    pale = StainReference.fit(generator, paler(tiles, 0.5))
+    views = StainViews(
+        generator, references, views=5, source=pale, sampling="farthest", recipe=FAST
+    )
+    for drawn in views.make_params([tiles])["references"]:  # by distance 0, 1, 2, 3, 4
+        assert drawn == [0, 3, 4, 1, 2]
+
+
+@pytest.mark.parametrize("arrange", [lambda x: x, lambda x: x[0], lambda x: {"image": x[0]}])
+def test_what_follows_in_a_compose_does_the_same_to_all_views(
+    generator, references, tiles, arrange
+):
+    views = StainViews(generator, references, has_original=True, recipe=FAST)
+    after = v2.Compose([v2.RandomHorizontalFlip(1.0), v2.ToDtype(torch.float32, scale=True)])
+    torch.manual_seed(0)
+    made = views(arrange(tiles))
+    torch.manual_seed(0)
+    for before, out in zip(made, v2.Compose([views, after])(arrange(tiles)), strict=True):
+        if isinstance(before, dict):
+            before, out = before["image"], out["image"]
+        torch.testing.assert_close(out.as_subclass(torch.Tensor), before.flip(-1) / 255)
+
+
 def test_views_collate_to_one_batch_a_view(generator, references, tiles):
     views = StainViews(generator, references, recipe=FAST)
     batch = next(iter(DataLoader([views((t, 1)) for t in tiles], batch_size=4)))
     (first, labels), (second, _) = batch
     assert first.shape == second.shape == tiles.shape
+    assert type(first) is type(second) is torch.Tensor
     assert labels.tolist() == [1] * 4
 
 

@@ -167,7 +167,7 @@ def test_networks_run_only_where_they_have_a_say(generator, references, tiles, m
         weak = Transfer(generator, references, p=1.0, strength=0.0, preserve=preserve)
         assert weak(tiles) is tiles
     views = StainViews(generator, references, strength=0.0)(tiles)
-    assert all(view is tiles for view in views)
+    assert all(view.data_ptr() == tiles.data_ptr() for view in views)
     assert asked == []
     torch.manual_seed(0)
     free = ConditionedResample(generator, p=1.0, steps=2)(tiles)
