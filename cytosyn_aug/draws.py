@@ -115,11 +115,11 @@ def slide_generator(slide: Hashable, epoch: int, seed: int) -> torch.Generator:
     """Return the source of all draws for one slide in one epoch, the same in every worker."""
     text = f"{seed}\n{epoch}\n{slide!r}".encode()
     number = int.from_bytes(hashlib.sha256(text).digest()[:8]) >> 1
-    return torch.Generator().manual_seed(number)
+    return torch.Generator("cpu").manual_seed(number)
 
 
 def _below(limit: int, generator: torch.Generator | None) -> int:
-    return int(torch.randint(limit, (), generator=generator)) if limit > 1 else 0
+    return int(torch.randint(limit, (), generator=generator, device="cpu")) if limit > 1 else 0
 
 
 def _distinct(limit: int, count: int, generator: torch.Generator | None) -> list[int]:
@@ -134,4 +134,6 @@ def _distinct(limit: int, count: int, generator: torch.Generator | None) -> list
 
 
 def _shuffled(items: Sequence[_T], generator: torch.Generator | None) -> list[_T]:
-    return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
+    return [
+        items[i] for i in torch.randperm(len(items), generator=generator, device="cpu").tolist()
+    ]

@@ -17,6 +17,7 @@ from cytosyn_aug.encodings import Filled, check_filler, first_rows, warn_of_fail
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import tile_key
 from cytosyn_aug.misses import THUMBNAIL, thumbnails
+from cytosyn_aug.precision import own_precision
 from cytosyn_aug.stain import is_tissue
 from cytosyn_aug.tile_transform import TileTransform
 
@@ -109,6 +110,7 @@ def records_spec(
     )
 
 
+@own_precision()
 def fill_variants(
     generator: TileGenerator,
     images: Tensor,

@@ -87,7 +87,7 @@ class TileImageTransform(albumentations.ImageOnlyTransform):
         p = value_at(
             self._scheduled if isinstance(self._scheduled, Ramp) else self.p, self.inner.epoch
         )
-        return bool(torch.rand((), dtype=torch.float64) < p)
+        return bool(torch.rand((), dtype=torch.float64, device="cpu") < p)
 
     def get_params_dependent_on_data(
         self, params: dict[str, Any], data: dict[str, Any]

@@ -98,7 +98,8 @@ class ConditionedResample(TileTransform):
         """Draw which tiles are replaced, and a noise of its own for each, also within a slide."""
         params = super().make_params(flat_inputs, facts)
         if self.mode == "slide":
-            params["seeds"] = torch.randint(0, MAX_SEED, (len(params["seeds"]),)).tolist()
+            num = len(params["seeds"])
+            params["seeds"] = torch.randint(0, MAX_SEED, (num,), device="cpu").tolist()
         return params
 
     def _check_size(self, height_px: int, width_px: int) -> None:

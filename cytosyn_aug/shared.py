@@ -17,7 +17,7 @@ class SharedEpoch:
     """The number of the current epoch, 0 until it is set."""
 
     def __init__(self) -> None:
-        self._value = torch.full((), -1, dtype=torch.int64).share_memory_()
+        self._value = torch.full((), -1, dtype=torch.int64, device="cpu").share_memory_()
 
     def get(self) -> int:
         """Return the epoch."""
@@ -47,7 +47,7 @@ class SharedCount:
     """A count that workers add to and their parent reads."""
 
     def __init__(self) -> None:
-        self._slots = torch.zeros(_NUM_SLOTS, dtype=torch.int64).share_memory_()
+        self._slots = torch.zeros(_NUM_SLOTS, dtype=torch.int64, device="cpu").share_memory_()
 
     def add(self, number: int) -> None:
         """Add to the count."""

@@ -181,15 +181,17 @@ class TileTransform(v2.Transform):
         """
         p = probabilities(self.p, self.epoch, facts.labels, num)
         if self.mode == "tile":
-            chosen = torch.rand(num, dtype=torch.float64) < torch.tensor(p, dtype=torch.float64)
-            seeds = torch.randint(0, MAX_SEED, (num,))
-            return {"chosen": chosen.tolist(), "seeds": seeds.tolist()}, [None] * num
+            uniform = torch.rand(num, dtype=torch.float64, device="cpu").tolist()
+            seeds = torch.randint(0, MAX_SEED, (num,), device="cpu").tolist()
+            chosen = [x < limit for x, limit in zip(uniform, p, strict=True)]
+            return {"chosen": chosen, "seeds": seeds}, [None] * num
         sources = [slide_generator(x, self.epoch, self.seed) for x in self._slides(facts)]
         params: dict[str, Any] = {"chosen": [], "seeds": []}
         for k, source in enumerate(sources):
-            uniform = float(torch.rand((), dtype=torch.float64, generator=source))
-            params["chosen"].append(uniform < p[k])
-            params["seeds"].append(int(torch.randint(0, MAX_SEED, (), generator=source)))
+            drawn = torch.rand((), dtype=torch.float64, generator=source, device="cpu")
+            params["chosen"].append(float(drawn) < p[k])
+            seed = torch.randint(0, MAX_SEED, (), generator=source, device="cpu")
+            params["seeds"].append(int(seed))
         return params, [*sources]
 
     def _slides(self, facts: Facts) -> list[Hashable]:

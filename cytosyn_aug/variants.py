@@ -122,7 +122,10 @@ class CachedVariants(TileTransform):
         """Draw also the variant of every tile."""
         params, sources = self._draw_tiles(num_tiles(flat_inputs[0]), facts)
         num_variants = self.cache.spec.num_variants
-        drawn = [int(torch.randint(num_variants, (), generator=source)) for source in sources]
+        drawn = [
+            int(torch.randint(num_variants, (), generator=source, device="cpu"))
+            for source in sources
+        ]
         return params | {"variants": drawn}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
@@ -135,7 +138,7 @@ class CachedVariants(TileTransform):
         if not index and not self.is_latent:
             return inpt
         tiles, close = open_tiles(inpt)
-        is_edited = torch.zeros(len(tiles), dtype=torch.bool)
+        is_edited = torch.zeros(len(tiles), dtype=torch.bool, device="cpu")
         found: Tensor | None = None
         if index:
             chosen = tiles if len(index) == len(tiles) else tiles[index]
@@ -155,7 +158,8 @@ class CachedVariants(TileTransform):
         self, image: Tensor, index: list[int], found: Tensor | None, is_variant: Tensor
     ) -> LatentVariant:
         field = next(f for f in self.cache.spec.fields if f.name == "latents")
-        latents = torch.zeros(len(is_variant), *field.shape, dtype=getattr(torch, field.dtype))
+        shape, dtype = (len(is_variant), *field.shape), getattr(torch, field.dtype)
+        latents = torch.zeros(shape, dtype=dtype, device="cpu")
         if found is not None:
             latents[index] = found
         lead = image.shape[:-3]

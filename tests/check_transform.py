@@ -39,6 +39,7 @@ def check_transform(transform, tiles):
     check_float_range(transform, tiles)
     check_autocast(transform, tiles)
     check_default_dtype(transform, tiles)
+    check_default_device(transform, tiles)
     check_pickle(transform, tiles)
 
 
@@ -179,6 +180,20 @@ def check_default_dtype(transform, tiles):
             torch.set_default_dtype(torch.float32)
     assert_equal(*results[:2])
     assert_equal(*results[1:])
+
+
+def check_default_device(transform, tiles):
+    """Nor does the device he has set; meta stands for a GPU, and has no numbers to give."""
+    results = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(8)
+        torch.set_default_device(device)
+        try:
+            results.append(transform(tiles))
+            pickle.loads(pickle.dumps(transform))
+        finally:
+            torch.set_default_device(None)
+    assert_equal(*results)
 
 
 def check_pickle(transform, tiles):

@@ -3,7 +3,13 @@ import torch
 from conftest import SIZE, random_parts, synthetic_tiles
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from cytosyn_aug import EditRecipe, StainReference
+from cytosyn_aug import (
+    EditRecipe,
+    LatentCache,
+    StainReference,
+    encodings_spec,
+    features_cached,
+)
 from cytosyn_aug.checkpoint import EMBEDDED_MODEL, load_model
 from cytosyn_aug.editing import redraw
 from cytosyn_aug.generator import TileGenerator
@@ -216,3 +222,17 @@ def test_the_embedded_model_fits_into_32_mb():
     """Weights, card and pictures, in units of 2^20 bytes."""
     total = sum(file.stat().st_size for file in EMBEDDED_MODEL.rglob("*") if file.is_file())
     assert total < 32 * 2**20
+
+
+def test_a_default_device_of_the_callers_changes_nothing(model_folder, tiles, tmp_path):
+    expected = TileGenerator.from_pretrained(model_folder).sample(per_condition=2, steps=2, seed=0)
+    torch.set_default_device("meta")  # stands for a GPU, and has no numbers to give
+    try:
+        generator = TileGenerator.from_pretrained(model_folder)
+        found = generator.sample(per_condition=2, steps=2, seed=0)
+        cache = LatentCache.open(tmp_path, encodings_spec(generator, ["features"]))
+        features = features_cached(generator, tiles, cache)
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(found, expected)
+    assert torch.equal(features, generator.cls_features(tiles))
