@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cytosyn_aug.cache import LatentCache
-    from cytosyn_aug.cache_spec import CacheSpec
+    from cytosyn_aug.cache_spec import CacheSpec, Field
     from cytosyn_aug.classical import (
         DensityReference,
         DensityTransport,
@@ -18,11 +18,13 @@ if TYPE_CHECKING:
         ReinhardNormalize,
     )
     from cytosyn_aug.conditions import FeatureTable
-    from cytosyn_aug.editing import EditRecipe
+    from cytosyn_aug.config import TileSpec
+    from cytosyn_aug.editing import EditRecipe, redraw_latents
     from cytosyn_aug.encoder import Features
     from cytosyn_aug.encodings import encode_cached, encodings_spec, features_cached, fill_encodings
     from cytosyn_aug.filling import fill_variants, variants_spec
     from cytosyn_aug.generator import TileGenerator
+    from cytosyn_aug.images import tile_key
     from cytosyn_aug.macenko import MacenkoReference
     from cytosyn_aug.memory import MemoryPlan, plan_memory
     from cytosyn_aug.reference import StainReference
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from cytosyn_aug.replay import ReplayBank
     from cytosyn_aug.resampling import ConditionedResample
     from cytosyn_aug.schedules import Ramp
+    from cytosyn_aug.stain import is_tissue
     from cytosyn_aug.transforms import StainNormalize, StainTransfer
     from cytosyn_aug.variants import CachedVariants, LatentVariant
     from cytosyn_aug.views import StainViews
@@ -44,6 +47,7 @@ _HOMES = {
     "EditRecipe": "editing",
     "FeatureTable": "conditions",
     "Features": "encoder",
+    "Field": "cache_spec",
     "LatentCache": "cache",
     "LatentVariant": "variants",
     "MacenkoNormalize": "classical",
@@ -60,13 +64,17 @@ _HOMES = {
     "StainTransfer": "transforms",
     "StainViews": "views",
     "TileGenerator": "generator",
+    "TileSpec": "config",
     "encode_cached": "encodings",
     "features_cached": "encodings",
     "fill_encodings": "encodings",
     "fill_variants": "filling",
     "encodings_spec": "encodings",
+    "is_tissue": "stain",
     "normalize_slide": "whole_slides",
     "plan_memory": "memory",
+    "redraw_latents": "editing",
+    "tile_key": "images",
     "variants_spec": "filling",
 }
 
@@ -79,6 +87,7 @@ __all__ = [
     "EditRecipe",
     "FeatureTable",
     "Features",
+    "Field",
     "LatentCache",
     "LatentVariant",
     "MacenkoNormalize",
@@ -95,13 +104,17 @@ __all__ = [
     "StainTransfer",
     "StainViews",
     "TileGenerator",
+    "TileSpec",
     "encode_cached",
     "encodings_spec",
     "features_cached",
     "fill_encodings",
     "fill_variants",
+    "is_tissue",
     "normalize_slide",
     "plan_memory",
+    "redraw_latents",
+    "tile_key",
     "variants_spec",
 ]
 
@@ -113,6 +126,11 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'cytosyn_aug' has no attribute {name!r}")
     return getattr(import_module(f"cytosyn_aug.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """Name what there is, though nothing is loaded yet."""
+    return sorted({*globals(), *__all__, "offline"})
 
 
 def _offline() -> object:

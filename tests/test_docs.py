@@ -44,6 +44,17 @@ def test_the_examples_in_docstrings_run(name):
     assert result.failed == 0
 
 
+def test_public_names_are_completed_before_they_are_loaded_and_say_what_they_are():
+    script = "import cytosyn_aug, sys; print(*dir(cytosyn_aug)); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    import cytosyn_aug
+
+    assert {*cytosyn_aug.__all__, "offline"} <= set(done.stdout.split())
+    for name in cytosyn_aug.__all__:
+        assert len(getattr(cytosyn_aug, name).__doc__) > 20, name
+
+
 @pytest.mark.parametrize("name", ["README.md", "docs/cookbook.md"])
 def test_the_python_of_a_page_runs(name, tmp_path, monkeypatch):
     text = (ROOT / name).read_text()
