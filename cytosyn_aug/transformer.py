@@ -278,9 +278,12 @@ class _Block(nn.Module):
         return self.adaLN_modulation(c_BD).unflatten(1, (6, -1))
 
     def forward(self, h_BND: Tensor, m_B6D: Tensor) -> Tensor:
+        # addcmul(a, b, c) = a + b c reads and writes the tokens once where two operators do twice.
         shift1, scale1, gate1, shift2, scale2, gate2 = m_B6D.split(1, dim=1)
-        h_BND = h_BND + gate1 * self.attn(self.norm1(h_BND) * (1 + scale1) + shift1)
-        return h_BND + gate2 * self.mlp(self.norm2(h_BND) * (1 + scale2) + shift2)
+        y_BND = self.attn(torch.addcmul(shift1, self.norm1(h_BND), 1 + scale1))
+        h_BND = torch.addcmul(h_BND, gate1, y_BND)
+        y_BND = self.mlp(torch.addcmul(shift2, self.norm2(h_BND), 1 + scale2))
+        return torch.addcmul(h_BND, gate2, y_BND)
 
 
 class _FinalLayer(nn.Module):
@@ -295,7 +298,7 @@ class _FinalLayer(nn.Module):
 
     def forward(self, h_BND: Tensor, m_B2D: Tensor) -> Tensor:
         shift, scale = m_B2D.split(1, dim=1)
-        return self.linear(self.norm_final(h_BND) * (1 + scale) + shift)
+        return self.linear(torch.addcmul(shift, self.norm_final(h_BND), 1 + scale))
 
 
 class _NumberEmbedder(nn.Module):
