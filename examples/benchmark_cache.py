@@ -8,7 +8,8 @@
    every batch durable (fsync), check a CRC-32 of every record and give tensors; LMDB is measured
    without checksum too.
 2. Opening a cache of many small records, before and after compaction.
-3. Tiles per second that `CachedVariants` turns over in one process, from pixels.
+3. Tiles per second that `CachedVariants` turns over from pixels, in this process, and in a worker
+   of a DataLoader with its collation.
 
 Wall time on a busy machine says little; seconds of processor time are printed beside it.
 """
@@ -29,11 +30,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import PIL.Image
 import torch
+from torch.utils.data import DataLoader, Dataset
 
-from cytosyn_aug import CachedVariants, CacheSpec, LatentCache
-from cytosyn_aug.cache_spec import Field
-from cytosyn_aug.config import TileSpec
-from cytosyn_aug.images import tile_key
+from cytosyn_aug import CachedVariants, CacheSpec, Field, LatentCache, TileSpec, tile_key
 
 try:
     import lmdb
@@ -246,7 +245,10 @@ def measure_variants(folder: Path, num_tiles: int, repeats: int) -> None:
         "images": (Field("images", (3, 224, 224), "uint8"), 255 - tiles),
         "latents": (Field("latents", (4, 28, 28), "float16"), latents),
     }
-    print("\n| CachedVariants, tiles/s of one process's time | PIL | uint8 tensor |\n|---|---|---|")
+    print(
+        "\n| CachedVariants, tiles/s of own time | PIL | uint8 tensor | the same in a worker |\n"
+        "|---|---|---|---|"
+    )
     for name, (field, payload) in payloads.items():
         fields = (field, Field("is_edited", (), "uint8"))
         spec = CacheSpec(tile=TileSpec(), fields=fields, model_digest="benchmark")
@@ -262,7 +264,33 @@ def measure_variants(folder: Path, num_tiles: int, repeats: int) -> None:
                     transform(image)
                 rates.append(num_tiles / (time.process_time() - began))
             cells.append(f"{statistics.median(rates):,.0f}")
+        cells.append(f"{worker_rate(transform, tiles, repeats):,.0f}")
         print(f"| payload {name} | " + " | ".join(cells) + " |")
+
+
+class LookedUp(Dataset[Any]):
+    """Tiles as a worker gives them, and its processor time."""
+
+    def __init__(self, transform: CachedVariants, tiles: torch.Tensor) -> None:
+        self.transform, self.tiles = transform, tiles
+
+    def __len__(self) -> int:
+        return len(self.tiles)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.transform(self.tiles[index]), time.process_time()
+
+
+def worker_rate(transform: CachedVariants, tiles: torch.Tensor, repeats: int) -> float:
+    """Return tiles per second of a worker's own time, collation and shared memory included."""
+    loader = DataLoader(
+        LookedUp(transform, tiles), batch_size=25, num_workers=1, persistent_workers=True
+    )
+    rates = []
+    for _ in range(repeats + 1):  # the first opens the shards
+        at = [times for _, times in loader]
+        rates.append((len(tiles) - 25) / float(at[-1][0] - at[0][0]))
+    return statistics.median(rates[1:])
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """Time sampling beside REPA-E's published code and diffusers' solvers: same weights, same process.
 
-usage: python examples/benchmark_sampler.py REPAE_CHECKOUT [--size base] [--steps 8] [--batch 4]
-       [--repeats 9] [--compare REPORT]
+usage: python examples/benchmark_sampler.py [REPAE_CHECKOUT] [--size base] [--steps 8] [--batch 4]
+       [--repeats 9] [--compile] [--compare REPORT]
 REPAE_CHECKOUT is a clone of https://github.com/End2End-Diffusion/REPA-E, of which models/sit.py and
 samplers.py are imported as they are. SiT-B/2 with all layers random, guidance 2.5 in t <= 0.75.
 The rows take turns, and medians of their times are compared. The exit status is 1 if ours is slower
 than theirs in float32, not twice as fast in bfloat16, or further from theirs than 1e-5 and 2e-2.
+Without kernels for bfloat16 those rows are left out, and a line says so.
 
---compare prints, from the REPORT of examples/compare_samplers.py, forwards beside Frechet distance
-and time.
+--compare prints, for the rows in a REPORT of examples/compare_samplers.py on the embedded model,
+forwards beside Frechet distance and time, without a checkout nothing but that. --compile adds our
+Euler with the network compiled as a whole.
 """
 
 import argparse
@@ -22,16 +24,19 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from compare_samplers import heun, unipc
+from compare_samplers import heun, runs, unipc
 from compare_with_repae import NULL_CLASS, FeatureEmbedder, load, randomise
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
 from torch import Tensor, nn
 
-from cytosyn_aug.drawing import Guidance, bind_velocity, draw_latents, time_grid
+from cytosyn_aug.demo import load_laboratories
+from cytosyn_aug.drawing import Forward, Guidance, bind_velocity, draw_latents, time_grid
+from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.sampling import Velocity, euler, guide, linear_grid
 from cytosyn_aug.transformer import SiT
+from training.precision import has_fast_bfloat16
 
 GUIDANCE = Guidance(2.5, 0.0, 0.75)
 NUM_FEATURES = 768
@@ -114,11 +119,11 @@ class Bench:
             sampler="euler_maruyama", guidance=GUIDANCE, step_noise=self.noise.__getitem__,
         )  # fmt: skip
 
-    def ours_euler(self, network: SiT) -> Tensor:
+    def ours_euler(self, network: SiT, forward: Forward | None = None) -> Tensor:
         """Run Euler's method with everything modulated beforehand."""
         times = linear_grid(self.num_steps)
         bound = bind_velocity(
-            network, times, self.features, self.null, GUIDANCE, network.forward_modulated
+            network, times, self.features, self.null, GUIDANCE, forward or network.forward_modulated
         )
         return euler(bound, self.start.double(), times)
 
@@ -146,9 +151,16 @@ class Bench:
         }  # fmt: skip
 
 
-def measure(bench: Bench, repeats: int) -> int:
+def measure(bench: Bench, repeats: int, is_compiled: bool) -> int:
     """Print a table of interleaved medians; return how many bars are missed."""
     rows = bench.rows()
+    if is_compiled:
+        forward = torch.compile(bench.ours.forward_modulated, fullgraph=True)
+        rows["ours Euler float32, compiled"] = (
+            lambda: bench.ours_euler(bench.ours, forward), "REPA-E Euler", None)  # fmt: skip
+    if not has_fast_bfloat16():
+        rows = {name: row for name, row in rows.items() if row[2] is not torch.bfloat16}
+        print("bfloat16 was NOT measured: this processor only emulates it\n")
     results = {name: run() for name, (run, _, _) in rows.items()}  # also warms up
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(repeats):
@@ -172,32 +184,77 @@ def measure(bench: Bench, repeats: int) -> int:
     return missed
 
 
-def print_comparison(report: Path) -> None:
-    """Print forwards, Frechet distance and time of a comparison of samplers."""
-    print("\n| sampler | forwards | Frechet | s a tile |\n|---|---|---|---|")
-    for row in map(json.loads, (report / "rows.jsonl").read_text().splitlines()):
-        cells = (row["sampler"], row["forwards"], f"{row['frechet']:.2f}", f"{row['seconds']:.3f}")
-        print("| " + " | ".join(map(str, cells)) + " |")
+def print_comparison(report: Path, repeats: int) -> None:
+    """Print forwards, Frechet distance and time of a comparison of samplers; time all anew.
+
+    The rows of a comparison may come from several sessions, and their times do not compare.
+
+    Raises:
+        ValueError: The comparison is of another model than the embedded one.
+    """
+    generator = TileGenerator.from_pretrained()
+    compared = json.loads((report / "comparison.json").read_text())
+    if compared["model"] != generator.digest:
+        raise ValueError(
+            f"{report} compares model {compared['model']}, and the embedded one is "
+            f"{generator.digest}; make a new comparison"
+        )
+    rows = [json.loads(line) for line in (report / "rows.jsonl").read_text().splitlines()]
+    frechet = {(row["sampler"], row["forwards"]): row["frechet"] for row in rows}
+    tiles = load_laboratories()["Helsinki"]
+    condition = generator.features(tiles).cls
+    num_reference = max(forwards for _, forwards in frechet)
+    timed = [
+        run
+        for run in runs(generator, compared["guidance"], num_reference)
+        if (run.sampler, run.forwards) in frechet
+    ]
+    seconds: list[list[float]] = [[] for _ in timed]
+    for repeat in range(repeats):
+        for run, times in zip(timed, seconds, strict=True):
+            if repeat and run.forwards == num_reference:
+                continue  # minutes each; nothing hangs on a few per cent of them
+            began = time.perf_counter()
+            run.draw(range(len(tiles)), condition)
+            times.append(time.perf_counter() - began)
+    print(f"\n| sampler | forwards | Frechet | ms a tile, of {len(tiles)} |\n|---|---|---|---|")
+    for run, times in zip(timed, seconds, strict=True):
+        each = 1000 * statistics.median(times) / len(tiles)
+        distance = frechet[run.sampler, run.forwards]
+        print(f"| {run.sampler} | {run.forwards} | {distance:.2f} | {each:.0f} |")
+    latents = torch.zeros(len(tiles), *generator.latent_shape)
+    for name, is_few_step in (("small decoder", True), ("autoencoder's decoder", False)):
+        began = time.perf_counter()
+        generator.decode(latents, is_few_step=is_few_step)
+        each = 1000 * (time.perf_counter() - began) / len(tiles)
+        print(f"| and the {name} | - | - | {each:.0f} |")
 
 
 def main() -> int:
     """Print the tables; return 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkout", type=Path, metavar="REPAE_CHECKOUT")
+    parser.add_argument("checkout", type=Path, metavar="REPAE_CHECKOUT", nargs="?")
     parser.add_argument("--size", choices=SIZES, default="base")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--compare", type=Path, metavar="REPORT")
     args = parser.parse_args()
-    print(
-        f"SiT {args.size}, {args.batch} tiles, {args.steps} steps, guidance 2.5 in t <= 0.75, "
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads\n"
-    )
-    with torch.no_grad():
-        missed = measure(Bench(args.checkout, args.size, args.batch, args.steps), args.repeats)
+    if not args.checkout and not args.compare:
+        parser.error("give a checkout of REPA-E, --compare REPORT, or both")
+    missed = 0
+    if args.checkout:
+        print(
+            f"SiT {args.size}, {args.batch} tiles, {args.steps} steps, guidance 2.5 in t <= 0.75, "
+            f"torch {torch.__version__}, {torch.get_num_threads()} threads\n"
+        )
+        with torch.no_grad():
+            bench = Bench(args.checkout, args.size, args.batch, args.steps)
+            missed = measure(bench, args.repeats, args.compile)
     if args.compare:
-        print_comparison(args.compare)
+        with torch.no_grad():
+            print_comparison(args.compare, args.repeats)
     return 1 if missed else 0
 
 

@@ -1,13 +1,13 @@
 """Way (b) into a training loop: variants made beforehand, or made once and used several times.
 
-usage: python examples/train_on_cache.py CACHE [--data BRCA_M2C] [--epochs 4]
+usage: python examples/train_on_cache.py CACHE [--data BRCA_M2C] [--epochs 4] [--seeds 1]
        python examples/train_on_cache.py --way replay [--data BRCA_M2C] [--epochs 4]
 cached: every tile gets two restained variants, written to CACHE before training; DataLoader workers
-look them up, and no network runs in the loop.
+look them up, and no network runs in the loop. Training without them is printed beside it.
 replay: a bank in the training process makes a variant of a tile when it must, and uses it four
 times; the variants are new tiles drawn by the diffusion model. What a step costs is printed beside
 the formula of `cytosyn_aug.replay`.
-Both print the accuracy on tiles of other laboratories (examples/tumour_tiles.py).
+All print the accuracy on tiles of other laboratories (examples/tumour_tiles.py).
 """
 
 import argparse
@@ -18,11 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
-from tumour_tiles import Task, accuracy, build_classifier, load_task
+from tumour_tiles import Task, accuracy, build_classifier, load_task, print_accuracy
 
 import cytosyn_aug as ca
 from cytosyn_aug.demo import load_laboratories
-from cytosyn_aug.editing import redraw_latents
 
 BATCH_SIZE = 16
 P = 0.5
@@ -52,15 +51,17 @@ def fill(cache_folder: Path, generator: ca.TileGenerator, images: Tensor) -> ca.
     return ca.LatentCache.open(cache_folder)
 
 
-def train_cached(task: Task, cache: ca.LatentCache, epochs: int, num_workers: int) -> nn.Module:
+def train_cached(
+    task: Task, variants: ca.CachedVariants, epochs: int, num_workers: int, seed: int
+) -> nn.Module:
     """Train on tiles that workers replace by cached variants."""
     kept = ~task.is_held_out
-    dataset = CachedTiles(task.images[kept], task.labels[kept], ca.CachedVariants(cache, p=0.5))
+    dataset = CachedTiles(task.images[kept], task.labels[kept], variants)
     loader = DataLoader(
         dataset, BATCH_SIZE, shuffle=True, num_workers=num_workers,
         persistent_workers=num_workers > 0,
     )  # fmt: skip
-    classifier, step = _start()
+    classifier, step = _start(seed)
     for _ in range(epochs):
         for images, labels in loader:
             step(images, labels)
@@ -72,15 +73,15 @@ def train_replayed(task: Task, bank: Callable[..., Tensor], epochs: int) -> nn.M
     kept = ~task.is_held_out
     images, labels = task.images[kept], task.labels[kept]
     dataset = TensorDataset(images, labels, torch.arange(len(images)))
-    classifier, step = _start()
+    classifier, step = _start(seed=0)
     for _ in range(epochs):
         for batch, targets, index in DataLoader(dataset, BATCH_SIZE, shuffle=True):
             step(bank(batch, index), targets)
     return classifier
 
 
-def _start():
-    torch.manual_seed(0)
+def _start(seed: int):
+    torch.manual_seed(seed)
     classifier = build_classifier()
     optimiser = torch.optim.AdamW(classifier.parameters(), 2e-3)
 
@@ -112,7 +113,7 @@ def replay(task: Task, epochs: int) -> nn.Module:
     """Train with a bank of redrawn tiles, and print its cost beside the formula's."""
     generator = ca.TileGenerator.from_pretrained()
     recipe = ca.EditRecipe(noise_level=0.4)
-    make = Clock(lambda images, seeds: redraw_latents(generator, images, recipe, seeds))
+    make = Clock(lambda images, seeds: ca.redraw_latents(generator, images, recipe, seeds))
     num_tiles = int((~task.is_held_out).sum())
     bank = ca.ReplayBank(generator, make, num_tiles=num_tiles, p=P, reuse=4)
     step = Clock(bank)
@@ -145,22 +146,27 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of BRCA-M2C; default: sample tiles")
     parser.add_argument("--way", choices=("cached", "replay"), default="cached")
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="trained N times")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     if args.way == "cached" and args.cache is None:
         parser.error("--way cached needs a folder, CACHE")
     task = load_task(args.data)
+    began = time.perf_counter()
     if args.way == "replay":
-        classifier = replay(task, args.epochs)
-    else:
-        generator = ca.TileGenerator.from_pretrained()
+        found = accuracy(replay(task, args.epochs), task)
+        print_accuracy("replayed", [found], time.perf_counter() - began)
+        return
+    cache = fill(args.cache, ca.TileGenerator.from_pretrained(), task.images[~task.is_held_out])
+    print(f"{len(cache)} variants in {time.perf_counter() - began:.0f} s")
+    for name, p in (("as they are", 0.0), ("from a cache", P)):
         began = time.perf_counter()
-        cache = fill(args.cache, generator, task.images[~task.is_held_out])
-        print(f"{len(cache)} variants in {time.perf_counter() - began:.0f} s")
-        began = time.perf_counter()
-        classifier = train_cached(task, cache, args.epochs, args.workers)
-        print(f"trained in {time.perf_counter() - began:.0f} s")
-    print(f"accuracy on other laboratories {accuracy(classifier, task):.2f}")
+        variants = ca.CachedVariants(cache, p=p)
+        found = [
+            accuracy(train_cached(task, variants, args.epochs, args.workers, seed), task)
+            for seed in range(args.seeds)
+        ]
+        print_accuracy(name, found, time.perf_counter() - began)
 
 
 if __name__ == "__main__":

@@ -77,3 +77,14 @@ def accuracy(classifier: nn.Module, task: Task) -> float:
     classifier.train()
     shares = [(found == k)[labels == k].float().mean() for k in labels.unique().tolist()]
     return float(torch.stack(shares).mean())
+
+
+def print_accuracy(name: str, found: list[float], seconds: float) -> None:
+    """Print accuracies on other laboratories, one a seed: mean, standard deviation and time."""
+    values = torch.tensor(found, dtype=torch.float64)
+    spread = f" +- {float(values.std()):.3f} of {len(found)} seeds" if len(found) > 1 else ""
+    print(
+        f"{name:12s} accuracy on other laboratories {float(values.mean()):.3f}{spread}, "
+        f"{seconds:.0f} s",
+        flush=True,
+    )

@@ -1,6 +1,7 @@
 """The documentation is true: public examples run, and the README's file tree is the tree."""
 
 import doctest
+import os
 import re
 import subprocess
 import sys
@@ -90,13 +91,38 @@ def test_the_readmes_tree_is_the_tree():
     ],
 )
 def test_examples_run(command, said, tmp_path):
+    assert said in run_example(command, tmp_path)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("train_on_batches.py --epochs 1 --loop plain", "256 tiles to train on"),
+        ("train_on_batches.py --epochs 1 --loop lightning", "256 tiles to train on"),
+        ("train_on_cache.py CACHE --epochs 1 --way cached", "512 variants in"),
+        ("train_on_cache.py --epochs 1 --way replay", "variants made"),
+    ],
+)
+def test_examples_train_on_real_fields(command, said, tmp_path):
+    folder = os.environ.get("CYTOSYN_AUG_DATA")
+    if not folder:
+        pytest.skip("without CYTOSYN_AUG_DATA training on BRCA-M2C is not verified")
+    out = run_example(f"{command} --data {Path(folder) / 'brca_m2c'}", tmp_path)
+    assert said in out
+    found = [float(x) for x in re.findall(r"other laboratories (\d\.\d+)", out)]
+    assert found
+    assert all(0.3 < x < 0.9 for x in found)  # one epoch: near 0.5
+
+
+def run_example(command, tmp_path):
     name, *arguments = command.replace("CACHE", str(tmp_path / "cache")).split()
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / name), *arguments],
         capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert said in done.stdout
+    return done.stdout
 
 
 def test_help_loads_no_torch():
