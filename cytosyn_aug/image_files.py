@@ -26,6 +26,7 @@ from PIL import Image, ImageFile, ImageOps
 
 FORMATS = ("PNG", "WEBP", "JPEG", "TIFF", "BMP")
 TILE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+MASK_END = "_mask"  # of the stem: a/tile_mask.png lies beside a/tile.png
 MAX_PIXELS = 4096 * 4096  # of a tile; decoded it takes 50 MB
 _ORIENTATION = 0x0112
 # What Pillow's readers raise on damaged files, beside OSError and ValueError.

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.image_files import TILE_SUFFIXES
+from cytosyn_aug.image_files import MASK_END, TILE_SUFFIXES
 from cytosyn_aug.listing import InputKind, Item, Listing, corner, make_listing
 from cytosyn_aug.slide_tiles import candidate_positions, slide_mask
 from cytosyn_aug.slides import Slide
@@ -27,7 +27,6 @@ from cytosyn_aug.tar_files import Member, list_members
 from cytosyn_aug.tissue import TissueConfig
 
 TABLE_SUFFIXES = (".csv", ".parquet")
-_MASK_END = "_mask"
 
 
 def list_inputs(
@@ -175,12 +174,12 @@ def _tree_items(folder: Path, others: Counter[str]) -> Iterator[Item]:
     masks: dict[str, list[str]] = {}
     for name in files:
         stem = os.path.splitext(name)[0]
-        if stem.endswith(_MASK_END):
-            masks.setdefault(stem.removesuffix(_MASK_END), []).append(name)
+        if stem.endswith(MASK_END):
+            masks.setdefault(stem.removesuffix(MASK_END), []).append(name)
     used = set()
     for name, size in files.items():
         stem, suffix = os.path.splitext(name)
-        if suffix.lower() not in TILE_SUFFIXES or stem.endswith(_MASK_END):
+        if suffix.lower() not in TILE_SUFFIXES or stem.endswith(MASK_END):
             continue
         own = masks.get(stem, [])
         used.update(own)
@@ -191,9 +190,9 @@ def _tree_items(folder: Path, others: Counter[str]) -> Iterator[Item]:
         yield Item(name, "", label, slide, x, y, "", -1, size, mask, error=error)
     for name in files:
         stem, suffix = os.path.splitext(name)
-        if stem.endswith(_MASK_END) and suffix.lower() in TILE_SUFFIXES and name not in used:
+        if stem.endswith(MASK_END) and suffix.lower() in TILE_SUFFIXES and name not in used:
             yield Item(name, error="is named as the mask of a tile that is not there")
-        elif not stem.endswith(_MASK_END) and suffix.lower() not in TILE_SUFFIXES:
+        elif not stem.endswith(MASK_END) and suffix.lower() not in TILE_SUFFIXES:
             others[suffix] += 1
 
 

@@ -1,6 +1,7 @@
 """The tiles that statistics are fitted to: a tensor, a folder of images, a slide, or several.
 
-Folders and slides are sampled evenly, so that a fit costs the same for any of them.
+Folders and slides are sampled evenly, so that a fit costs the same for any of them. What is read
+decides every tile that is normalised to it later, so files are read as strictly as tiles are.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from cytosyn_aug.config import TileSpec
+from cytosyn_aug.image_files import MASK_END, TILE_SUFFIXES, ItemError, read_picture
 from cytosyn_aug.slides import Slide, SlideError, grid_positions
 from cytosyn_aug.tissue import (
     TissueConfig,
@@ -23,7 +24,6 @@ from cytosyn_aug.tissue import (
     tissue_pixels,
 )
 
-TILE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".tif", ".tiff")
 MAX_TILES = 64
 # Half of a tile: what is at the rim of tissue says as much of the stain as what is inside.
 _MIN_TISSUE_OF_SLIDE_TILES = 0.5
@@ -35,8 +35,8 @@ def read_tiles(tiles: TileSource, tile: TileSpec, max_tiles: int = MAX_TILES) ->
 
     Args:
         tiles: uint8 [N, 3, H, W], which comes back itself; a folder of images of one size,
-            searched recursively; a slide that OpenSlide reads; or several folders and slides,
-            which have equal parts in `max_tiles`.
+            searched recursively, without hidden files and masks (`tile_mask.png`); a slide that
+            OpenSlide reads; or several folders and slides, which have equal parts in `max_tiles`.
         tile: Size and scale of the tiles read from a slide.
         max_tiles: Of a larger folder or slide, so many evenly spaced tiles are read.
 
@@ -46,8 +46,9 @@ def read_tiles(tiles: TileSource, tile: TileSpec, max_tiles: int = MAX_TILES) ->
     Raises:
         FileNotFoundError: The folder or slide does not exist.
         TypeError: A tensor that is not uint8.
-        ValueError: A tensor of another shape, or empty; a folder without images, or with images of
-            different sizes; a slide that cannot be read, has no scale or shows no tissue.
+        ValueError: A tensor of another shape, or empty; a folder without images, with images of
+            different sizes or one that cannot be read, or not without guessing its colours (see
+            `cytosyn_aug.image_files`); a slide that cannot be read, has no scale or no tissue.
     """
     if isinstance(tiles, Tensor):
         return _checked(tiles)
@@ -133,24 +134,36 @@ def _read_several(paths: list[Path], tile: TileSpec, max_tiles: int) -> Tensor:
 
 
 def _read_folder(folder: Path, max_tiles: int) -> Tensor:
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in TILE_SUFFIXES)
+    files = sorted(f for f in folder.rglob("*") if _is_tile(f))
     if not files:
-        raise ValueError(f"{folder} holds no tiles; expected {', '.join(TILE_SUFFIXES)} files")
+        raise ValueError(
+            f"{folder} holds no tiles; expected {', '.join(TILE_SUFFIXES)} files. Name slides "
+            "themselves, not their folder"
+        )
     return torch.stack(list(_read_images([files[k] for k in _evenly(len(files), max_tiles)])))
 
 
+def _is_tile(file: Path) -> bool:
+    is_mask = file.stem.endswith(MASK_END)
+    return file.suffix.lower() in TILE_SUFFIXES and not is_mask and not file.name.startswith(".")
+
+
 def _read_images(files: list[Path]) -> Iterator[Tensor]:
-    first: tuple[int, int] | None = None
+    first: tuple[int, ...] | None = None
     for file in files:
-        with Image.open(file) as image:
-            first = first or image.size
-            if image.size != first:
-                raise ValueError(
-                    f"{file} is {image.size[0]}x{image.size[1]} px, the tiles before it are "
-                    f"{first[0]}x{first[1]}; give tiles of one size"
-                )
-            array = np.array(image.convert("RGB"))
-        yield torch.from_numpy(array).permute(2, 0, 1)
+        try:
+            pixels = read_picture(file).pixels
+        except ItemError as error:
+            raise ValueError(
+                f"{file} {error}; take it out of the folder that is fitted to, or mend it"
+            ) from error
+        first = first or pixels.shape
+        if pixels.shape != first:
+            raise ValueError(
+                f"{file} is {pixels.shape[1]}x{pixels.shape[0]} px, the tiles before it are "
+                f"{first[1]}x{first[0]}; give tiles of one size"
+            )
+        yield torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _evenly(num: int, largest: int) -> list[int]:

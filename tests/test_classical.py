@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import synthetic_tiles
+from conftest import SIZE, synthetic_tiles
 from PIL import Image
 
 from cytosyn_aug import (
@@ -52,6 +52,35 @@ def test_a_folder_gives_what_its_tiles_give(kind, tmp_path):
         Image.fromarray(tile.permute(1, 2, 0).numpy()).save(tmp_path / f"{k}.png")
     # Files are HWC and tensors CHW: sums run in another order.
     np.testing.assert_allclose(numbers(kind.fit(tmp_path)), numbers(kind.fit(tiles)), rtol=1e-9)
+
+
+def test_masks_and_hidden_files_of_a_folder_are_not_fitted_to(tmp_path):
+    tiles = synthetic_tiles(3)
+    for k, tile in enumerate(tiles):
+        Image.fromarray(tile.permute(1, 2, 0).numpy()).save(tmp_path / f"{k}.png")
+    Image.new("L", (SIZE, SIZE), 200).save(tmp_path / "0_mask.png")
+    (tmp_path / "._0.png").write_bytes(b"what macOS leaves beside a file")
+    found = numbers(DensityReference.fit(tmp_path))
+    np.testing.assert_allclose(found, numbers(DensityReference.fit(tiles)), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (Image.new("I;16", (SIZE, SIZE), 40_000), "16 bit|more than 8 bits"),
+        (Image.new("CMYK", (SIZE, SIZE), (10, 80, 60, 0)), "mode CMYK"),
+        (Image.new("RGBA", (SIZE, SIZE), (200, 80, 160, 90)), "transparent"),
+        (None, "damaged"),
+    ],
+)
+def test_pictures_whose_colours_are_a_guess_are_named(picture, message, tmp_path):
+    file = tmp_path / "tile.tif"
+    if picture is None:
+        file.write_bytes(b"II*\0 and no more")
+    else:
+        picture.save(file)
+    with pytest.raises(ValueError, match=rf"tile\.tif .*({message}).*; take it out of the folder"):
+        MacenkoReference.fit(tmp_path)
 
 
 def test_a_slide_is_fitted_to_its_tissue(synthetic_slide):
