@@ -7,7 +7,7 @@ image. References are pooled, so that a written or replayed pipeline holds a few
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, Literal, TypeVar
 
 from torch import Tensor
@@ -54,7 +54,7 @@ class StainTransfer(TileImageTransform):
     def __init__(
         self,
         generator: TileGenerator,
-        references: Sequence[StainReference],
+        references: Iterable[StainReference],
         *,
         source: StainReference | None = None,
         strength: Scheduled = 1.0,

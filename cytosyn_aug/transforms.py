@@ -6,7 +6,7 @@ see `cytosyn_aug.editing`. The grammar is that of `cytosyn_aug.tile_transform`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -97,7 +97,7 @@ class StainTransfer(TileTransform):
     def __init__(
         self,
         generator: TileGenerator,
-        references: Sequence[StainReference],
+        references: Iterable[StainReference],
         *,
         source: StainReference | None = None,
         strength: Scheduled = 1.0,
@@ -113,6 +113,7 @@ class StainTransfer(TileTransform):
     ) -> None:
         keeps_structure = preserve == "color" or allow_geometry_change
         super().__init__(p=p, keeps_structure=keeps_structure, mode=mode, seed=seed)
+        references = list(references)  # a generator would be spent by the checks
         if preserve not in ("color", "none"):
             raise ValueError(f"preserve is {preserve!r}, expected 'color' or 'none'")
         if not references:
@@ -129,7 +130,7 @@ class StainTransfer(TileTransform):
         check_scale(mpp, generator.tile)
         _check_draws(references, source, sampling, mode)
         self.generator = generator
-        self.references = list(references)
+        self.references = references
         self.source = source
         self.strength = strength
         self.preserve = preserve

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ class StainViews(StainTransfer):
     def __init__(
         self,
         generator: TileGenerator,
-        references: Sequence[StainReference],
+        references: Iterable[StainReference],
         *,
         views: int = 2,
         has_original: bool = False,
@@ -79,6 +79,7 @@ class StainViews(StainTransfer):
     ) -> None:
         if views < 2:
             raise ValueError(f"views is {views}, expected at least 2; StainTransfer gives one")
+        references = list(references)
         num_made = views - has_original
         if 0 < len(references) < num_made:
             raise ValueError(

@@ -465,6 +465,14 @@ def test_views_that_would_be_alike_are_refused(generator, references, tiles):
     assert not torch.equal(first["image"], second["image"])
 
 
+@pytest.mark.parametrize("make", [StainTransfer, StainViews])
+def test_references_come_from_any_iterable_once(generator, references, make):
+    """What reads a generator twice finds nothing, and would draw from nothing without end."""
+    assert make(generator, iter(references)).references == references
+    with pytest.raises(ValueError, match="references is empty"):
+        make(generator, iter([]))
+
+
 def test_one_view_is_refused(generator, references):
     with pytest.raises(ValueError, match="views is 1"):
         StainViews(generator, references, views=1)
