@@ -21,7 +21,7 @@ from cytosyn_aug.editing import EditRecipe
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.image_transform import TileImageTransform
 from cytosyn_aug.macenko import MacenkoReference
-from cytosyn_aug.reference import StainReference
+from cytosyn_aug.reference import StainReference, check_reference, list_references
 from cytosyn_aug.reinhard import ReinhardReference
 from cytosyn_aug.schedules import Probability, Scheduled
 from cytosyn_aug.written import read_argument
@@ -72,8 +72,8 @@ class StainTransfer(TileImageTransform):
         arguments = {
             "generator": read_argument(generator),
             # Pooled here and not when written, so that what is replayed is the very same.
-            "references": [r.pooled() for r in read_argument(references)],
-            "source": _pooled(source),
+            "references": [r.pooled() for r in list_references(read_argument(references))],
+            "source": None if source is None else _pooled("source", source),
             "strength": read_argument(strength),
             "preserve": preserve,
             "mpp": mpp,
@@ -122,8 +122,8 @@ class StainNormalize(TileImageTransform):
         p = read_argument(p)
         arguments = {
             "generator": read_argument(generator),
-            "reference": _pooled(reference),
-            "source": _pooled(source),
+            "reference": _pooled("reference", reference),
+            "source": None if source is None else _pooled("source", source),
             "strength": read_argument(strength),
             "preserve": preserve,
             "mpp": mpp,
@@ -306,6 +306,7 @@ def _inner_p(p: Probability, mode: Mode = "tile") -> Probability:
     return p if isinstance(p, Mapping) or mode == "slide" else 1.0
 
 
-def _pooled(reference: Any) -> StainReference | None:  # Any: a reference, written or not
-    read: StainReference | None = read_argument(reference)
-    return None if read is None else read.pooled()
+def _pooled(name: str, reference: Any) -> StainReference:  # Any: a reference, written or not
+    read: StainReference = read_argument(reference)
+    check_reference(name, read)
+    return read.pooled()

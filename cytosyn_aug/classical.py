@@ -102,7 +102,13 @@ class DensityReference:
 
 # Generic comes first: __init_subclass__ of torchvision does not hand on to what follows it.
 class ClassicalTransform(Generic[Reference], TileTransform):
-    """What the three share: their arguments and draws. How tiles change is in each."""
+    """What the three share: their arguments and draws. How tiles change is in each.
+
+    Attributes:
+        reference_kind: What each is fitted by. A reference of another says other things of a tile.
+    """
+
+    reference_kind: type[Any]  # Any: mypy knows no class variable that is generic
 
     def __init__(
         self,
@@ -116,6 +122,9 @@ class ClassicalTransform(Generic[Reference], TileTransform):
     ) -> None:
         super().__init__(p=p, keeps_structure=True, mode=mode, seed=seed)
         check_scheduled("strength", strength)
+        self._check_kind("reference", reference)
+        if source is not None:
+            self._check_kind("source", source)
         self.reference = reference
         self.source = source
         self.strength = strength
@@ -125,6 +134,14 @@ class ClassicalTransform(Generic[Reference], TileTransform):
         params = super().make_params(flat_inputs, facts)
         strength = value_at(self.strength, self.epoch)
         return params | {"strengths": [strength] * len(params["chosen"])}
+
+    def _check_kind(self, name: str, given: object) -> None:
+        kind = self.reference_kind.__name__
+        if not isinstance(given, self.reference_kind):
+            raise TypeError(
+                f"{name} is a {type(given).__name__}, and {type(self).__name__} takes a {kind}; "
+                f"fit one with {kind}.fit(tiles), or read one with {kind}.load(file)"
+            )
 
     def _tiles_at_once(self, grey: Tensor) -> int:
         """Return what a processor's caches hold the intermediate results of."""
@@ -153,6 +170,8 @@ class MacenkoNormalize(ClassicalTransform[MacenkoReference]):
         seed: Of the draws of mode "slide".
     """
 
+    reference_kind = MacenkoReference
+
     def _change(self, grey: Tensor, strength: Tensor) -> Edit:
         density = optical_density(grey)
         if self.source is None:
@@ -179,6 +198,8 @@ class ReinhardNormalize(ClassicalTransform[ReinhardReference]):
         seed: Of the draws of mode "slide".
     """
 
+    reference_kind = ReinhardReference
+
     def _change(self, grey: Tensor, strength: Tensor) -> Edit:
         lab, weight = grey_to_lab(grey), tissue_weight(optical_density(grey))
         own = lab_moments(lab, weight) if self.source is None else self.source.moments(grey.device)
@@ -202,6 +223,8 @@ class DensityTransport(ClassicalTransform[DensityReference]):
             `StainTransfer`.
         seed: Of the draws of mode "slide".
     """
+
+    reference_kind = DensityReference
 
     def _change(self, grey: Tensor, strength: Tensor) -> Edit:
         own = tissue_moments(grey)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,42 @@ class StainReference:
                 f"the reference was fitted with model {self.model_digest}, this generator is "
                 f"{generator.digest}; fit it again with StainReference.fit(generator, tiles)"
             )
+
+
+def list_references(given: object) -> list[StainReference]:
+    """Return the references a transform is given as a list, read once: it may be a generator.
+
+    Raises:
+        TypeError: A single reference, or what holds or names something else.
+    """
+    if isinstance(given, StainReference):
+        raise TypeError(
+            "references is a single StainReference, expected a list; pass references=[reference]"
+        )
+    if isinstance(given, Mapping):
+        raise TypeError(
+            f"references is a {type(given).__name__}, expected a list of StainReference; pass "
+            "list(references.values()), and name laboratories with "
+            "StainReference.fit(..., laboratory=...)"
+        )
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(
+            f"references is a {type(given).__name__}, expected a list of StainReference; read a "
+            "saved one with StainReference.load(file), and pass references=[reference]"
+        )
+    listed = list(given)
+    for k, reference in enumerate(listed):
+        check_reference(f"references[{k}]", reference)
+    return listed
+
+
+def check_reference(name: str, value: object) -> None:
+    """Raise TypeError unless an argument of this name is a StainReference."""
+    if not isinstance(value, StainReference):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}, expected a StainReference; fit one with "
+            "StainReference.fit(generator, tiles), or read one with StainReference.load(file)"
+        )
 
 
 def _features(generator: TileGenerator, images: Tensor, given: Conditions | None) -> Tensor:

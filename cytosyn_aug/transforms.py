@@ -37,7 +37,7 @@ from cytosyn_aug.facts import LABORATORY, NO_FACTS, Facts, read_fact
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import check_sides, num_tiles, open_image
 from cytosyn_aug.precision import own_precision
-from cytosyn_aug.reference import StainReference
+from cytosyn_aug.reference import StainReference, check_reference, list_references
 from cytosyn_aug.schedules import Probability, Scheduled, check_scheduled, value_at
 from cytosyn_aug.shared import SharedCount
 from cytosyn_aug.stain import (
@@ -84,6 +84,7 @@ class StainTransfer(TileTransform):
         allow_geometry_change: Accept masks and boxes although structure may move.
 
     Raises:
+        TypeError: Something else than StainReference where references belong.
         ValueError: No references, references of another model, or settings that do not fit.
 
     Example:
@@ -113,12 +114,14 @@ class StainTransfer(TileTransform):
     ) -> None:
         keeps_structure = preserve == "color" or allow_geometry_change
         super().__init__(p=p, keeps_structure=keeps_structure, mode=mode, seed=seed)
-        references = list(references)  # a generator would be spent by the checks
+        references = list_references(references)
         if preserve not in ("color", "none"):
             raise ValueError(f"preserve is {preserve!r}, expected 'color' or 'none'")
         if not references:
             raise ValueError("references is empty; fit at least one StainReference")
         check_scheduled("strength", strength)
+        if source is not None:
+            check_reference("source", source)
         for reference in (*references, *([source] if source is not None else [])):
             reference.check_model(generator)
         if preserve == "none" and not generator.has_encoder:
@@ -306,6 +309,7 @@ class StainNormalize(StainTransfer):
         allow_geometry_change: bool = False,
         p: Probability = 1.0,
     ) -> None:
+        check_reference("reference", reference)
         super().__init__(
             generator,
             [reference],

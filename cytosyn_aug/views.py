@@ -16,7 +16,7 @@ from cytosyn_aug.facts import NO_FACTS, Facts
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import check_image, open_image, sides_of
 from cytosyn_aug.precision import own_precision
-from cytosyn_aug.reference import StainReference
+from cytosyn_aug.reference import StainReference, list_references
 from cytosyn_aug.schedules import Scheduled
 from cytosyn_aug.transforms import StainTransfer
 
@@ -79,7 +79,7 @@ class StainViews(StainTransfer):
     ) -> None:
         if views < 2:
             raise ValueError(f"views is {views}, expected at least 2; StainTransfer gives one")
-        references = list(references)
+        references = list_references(references)
         num_made = views - has_original
         if 0 < len(references) < num_made:
             raise ValueError(

@@ -348,6 +348,19 @@ def test_bad_probabilities_are_refused(generator, reference, variants, p):
         caa.CachedVariants(variants, p=p)
 
 
+def test_what_is_no_reference_is_named(generator, reference):
+    macenko = MacenkoReference.fit(synthetic_tiles(1))
+    for wrong in (reference, {"a": reference}, "lab.json", [[reference]], [macenko]):
+        with pytest.raises(TypeError, match=r"^references.* StainReference"):
+            caa.StainTransfer(generator, wrong)
+    with pytest.raises(TypeError, match=r"^source is a MacenkoReference, expected a StainRef"):
+        caa.StainTransfer(generator, iter([reference]), source=macenko)
+    with pytest.raises(TypeError, match=r"^reference is a list, expected a StainReference"):
+        caa.StainNormalize(generator, [reference])
+    with pytest.raises(TypeError, match=r"^reference is a StainReference.* takes a MacenkoRef"):
+        caa.MacenkoNormalize(reference)
+
+
 def test_normalising_draws_by_class(generator, reference, image):
     transform = caa.StainNormalize(generator, reference, p={"tumour": 1.0, "stroma": 0.0})
     pipeline = alb.Compose([transform])

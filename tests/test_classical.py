@@ -196,6 +196,18 @@ def test_black_beyond_a_slides_edge_stays_black_and_changes_no_colour(transform,
     assert torch.equal(edit(black), black)
 
 
+@pytest.mark.parametrize(("transform", "kind"), PAIRS)
+def test_references_of_another_kind_are_refused_at_once(generator, tiles, transform, kind):
+    own = kind.fit(tiles)
+    others = [k.fit(tiles) for k in REFERENCES if k is not kind]
+    for wrong in (*others, StainReference.fit(generator, tiles), "lab.json", [own]):
+        name = f"is a {type(wrong).__name__}, and {transform.__name__} takes a {kind.__name__}; fit"
+        with pytest.raises(TypeError, match=f"^reference {name}"):
+            transform(wrong)
+        with pytest.raises(TypeError, match=f"^source {name}"):
+            transform(own, source=wrong)
+
+
 def test_transport_arrives_at_mean_and_covariance(tiles):
     reference = DensityReference.fit(synthetic_tiles(3, seed=5))
     wanted = replace(reference, mean=tuple(1.1 * x for x in reference.mean))

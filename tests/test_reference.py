@@ -1,11 +1,14 @@
 import json
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import SIZE, synthetic_tiles
 from PIL import Image
 
-from cytosyn_aug import StainReference
+from cytosyn_aug import MacenkoReference, StainNormalize, StainReference, StainTransfer, StainViews
+from cytosyn_aug.reference import list_references
 
 
 @pytest.fixture
@@ -125,3 +128,32 @@ def test_damaged_files_are_named(reference, tmp_path):
 def test_the_name_must_end_in_json(reference, tmp_path):
     with pytest.raises(ValueError, match="is saved as"):
         reference.save(tmp_path / "lab.pt")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda r: r, r"single StainReference.*pass references=\[reference\]"),
+        (lambda r: {"a": r}, r"is a dict.*pass list\(references\.values\(\)\)"),
+        (lambda r: "lab.json", r"is a str.*StainReference\.load"),
+        (lambda r: Path("lab.json"), r"is a \w*Path.*StainReference\.load"),
+        (lambda r: None, "is a NoneType"),
+        (lambda r: [[r]], r"references\[0\] is a list, expected a StainReference"),
+        (lambda r: [r, "lab.json"], r"references\[1\] is a str.*StainReference\.load"),
+        (lambda r: [MacenkoReference.fit(synthetic_tiles(1))], r"\[0\] is a MacenkoReference"),
+    ],
+)
+def test_what_is_no_list_of_references_is_named(generator, reference, given, message):
+    transforms = [partial(kind, generator) for kind in (StainTransfer, StainViews)]
+    for make in (list_references, *transforms):
+        with pytest.raises(TypeError, match=message):
+            make(given(reference))
+
+
+def test_source_and_reference_are_of_the_models_kind(generator, reference):
+    other = MacenkoReference.fit(synthetic_tiles(1))
+    with pytest.raises(TypeError, match="source is a MacenkoReference, expected a StainReference"):
+        StainTransfer(generator, [reference], source=other)
+    for wrong in ([reference], "lab.json", other, None):
+        with pytest.raises(TypeError, match=r"^reference is a .*, expected a StainReference"):
+            StainNormalize(generator, wrong)
