@@ -19,6 +19,7 @@ from cytosyn_aug.conditions import Conditions, read_conditions
 from cytosyn_aug.drawing import (
     DEFAULT_STEPS,
     Forward,
+    Guidance,
     Sampler,
     choose_guidance,
     draw_latents,
@@ -220,10 +221,7 @@ class TileGenerator(LoadedModel):
             ValueError: See `sample`.
         """
         chosen = self._sampler(sampler)
-        taught = None
-        if chosen == "student" and self.student is not None:
-            taught = self.student.config["taught_guidance"]
-        guidance = choose_guidance(guidance_scale, guidance_low, guidance_high, taught)
+        guidance = self._guidance(chosen, guidance_scale, guidance_low, guidance_high)
         times = time_grid(chosen, DEFAULT_STEPS[chosen] if steps is None else steps, start_time)
         rows = range(len(start)) if seeds is None else seeds
         network = self.student if chosen == "student" else self.transformer
@@ -337,6 +335,27 @@ class TileGenerator(LoadedModel):
     def check_images(self, images: Tensor) -> None:
         """Raise unless `images` are uint8 [B, 3, size, size] with the model's tile side."""
         check_images(images, self.tile)
+
+    def check_drawing(
+        self, *, steps: int | None, guidance_scale: float, start_time: float = 1.0
+    ) -> None:
+        """Raise ValueError for what `draw` would refuse, so that no transform fails at a tile.
+
+        A generator that came as a handle is not loaded for it, and refuses at its first draw.
+        """
+        if not self.is_loaded:
+            return
+        sampler = self._sampler(None)
+        self._guidance(sampler, guidance_scale)
+        time_grid(sampler, DEFAULT_STEPS[sampler] if steps is None else steps, start_time)
+
+    def _guidance(
+        self, sampler: Sampler, scale: float, low: float | None = None, high: float | None = None
+    ) -> Guidance:
+        taught = None
+        if sampler == "student" and self.student is not None:
+            taught = self.student.config["taught_guidance"]
+        return choose_guidance(scale, low, high, taught)
 
     def _step_noise(self, seeds: Sequence[int]) -> Callable[[int], Tensor]:
         return lambda step: sample_noise(seeds, self.latent_shape, stream=step + 1)

@@ -156,7 +156,7 @@ class LoadedModel:
             ValueError, OSError: See `from_pretrained`.
         """
         assert self._handle is not None
-        if "vae" in vars(self):
+        if self.is_loaded:
             assert str(self.device) == str(device)
             return
         self.device = self.batches.device = torch.device(device)
@@ -175,6 +175,11 @@ class LoadedModel:
             check_device(self.device)
             self._hold(self.handle().load())
             return getattr(self, name)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the networks are here; False for a handle's, until they are first needed."""
+        return "vae" in vars(self)
 
     def check_process(self) -> None:
         """Raise RuntimeError in a forked DataLoader worker, where its parent's GPU is no use."""

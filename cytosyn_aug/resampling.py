@@ -44,8 +44,8 @@ class ConditionedResample(TileTransform):
         allow_geometry_change: Accept masks and boxes although structure changes.
 
     Raises:
-        ValueError: A probability or bound outside its range, or a model without an encoder that is
-            given no features, or bounds.
+        ValueError: A probability or bound outside its range, steps or guidance that the model
+            cannot draw with, or a model without an encoder that is given no features, or bounds.
 
     Example:
         >>> generator = TileGenerator.from_pretrained()
@@ -81,6 +81,7 @@ class ConditionedResample(TileTransform):
                 "precomputed ones) and leave min_similarity and max_similarity alone, or load it "
                 'with encoder="bioptimus/H0-mini"'
             )
+        generator.check_drawing(steps=steps, guidance_scale=guidance_scale)
         self.generator = generator
         self.features = features
         self.min_similarity = min_similarity

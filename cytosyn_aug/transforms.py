@@ -130,6 +130,13 @@ class StainTransfer(TileTransform):
                 'model was loaded without an encoder; load it with encoder="bioptimus/H0-mini" or '
                 "use preserve='color'"
             )
+        recipe = recipe if recipe is not None else EditRecipe()
+        if preserve == "none":
+            generator.check_drawing(
+                steps=recipe.steps,
+                guidance_scale=recipe.guidance_scale,
+                start_time=recipe.noise_level,
+            )
         check_scale(mpp, generator.tile)
         _check_draws(references, source, sampling, mode)
         self.generator = generator
@@ -139,7 +146,7 @@ class StainTransfer(TileTransform):
         self.preserve = preserve
         self.mpp = mpp
         self.sampling = sampling
-        self.recipe = recipe if recipe is not None else EditRecipe()
+        self.recipe = recipe
         self.features = features
         self._laboratories = [r.laboratory for r in self.references]
         self._groups = group_by_laboratory(self._laboratories)

@@ -352,6 +352,41 @@ def test_bad_arguments_are_named(generator, references, arguments, message):
         Transfer(generator, references, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps is 0, expected at least 1"),
+        ({"guidance_scale": 99.0}, "guidance is 99.0 .* taught 1 to 3.0"),
+    ],
+)
+def test_what_no_tile_could_be_drawn_with_is_refused_at_once(student_folder, settings, message):
+    generator = TileGenerator.from_pretrained(student_folder)
+    with pytest.raises(ValueError, match=message):
+        ConditionedResample(generator, **settings)
+
+
+def test_only_what_draws_refuses_a_recipe_that_cannot_be_drawn_with(student_folder):
+    generator = TileGenerator.from_pretrained(student_folder)
+    reference = StainReference.fit(generator, synthetic_tiles(2))
+    recipe = EditRecipe(guidance_scale=99.0)
+    with pytest.raises(ValueError, match="taught 1 to 3"):
+        StainNormalize(generator, reference, preserve="none", recipe=recipe)
+    StainNormalize(generator, reference, recipe=recipe)
+
+
+def test_a_transformer_takes_any_guidance_but_not_any_steps(generator):
+    ConditionedResample(generator, guidance_scale=99.0)
+    with pytest.raises(ValueError, match="steps is 1, expected at least 2 with 'ab2'"):
+        ConditionedResample(generator, steps=1)
+
+
+def test_checking_what_is_drawn_with_loads_no_weights(student_folder):
+    handle = TileGenerator.from_pretrained(student_folder, batch_size=3).handle()
+    generator = TileGenerator.from_handle(handle)
+    ConditionedResample(generator, guidance_scale=99.0)
+    assert not generator.is_loaded
+
+
 def test_the_similarity_gates_return_and_count_rejected_tiles(generator, tiles):
     for bounds in ({"min_similarity": 0.9999}, {"max_similarity": -0.9999}):
         transform = ConditionedResample(generator, p=1.0, steps=2, **bounds)
