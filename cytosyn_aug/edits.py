@@ -55,18 +55,13 @@ class Made(NamedTuple):
 def run_edit(edit: TileTransform | Edit, images: Tensor, seeds: list[int]) -> Made:
     """Edit all of some images uint8 [B, 3, H, W], by one seed a tile."""
     if not isinstance(edit, TileTransform):
-        results = edit(images, seeds)
+        results = _checked(edit(images, seeds), "the edit")
         if results.dtype == torch.uint8 or len(results) != len(images):
             return Made(results, torch.zeros(len(images), dtype=torch.bool))
         return Made(results, ~results.isfinite().flatten(1).all(1).cpu())
     params = _draw(edit, images, seeds)
     num_failed = edit.num_failed
-    results = edit.transform(images, params)
-    if not isinstance(results, Tensor):
-        raise TypeError(
-            f"{type(edit).__name__} gives {type(results).__name__} for a batch, expected a tensor; "
-            "give transforms that edit one image to one"
-        )
+    results = _checked(edit.transform(images, params), type(edit).__name__)
     is_failed = torch.zeros(len(images), dtype=torch.bool)
     if edit.num_failed > num_failed:
         # It says how many. They came back unchanged, and so did tiles that it refused.
@@ -75,6 +70,24 @@ def run_edit(edit: TileTransform | Edit, images: Tensor, seeds: list[int]) -> Ma
             edit.transform(images[row : row + 1], {k: v[row : row + 1] for k, v in params.items()})
             is_failed[row] = edit.num_failed > num_failed
     return Made(results, is_failed)
+
+
+def check_draws(edit: TileTransform, name: str) -> None:
+    """Raise ValueError for a transform that draws by what an edit is not told."""
+    if getattr(edit, "mode", "tile") != "tile" or getattr(edit, "sampling", "") == "own_excluded":
+        raise ValueError(
+            f"{name}, a {type(edit).__name__}, draws by slide or laboratory, and an edit is told "
+            "neither; use mode='tile' and another sampling"
+        )
+
+
+def _checked(results: object, name: str) -> Tensor:
+    if not isinstance(results, Tensor):
+        raise TypeError(
+            f"{name} gives {type(results).__name__} for a batch, expected a tensor; give what "
+            "edits one image to one"
+        )
+    return results
 
 
 def _draw(edit: TileTransform, images: Tensor, seeds: list[int]) -> dict[str, list[object]]:
@@ -103,11 +116,7 @@ def _describe(number: int, edit: TileTransform | Edit, has_recipe: bool) -> dict
             )
         return {"kind": "function"}
     kind = type(edit)
-    if getattr(edit, "mode", "tile") != "tile" or getattr(edit, "sampling", "") == "own_excluded":
-        raise ValueError(
-            f"edit {number}, a {kind.__name__}, draws by slide or laboratory, which filling is not "
-            "told; use mode='tile' and another sampling"
-        )
+    check_draws(edit, f"edit {number}")
     named: dict[str, object] = {"kind": f"{kind.__module__.split('.')[0]}.{kind.__qualname__}"}
     for name, value in vars(edit).items():
         if name.startswith("_") or name in _NOT_NAMED:

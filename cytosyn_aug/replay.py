@@ -33,7 +33,8 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,12 +42,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cytosyn_aug.filling import Edit
+from cytosyn_aug.edits import Edit, check_draws, run_edit
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import finite_images
 from cytosyn_aug.precision import own_precision
 from cytosyn_aug.schedules import Scheduled, check_scheduled, value_at
 from cytosyn_aug.stain import is_tissue
+from cytosyn_aug.tile_transform import TileTransform
 
 _MAX_SEED = 2**62
 
@@ -85,7 +87,8 @@ class ReplayBank:
 
     Args:
         generator: The model.
-        edit: Makes variants, from uint8 images [n, 3, size, size] with tissue and one seed a tile
+        edit: Makes variants: a transform, which then edits every tile it is given, whatever its
+            `p`; or a function from uint8 images [n, 3, size, size] with tissue and one seed a tile
             to uint8 images, or to whitened latents [n, C, h, w] of the model.
         num_tiles: Tiles of the data set; positions in a batch's `index` are below it.
         p: Probability that a tile is replaced; or a `Ramp` over the epochs that `set_epoch` says.
@@ -96,7 +99,8 @@ class ReplayBank:
             CytoSyn; None for memory. It lives as long as the bank: variants are of one run.
 
     Raises:
-        ValueError: Numbers out of range.
+        TypeError: An edit that is neither.
+        ValueError: Numbers out of range, or a transform that draws by slide or laboratory.
         OSError: The folder cannot be written, or has no room for all latents.
 
     Example:
@@ -112,7 +116,7 @@ class ReplayBank:
     def __init__(
         self,
         generator: TileGenerator,
-        edit: Edit,
+        edit: TileTransform | Edit,
         *,
         num_tiles: int,
         p: Scheduled = 0.5,
@@ -125,6 +129,13 @@ class ReplayBank:
             raise ValueError(
                 f"num_tiles is {num_tiles}, reuse {reuse} and max_age {max_age}; expected at least "
                 "1, 1 and 0"
+            )
+        if isinstance(edit, TileTransform):
+            check_draws(edit, "the edit")
+        elif not callable(edit):
+            raise TypeError(
+                f"edit is a {type(edit).__name__}, expected a transform of cytosyn_aug, or a "
+                "function of images and seeds"
             )
         self.generator, self.edit = generator, edit
         self.p, self.reuse, self.max_age = p, reuse, max_age
@@ -142,25 +153,28 @@ class ReplayBank:
         return ReplayCounts(*self._counts.tolist())
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch begins, counted from 0, where `p` is a `Ramp`."""
+        """Say which epoch begins, counted from 0, where `p` or the edit's strength is a `Ramp`."""
         if epoch < 0:
             raise ValueError(f"epoch is {epoch}, expected 0 or more")
         self._epoch = epoch
+        if isinstance(self.edit, TileTransform):
+            self.edit.set_epoch(epoch)
 
     @torch.compiler.disable  # as transforms are: every batch draws others
     @own_precision()
     @torch.no_grad()
-    def __call__(self, images: Tensor, index: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, index: Tensor | np.ndarray | Sequence[int]) -> Tensor:
         """Return a batch with the drawn tiles replaced; draws from torch's generator.
 
         Args:
             images: uint8 [B, 3, size, size], any device.
-            index: int64 [B], position of each tile in the data set.
+            index: Position of each tile in the data set, B whole numbers.
 
         Returns:
             uint8 like `images`, on their device.
 
         Raises:
+            TypeError: An index of anything but whole numbers, or an edit that gives no tensor.
             ValueError: An index out of range, or an edit that gives something else.
         """
         self.generator.check_images(images)
@@ -200,14 +214,18 @@ class ReplayBank:
             )
         return 1 + more
 
-    def _checked(self, index: Tensor, num: int) -> list[int]:
-        slots: list[int] = index.tolist()
+    def _checked(self, index: object, num: int) -> list[int]:
         limit = len(self._uses)
+        expected = (
+            f"expected {num} positions from 0 to {limit - 1}, whole numbers: the data set must "
+            "return each tile's own position beside it"
+        )
+        listed = index.tolist() if isinstance(index, Tensor | np.ndarray) else index
+        if not isinstance(listed, Sequence) or not all(map(_is_whole, listed)):
+            raise TypeError(f"index is {str(listed)[:60]}, {expected}")
+        slots = [int(k) for k in listed]
         if len(slots) != num or any(not 0 <= slot < limit for slot in slots):
-            raise ValueError(
-                f"index is {slots[:8]}, expected {num} positions from 0 to {limit - 1}: the data "
-                "set must return each tile's own position beside it"
-            )
+            raise ValueError(f"index is {slots[:8]}, {expected}")
         return slots
 
     def _spent(self, slots: list[int]) -> np.ndarray:
@@ -251,7 +269,7 @@ class ReplayBank:
         """Fill the slots of rows anew; return those that are empty still, to be asked again."""
         chosen = images[torch.tensor(rows, device=images.device)]
         places = [slots[row] for row in rows]
-        made = self.edit(chosen, [seeds[row] for row in rows])
+        made, is_failed = run_edit(self.edit, chosen, [seeds[row] for row in rows])
         is_edited = torch.ones(len(rows), dtype=torch.bool)
         if made.dtype == torch.uint8:
             if made.shape != chosen.shape:
@@ -273,8 +291,10 @@ class ReplayBank:
         self._uses[places], self._made_at[places] = 0, self._step
         self._count(num_made=len(rows))
         failed = {place for place, is_fine in zip(edited, is_finite, strict=True) if not is_fine}
+        # A transform gives tiles that it failed on as they were, and says so.
+        failed |= {place for place, fails in zip(places, is_failed.tolist(), strict=True) if fails}
         self._warn_of(failed)
-        return _Lost(set(places) - set(edited), failed)
+        return _Lost(set(places) - set(edited) - failed, failed)
 
     def _replaced(self, images: Tensor, slots: list[int], taken: dict[int, np.ndarray]) -> Tensor:
         """Return the batch with rows replaced by what their latents decode to."""
@@ -310,6 +330,10 @@ class ReplayBank:
         if not len(images):
             return torch.empty(0, *self.generator.latent_shape, dtype=torch.float32)
         return self.generator.whiten(self.generator.encode(images).mean)
+
+
+def _is_whole(position: object) -> bool:
+    return isinstance(position, Integral) and not isinstance(position, bool)  # no mask
 
 
 def _storage(generator: TileGenerator, num_tiles: int, folder: Path | str | None) -> np.ndarray:

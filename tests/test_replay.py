@@ -5,11 +5,21 @@ import itertools
 import os
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cytosyn_aug import (
+    ConditionedResample,
+    MacenkoNormalize,
+    MacenkoReference,
+    StainReference,
+    StainTransfer,
+    StainViews,
+)
+from cytosyn_aug.edits import run_edit
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.replay import ReplayBank, ReplayCounts
 from cytosyn_aug.schedules import Ramp
@@ -262,6 +272,90 @@ def test_age_makes_a_step_dearer_as_the_formula_says(generator, tiles, p, reuse,
 def test_numbers_out_of_range_are_named(generator, changes, message):
     with pytest.raises(ValueError, match=message):
         bank_of(generator, **changes)
+
+
+def test_transforms_serve_as_edits(generator, tiles):
+    """As in `fill_variants`: every tile is edited, whatever p, by its own seed."""
+    transfer = StainTransfer(generator, [StainReference.fit(generator, 255 - tiles // 2)], p=0.0)
+    bank = ReplayBank(generator, transfer, num_tiles=4, p=1.0)
+    state = torch.get_rng_state()
+    images = bank(tiles, torch.arange(4))
+    assert (images != tiles).flatten(1).any(1).all()
+    assert bank.counts == ReplayCounts(num_made=4, num_reused=0, num_kept=0, num_failed=0)
+    torch.set_rng_state(state)
+    made = ReplayBank(
+        generator, lambda x, seeds: run_edit(transfer, x, seeds).results, num_tiles=4, p=1.0
+    )
+    assert torch.equal(made(tiles, torch.arange(4)), images)
+
+
+def test_the_epoch_of_a_bank_is_that_of_its_edit(generator, tiles):
+    edit = MacenkoNormalize(MacenkoReference.fit(255 - tiles // 2), strength=Ramp(0.0, 1.0, 2))
+    bank = ReplayBank(generator, edit, num_tiles=4, p=1.0)
+    for epoch, num_kept in ((0, 4), (1, 4)):
+        bank.set_epoch(epoch)
+        bank(tiles, torch.arange(4))
+        assert bank.counts.num_kept == num_kept
+
+
+def test_tiles_that_a_transform_failed_on_count_as_failed_and_refused_ones_as_kept(
+    model_folder, tiles, monkeypatch
+):
+    generator = TileGenerator.from_pretrained(model_folder)
+    transform = ConditionedResample(generator, steps=2)
+    draw = generator.draw
+
+    def broken(*arguments, **options):
+        latents = draw(*arguments, **options)
+        latents[0] = torch.nan
+        return latents
+
+    monkeypatch.setattr(generator, "draw", broken)
+    bank = ReplayBank(generator, transform, num_tiles=4, p=1.0)
+    with pytest.warns(RuntimeWarning, match="tile 0 of the data set is not finite"):
+        images = bank(tiles[:2], torch.arange(2))
+    assert torch.equal(images[0], tiles[0])
+    assert bank.counts == ReplayCounts(num_made=2, num_reused=0, num_kept=0, num_failed=1)
+    monkeypatch.undo()
+    refusing = ConditionedResample(generator, steps=2, min_similarity=0.9999)
+    bank = ReplayBank(generator, refusing, num_tiles=4, p=1.0)
+    bank(tiles[:2], torch.arange(2))
+    assert bank.counts == ReplayCounts(num_made=2, num_reused=0, num_kept=2, num_failed=0)
+
+
+def test_edits_that_no_bank_can_run_are_refused_at_once(generator, tiles):
+    reference = StainReference.fit(generator, tiles, laboratory="a")
+    for drawn in ({"mode": "slide"}, {"sampling": "own_excluded"}):
+        transfer = StainTransfer(generator, [reference], **drawn)
+        with pytest.raises(ValueError, match="the edit, a StainTransfer, draws by slide or lab"):
+            ReplayBank(generator, transfer, num_tiles=4)
+    for wrong in ([StainTransfer(generator, [reference])], reference):
+        with pytest.raises(TypeError, match=f"edit is a {type(wrong).__name__}, expected a trans"):
+            ReplayBank(generator, wrong, num_tiles=4)
+    views = StainViews(generator, [reference], has_original=True)
+    for wrong in (views, lambda x, seeds: (x, x)):
+        bank = ReplayBank(generator, wrong, num_tiles=4, p=1.0)
+        with pytest.raises(TypeError, match="gives tuple for a batch, expected a tensor"):
+            bank(tiles, torch.arange(4))
+
+
+@pytest.mark.parametrize(
+    "index", [[2, 3], (2, 3), range(2, 4), np.array([2, 3], np.int32), [np.int64(2), 3]]
+)
+def test_positions_are_whole_numbers_of_any_kind(generator, tiles, index):
+    bank, edits = bank_of(generator)
+    first = bank(tiles[:2], index)
+    assert torch.equal(bank(tiles[:2], torch.tensor([2, 3], dtype=torch.int32)), first)
+    assert edits.sizes == [2]
+
+
+@pytest.mark.parametrize(
+    "index", [torch.tensor([0.0, 1.0]), [0.0, 1.0], [True, False], ["a", "b"], [[0], [1]], 1, None]
+)
+def test_positions_of_another_kind_are_refused(generator, tiles, index):
+    bank, _ = bank_of(generator)
+    with pytest.raises(TypeError, match="expected 2 positions from 0 to 3, whole numbers"):
+        bank(tiles[:2], index)
 
 
 def test_positions_and_edits_that_do_not_fit_are_named(generator, tiles):
