@@ -206,8 +206,14 @@ class CachedVariants(TileTransform):
             variant is not finite are `batch.image`'s own; `num_failed` counts them.
 
         Raises:
+            TypeError: Not a `LatentVariant`.
             ValueError: The generator is another model than that of the cache.
         """
+        if not isinstance(batch, LatentVariant):
+            raise TypeError(
+                f"got a {type(batch).__name__}, expected a LatentVariant, which default_collate "
+                "keeps; of a sample that holds more pass that part, as batch['image']"
+            )
         check_model(generator, self.cache)
         image = batch.image.to(generator.device)
         if not batch.is_variant.any():

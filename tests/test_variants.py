@@ -258,6 +258,14 @@ def test_decoding_with_another_model_is_refused(generator, latents_cache, tiles,
         transform.decode(generator, batch)
 
 
+def test_decoding_anything_but_its_records_is_refused(generator, latents_cache, tiles):
+    transform = CachedVariants(latents_cache, p=1.0)
+    record = transform(tiles)
+    for wrong in ({"image": record}, [record], tuple(record), tiles):
+        with pytest.raises(TypeError, match=f"got a {type(wrong).__name__}, expected a Latent"):
+            transform.decode(generator, wrong)
+
+
 def recompressed(tile):
     stream = io.BytesIO()
     PIL.Image.fromarray(tile.permute(1, 2, 0).numpy()).save(stream, "JPEG", quality=85)
