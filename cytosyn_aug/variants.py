@@ -18,7 +18,13 @@ from cytosyn_aug.draws import Mode
 from cytosyn_aug.encodings import check_model
 from cytosyn_aug.facts import NO_FACTS, Facts
 from cytosyn_aug.generator import TileGenerator
-from cytosyn_aug.images import num_tiles, open_tiles, pixels_to_images, tile_key
+from cytosyn_aug.images import (
+    check_image,
+    num_tiles,
+    open_tiles,
+    pixels_to_images,
+    tile_key,
+)
 from cytosyn_aug.misses import explain_miss
 from cytosyn_aug.schedules import Probability
 from cytosyn_aug.shared import SharedCount
@@ -136,6 +142,7 @@ class CachedVariants(TileTransform):
         """
         index = [k for k, is_chosen in enumerate(params["chosen"]) if is_chosen]
         if not index and not self.is_latent:
+            check_image(inpt)
             return inpt
         tiles, close = open_tiles(inpt)
         is_edited = torch.zeros(len(tiles), dtype=torch.bool, device="cpu")

@@ -120,6 +120,24 @@ def test_bytes_are_looked_up_without_a_copy(tiles):
     assert open_tiles(tiles).tiles.data_ptr() == tiles.data_ptr()
 
 
+@pytest.mark.parametrize("p", [0.0, 1.0])
+@pytest.mark.parametrize("payload", ["images", "latents"])
+def test_images_are_checked_whether_drawn_or_not(images_cache, latents_cache, tiles, payload, p):
+    transform = CachedVariants(images_cache if payload == "images" else latents_cache, p=p)
+    overshot = torch.full((3, SIZE, SIZE), 0.5)
+    overshot[0, 3, 3] = 1.001
+    for image, message in (
+        (tiles[0].float(), r"expected \[0, 1\]"),
+        (overshot, r"expected \[0, 1\]"),
+        (torch.full((3, SIZE, SIZE), torch.nan), r"expected \[0, 1\]"),
+        (tiles[0].int(), "expected uint8 or float"),
+        (tiles[0, :1], "repeat grey-scale channels"),
+        (PIL.Image.new("L", (SIZE, SIZE)), "mode L, expected RGB"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            transform(image)
+
+
 def test_p_of_zero_returns_the_very_object(images_cache, tiles):
     assert CachedVariants(images_cache, p=0.0)(tiles) is tiles
 
