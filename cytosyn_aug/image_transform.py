@@ -89,21 +89,58 @@ class TileImageTransform(albumentations.ImageOnlyTransform):
         )
         return bool(torch.rand((), dtype=torch.float64, device="cpu") < p)
 
+    def __call__(self, *args: Any, force_apply: bool = False, **kwargs: Any) -> Any:
+        """Refuse a sample that does not fit, drawn or not; then do as albumentations does.
+
+        Checked where it is drawn only, a pipeline with p = 0.3 would fail at its third sample.
+        """
+        if not args:  # which albumentations refuses
+            self._check(kwargs)
+        return super().__call__(*args, force_apply=force_apply, **kwargs)
+
     def get_params_dependent_on_data(
         self, params: dict[str, Any], data: dict[str, Any]
     ) -> dict[str, Any]:
         """Draw seed and reference; JSON-safe, so that ReplayCompose can store them."""
-        kinds = {k: self._kinds.get(k, k) for k, value in data.items() if value is not None}
+        # Of a stack, all images are edited alike, as albumentations does.
+        tensor = _to_tensor(self._images(data)[0])
+        return self.inner.make_params([tensor], self.inner.read_facts(data, [tensor]))
+
+    def _check(self, data: dict[str, Any]) -> None:
+        kinds = self._kinds_in(data)
         moved = sorted(k for k, kind in kinds.items() if kind in _STRUCTURE)
         if moved and not self.inner.keeps_structure:
             raise ValueError(
                 f"{type(self).__name__} moves structure, and the sample carries {moved}; "
                 "drop them, keep structure, or pass allow_geometry_change=True"
             )
-        image = next(data[k] for k, kind in kinds.items() if kind in _IMAGES)
-        # Of a stack, all images are edited alike, as albumentations does.
-        tensor = _to_tensor(image.reshape(-1, *image.shape[-3:])[0] if image.ndim > 3 else image)
-        return self.inner.make_params([tensor], self.inner.read_facts(data, [tensor]))
+        tensors = [_to_tensor(image) for image in self._images(data)]
+        if not tensors:
+            raise TypeError(
+                f"got no image among {sorted(kinds)}; pass image=, a numpy array [H, W, 3]"
+            )
+        for tensor in tensors:
+            self.inner.transform(tensor, {"chosen": [False]})  # checks, and edits nothing
+        if not self.replay_mode:  # then all is drawn already
+            self.inner.read_facts(data, tensors[:1])
+
+    def _kinds_in(self, data: dict[str, Any]) -> dict[str, str]:
+        return {k: self._kinds.get(k, k) for k, value in data.items() if value is not None}
+
+    def _images(self, data: dict[str, Any]) -> list[np.ndarray]:
+        """Return all images of a sample, those of stacks one by one."""
+        found: list[np.ndarray] = []
+        for key, kind in self._kinds_in(data).items():
+            if kind in _IMAGES:
+                given = data[key]
+                if not isinstance(given, np.ndarray):
+                    raise TypeError(
+                        f"got an image of {type(given).__name__}, expected a numpy array "
+                        "[H, W, 3] of uint8, or float32 in [0, 1]; use numpy.asarray"
+                    )
+                is_stack = given.ndim > 3
+                found += list(given.reshape(-1, *given.shape[-3:])) if is_stack else [given]
+        return found
 
     def apply(self, img: np.ndarray, **params: Any) -> np.ndarray:
         """Edit one image."""

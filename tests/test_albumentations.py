@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from conftest import SIZE, synthetic_tiles
@@ -336,6 +337,73 @@ def test_masks_pass_or_are_refused(generator, reference, image):
     resample = alb.Compose([caa.ConditionedResample(generator, p=1.0, steps=2)])
     with pytest.raises(ValueError, match="moves structure"):
         resample(image=image, mask=mask)
+
+
+def never(generator, reference, variants):
+    """Return the transforms that refuse samples, editing none."""
+    return {
+        "transfer": caa.StainTransfer(generator, [reference], p=0.0),
+        "resample": caa.ConditionedResample(generator, p=0.0),
+        "reinhard": caa.ReinhardNormalize(ReinhardReference.fit(synthetic_tiles(3)), p=0.0),
+        "cached": caa.CachedVariants(variants, p=0.0),
+    }
+
+
+@pytest.mark.parametrize("name", ["transfer", "resample", "reinhard", "cached"])
+def test_images_are_checked_whether_drawn_or_not(generator, reference, variants, image, name):
+    pipeline = alb.Compose([never(generator, reference, variants)[name]])
+    np.testing.assert_array_equal(pipeline(image=image)["image"], image)
+    bad = image.astype(np.float32)
+    for given in (
+        {"image": bad},
+        {"images": np.stack([image / np.float32(255), bad])},
+        {"volume": np.stack([image / np.float32(255), bad])},
+    ):
+        with pytest.raises(ValueError, match=r"expected \[0, 1\]"):
+            pipeline(**given)
+    with pytest.raises(TypeError, match="expected uint8 or float"):
+        pipeline(image=image.astype(np.int32))
+    with pytest.raises(ValueError, match=r"expected \[H, W, 3\]"):
+        pipeline(image=image[..., :1])
+    two = alb.Compose(pipeline.transforms, additional_targets={"image2": "image"})
+    with pytest.raises(ValueError, match=r"expected \[0, 1\]"):
+        two(image=image, image2=bad)
+
+
+@pytest.mark.parametrize("name", ["resample", "cached"])
+def test_masks_are_refused_whether_drawn_or_not(generator, reference, variants, image, name):
+    pipeline = alb.Compose([never(generator, reference, variants)[name]])
+    with pytest.raises(ValueError, match=r"moves structure.*carries \['mask'\]"):
+        pipeline(image=image, mask=image[..., 0])
+
+
+def test_sizes_and_missing_facts_are_refused_whether_drawn_or_not(generator, reference, image):
+    transfer = caa.StainTransfer(generator, [reference], p=0.0)
+    with pytest.raises(ValueError, match="re-tile larger"):
+        transfer(image=image[:50, :50])
+    named = StainReference.fit(generator, synthetic_tiles(3, seed=5), laboratory="a")
+    excluding = caa.StainTransfer(generator, [named], p=0.0, sampling="own_excluded")
+    with pytest.raises(ValueError, match="the sample says no laboratory"):
+        excluding(image=image)
+
+
+def test_a_sample_without_an_image_is_refused(generator, image):
+    transform = caa.ConditionedResample(generator, p=0.0)
+    with pytest.raises(TypeError, match=r"got no image among \['label'\]"):
+        transform(label=3)
+    with pytest.raises(TypeError, match=r"got an image of Image, expected a numpy array"):
+        transform(image=PIL.Image.fromarray(image))
+
+
+def test_a_replay_is_checked_too_and_asks_for_nothing_it_was_drawn_by(generator, image):
+    names = [StainReference.fit(generator, synthetic_tiles(3, seed=5), laboratory=k) for k in "ab"]
+    slide = caa.StainTransfer(generator, names, p={"a": 1.0}, mode="slide", recipe=FAST)
+    first = alb.ReplayCompose([slide])(image=image, slide="x", label="a")
+    again = alb.ReplayCompose.replay(first["replay"], image=image)["image"]
+    np.testing.assert_array_equal(again, first["image"])
+    resample = alb.ReplayCompose([caa.ConditionedResample(generator, p=0.0)])(image=image)
+    with pytest.raises(ValueError, match="moves structure"):
+        alb.ReplayCompose.replay(resample["replay"], image=image, mask=image[..., 0])
 
 
 @pytest.mark.parametrize("p", [1.5, -1, "x", {"a": 2.0}, {}])
