@@ -180,4 +180,5 @@ def _to_tensor(image: np.ndarray) -> Tensor:
             f"got an image of shape {list(image.shape)}, expected [H, W, 3] RGB; "
             "repeat grey-scale channels, drop alpha"
         )
-    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    # A copy of what cannot be written, such as np.asarray(PIL.Image): torch has no such tensors.
+    return torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)

@@ -339,6 +339,19 @@ def test_masks_pass_or_are_refused(generator, reference, image):
         resample(image=image, mask=mask)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("error")
+def test_arrays_that_cannot_be_written_serve(generator, reference, variants, image, name):
+    transform = make_all(generator, reference, variants)[name]
+    frozen = np.asarray(PIL.Image.fromarray(image))  # as a memory map of files also is
+    assert not frozen.flags.writeable
+    torch.manual_seed(0)
+    want = transform(image=image)["image"]
+    torch.manual_seed(0)
+    np.testing.assert_array_equal(transform(image=frozen)["image"], want)
+    np.testing.assert_array_equal(frozen, image)
+
+
 def never(generator, reference, variants):
     """Return the transforms that refuse samples, editing none."""
     return {
