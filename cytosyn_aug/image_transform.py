@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cytosyn_aug.editing import EditRecipe
+from cytosyn_aug.facts import LABEL, LABORATORY, SLIDE
 from cytosyn_aug.schedules import Probability, Ramp, check_probability, value_at
 from cytosyn_aug.tile_transform import TileTransform
 from cytosyn_aug.written import write_argument
@@ -65,6 +66,11 @@ class TileImageTransform(albumentations.ImageOnlyTransform):
         self._scheduled = p
         self._arguments = arguments
         self._kinds: dict[str, str] = {}
+
+    @property
+    def available_keys(self) -> set[str]:
+        """Name also what draws go by: `A.Compose(strict=True)` refuses keys of no transform."""
+        return super().available_keys | {LABEL, SLIDE, LABORATORY}
 
     @property
     def num_failed(self) -> int:

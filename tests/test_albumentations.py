@@ -302,6 +302,16 @@ def test_the_classical_ones_draw_by_slide_too(image):
     assert len({tiles[0] for tiles in is_edited}) == 2
 
 
+def test_a_strict_pipeline_takes_what_draws_go_by(generator, reference, image):
+    transfer = caa.StainTransfer(generator, [reference], p={"a": 1.0}, mode="slide", recipe=FAST)
+    pipeline = alb.Compose([alb.OneOf([transfer], p=1.0)], strict=True)
+    out = pipeline(image=image, label="a", slide="one", laboratory="b")
+    assert not np.array_equal(out["image"], image)
+    assert (out["label"], out["slide"], out["laboratory"]) == ("a", "one", "b")
+    with pytest.raises(ValueError, match="Key patient is not in available keys"):
+        pipeline(image=image, label="a", slide="one", patient="c")
+
+
 def test_failures_and_rejections_are_counted(generator, image):
     transform = caa.ConditionedResample(generator, p=1.0, steps=2, min_similarity=0.9999)
     transform(image=image)
