@@ -91,7 +91,8 @@ class FeatureTable:
     """
 
     def __init__(self, images: Tensor, features: Conditions, *, width: int = 768) -> None:
-        self.cls = read_conditions(features, width, len(images))
+        # A copy: `generator.features(tiles).cls` is a view, which keeps and pickles all tokens.
+        self.cls = read_conditions(features, width, len(images)).to("cpu", copy=True)
         check_finite(self.cls)
         self._row = {tile_key(image): k for k, image in enumerate(images)}
 

@@ -1,5 +1,7 @@
 """Precomputed features: widths, files, scales."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -78,6 +80,20 @@ def test_a_table_finds_features_by_pixels_in_any_order():
     table = FeatureTable(tiles, RAW, width=8)
     order = [3, 0, 3, 4]
     assert torch.equal(table(tiles[order]), RAW[order])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [RAW[:, None].expand(5, 257, 8).clone()[:, 0], torch.cat([RAW, RAW], 1), RAW.clone()],
+    ids=["first of all tokens", "CLS and mean", "CLS"],
+)
+def test_a_table_holds_its_vectors_and_nothing_they_are_views_of(given):
+    table = FeatureTable(synthetic_tiles(5), given, width=8)
+    assert torch.equal(table.cls, RAW)
+    assert table.cls.untyped_storage().nbytes() == RAW.numel() * 4
+    assert len(pickle.dumps(table)) < 5 * (8 * 4 + 64 + 8) + 1000  # vectors, keys, rows
+    given.zero_()
+    assert torch.equal(table.cls, RAW)
 
 
 def test_a_table_names_the_tiles_it_does_not_know():
