@@ -2,7 +2,8 @@
 
 Found by key in any mapping of the sample, however nested: {"image": ..., "slide": ...} or (image,
 {"slide": ...}). A label may also be the last element of a tuple, as data sets return it. One value
-serves all tiles of a batch; else there is one for each, as collation gives them.
+serves all tiles of a batch; else there is one for each, as collation gives them, also as a column
+[B, 1]. One-hot labels are refused: which of their numbers would be the class?
 """
 
 from __future__ import annotations
@@ -11,10 +12,15 @@ from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torchvision.tv_tensors import TVTensor
 
 from cytosyn_aug.images import is_image
 
 LABEL, SLIDE, LABORATORY = "label", "slide", "laboratory"
+_LABEL_ADVICE = (
+    "; of one-hot labels pass labels.argmax(-1), the class indices, and of a sample that holds "
+    'more than image and label the label by key: {"image": ..., "label": ...}'
+)
 
 
 class Facts(NamedTuple):
@@ -38,20 +44,21 @@ def read_labels(sample: object, num: int) -> list[Hashable] | None:
     """Return the labels of a sample's tiles: under the key "label", or last in a tuple.
 
     Raises:
-        ValueError: Another number of labels than tiles.
+        ValueError: Another number of labels than tiles, or several values a tile.
     """
-    found = _find(sample, LABEL)
+    found, where = _find(sample, LABEL), f"under {LABEL!r}"
     if found is None and isinstance(sample, tuple | list) and len(sample) > 1:
         last = sample[-1]
-        found = None if is_image(last) or isinstance(last, Mapping) else last
-    return None if found is None else _spread(found, num, LABEL)
+        if not (is_image(last) or isinstance(last, Mapping | TVTensor)):
+            found, where = last, "last in the sample, where its label is"
+    return None if found is None else _spread(found, num, where, _LABEL_ADVICE)
 
 
 def read_fact(sample: object, key: str, num: int) -> list[Hashable]:
     """Return what a sample says under a key, for each of its tiles.
 
     Raises:
-        ValueError: It says nothing, or another number of values than tiles.
+        ValueError: It says nothing, another number of values than tiles, or several a tile.
     """
     found = _find(sample, key)
     if found is None:
@@ -59,7 +66,7 @@ def read_fact(sample: object, key: str, num: int) -> list[Hashable]:
             f"the sample says no {key}, which this transform draws by; pass it in a dictionary, "
             f'as {{"image": ..., "{key}": ...}} or (image, {{"{key}": ...}})'
         )
-    return _spread(found, num, key)
+    return _spread(found, num, f"under {key!r}")
 
 
 def _find(sample: object, key: str) -> Any:  # Any: whatever the user keeps there
@@ -75,16 +82,29 @@ def _find(sample: object, key: str) -> Any:  # Any: whatever the user keeps ther
     return None
 
 
-def _spread(value: Any, num: int, key: str) -> list[Hashable]:
+def _spread(value: Any, num: int, where: str, advice: str = "") -> list[Hashable]:
     value = _plain(value)
     if not isinstance(value, tuple | list):
-        return [value] * num
+        return [_single(value, where, advice)] * num
     if len(value) != num:
         raise ValueError(
-            f"the sample has {num} tiles and {len(value)} values under {key!r}; give one a tile, "
-            "or one for all"
+            f"the sample has {num} tiles and {len(value)} values {where}; give one a tile, or one "
+            f"for all{advice}"
         )
-    return [_plain(x) for x in value]
+    return [_single(_plain(x), where, advice) for x in value]
+
+
+def _single(value: Any, where: str, advice: str) -> Hashable:
+    """Return what is said of one tile, of a column its only value."""
+    while isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, list):
+        raise ValueError(f"the sample has {len(value)} values for a tile {where}, not one{advice}")
+    if not isinstance(value, Hashable):
+        raise ValueError(
+            f"the sample has a {type(value).__name__} {where}, expected a name or a number"
+        )
+    return value
 
 
 def _plain(value: Any) -> Any:

@@ -4,10 +4,12 @@ import warnings
 from collections import Counter
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
-from conftest import synthetic_tiles
+from conftest import SIZE, synthetic_tiles
 from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from cytosyn_aug import (
@@ -129,8 +131,11 @@ def test_the_epoch_reaches_workers_that_persist(context):
         lambda x: (x, [0, 1, 0, 1]),
         lambda x: {"image": x, "label": np.array([0, 1, 0, 1])},
         lambda x: (x, {"label": [0, 1, 0, 1]}),
+        lambda x: (x, torch.tensor([[0], [1], [0], [1]])),
+        lambda x: {"image": x, "label": np.array([[0], [1], [0], [1]])},
+        lambda x: {"label": [0, 1, 0, 1], "image": x, "mask": torch.zeros(4, SIZE, SIZE)},
     ],
-    ids=["tensor last", "list last", "key", "nested key"],
+    ids=["tensor last", "list last", "key", "nested key", "column", "column by key", "beside mask"],
 )
 def test_p_by_class_reads_the_label(generator, references, tiles, sample):
     transform = StainTransfer(generator, references, p={0: 0.0, 1: 1.0}, recipe=FAST)
@@ -156,7 +161,16 @@ def test_p_by_class_may_change_with_the_epoch(tiles):
     [
         (lambda x: x, "the sample carries no label"),
         (lambda x: (x, torch.tensor([0, 1, 2, 7])), "the sample has 2, 7; give p"),
-        (lambda x: (x, [0, 1]), "4 tiles and 2 values under 'label'"),
+        (lambda x: (x, [0, 1]), "4 tiles and 2 values last in the sample, where its label is;"),
+        (lambda x: {"image": x, "label": [0, 1]}, "4 tiles and 2 values under 'label';"),
+        (lambda x: (x, torch.eye(4)), r"4 values for a tile.*argmax.*class indices"),
+        (lambda x: {"image": x, "label": np.eye(2)[[0, 1, 0, 1]]}, "2 values for a tile.*argmax"),
+        (lambda x: (x[0], torch.tensor([0, 1])), "1 tiles and 2 values.*argmax"),
+        (lambda x: (x[0], 1, torch.zeros(SIZE, SIZE)), rf"1 tiles and {SIZE} values.*by key"),
+        (lambda x: (x, 1, torch.zeros(4, SIZE)), rf"{SIZE} values for a tile.*by key"),
+        (lambda x: (x[0], 1, tv_tensors.Mask(torch.zeros(SIZE, SIZE))), "carries no label"),
+        (lambda x: (x[0], 1, PIL.Image.new("L", (SIZE, SIZE))), "carries no label"),
+        (lambda x: {"image": x[0], "label": {"a": 1}}, "a dict under 'label'"),
     ],
 )
 def test_labels_that_do_not_serve_are_named(generator, references, tiles, sample, message):
