@@ -22,7 +22,7 @@ from cytosyn_aug.conditions import Conditions, read_conditions
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.flow import interpolate
 from cytosyn_aug.generator import TileGenerator
-from cytosyn_aug.images import FiniteImages, finite_images
+from cytosyn_aug.images import WHICH_IS_THE_IMAGE, FiniteImages, finite_images
 from cytosyn_aug.precision import own_precision
 from cytosyn_aug.reference import StainReference
 from cytosyn_aug.sampling import sample_noise
@@ -101,7 +101,8 @@ def check_extent(height_px: int, width_px: int, mpp: float, tile: TileSpec) -> t
     if min(height, width) < tile.size_px:
         raise ValueError(
             f"image is {width_px}x{height_px} px at {mpp:g} microns/pixel, the model "
-            f"expects at least {tile.describe()}; re-tile larger or correct mpp"
+            f"expects at least {tile.describe()}; re-tile larger or correct mpp. "
+            f"{WHICH_IS_THE_IMAGE}"
         )
     return height, width
 

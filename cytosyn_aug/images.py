@@ -27,6 +27,12 @@ from torchvision import tv_tensors
 
 from cytosyn_aug.config import TileSpec
 
+# To be said where an image is too small or too large: it may be a map of features.
+WHICH_IS_THE_IMAGE = (
+    "The first plain tensor of a sample is taken as its image: if that is another one, wrap the "
+    "image in tv_tensors.Image"
+)
+
 
 def images_to_pixels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Map uint8 images to network pixels.
@@ -125,16 +131,21 @@ def check_images(images: Tensor, tile: TileSpec) -> None:
         )
     if images.shape[0] == 0:
         raise ValueError(f"got an empty batch, expected [B, 3, {size}, {size}] with B >= 1")
-    check_sides(images.shape[2], images.shape[3], tile)
+    if images.shape[2:] != (size, size):
+        raise ValueError(_describe_sides(images.shape[2], images.shape[3], tile))
 
 
 def check_sides(height_px: int, width_px: int, tile: TileSpec) -> None:
-    """Raise ValueError for an image of other sides than the tile's."""
+    """Raise ValueError for an image of a sample of other sides than the tile's."""
     if (height_px, width_px) != (tile.size_px, tile.size_px):
-        raise ValueError(
-            f"tile is {width_px}x{height_px} px, the model expects "
-            f"{tile.describe()}; re-tile the slide at that size and scale"
-        )
+        raise ValueError(f"{_describe_sides(height_px, width_px, tile)}. {WHICH_IS_THE_IMAGE}")
+
+
+def _describe_sides(height_px: int, width_px: int, tile: TileSpec) -> str:
+    return (
+        f"tile is {width_px}x{height_px} px, the model expects {tile.describe()}; re-tile the "
+        "slide at that size and scale"
+    )
 
 
 class OpenImage(NamedTuple):
@@ -168,9 +179,14 @@ def num_tiles(image: PIL.Image.Image | Tensor) -> int:
 
 
 def sides_of(image: PIL.Image.Image | Tensor) -> tuple[int, int]:
-    """Return height and width in pixels."""
+    """Return height and width in pixels.
+
+    Raises:
+        ValueError: A tensor that is not [..., 3, H, W], whose sides nobody can tell.
+    """
     if isinstance(image, PIL.Image.Image):
         return image.height, image.width
+    _check_shape(image)
     return image.shape[-2], image.shape[-1]
 
 
@@ -188,11 +204,17 @@ def check_image(image: PIL.Image.Image | Tensor) -> None:
         low, high = image.as_subclass(Tensor).aminmax()
         if not (low >= 0 and high <= 1):
             raise ValueError(
-                f"got a float image in [{float(low):g}, {float(high):g}], expected [0, 1]; "
-                "divide by the largest value, and normalise after this transform"
+                f"got a float image in [{_shown(low)}, {_shown(high)}], expected [0, 1]; divide "
+                "by 255 if it is in 0 to 255, clamp(0, 1) what an interpolation overshot, and "
+                "normalise after this transform"
             )
     elif image.dtype != torch.uint8:
         raise TypeError(f"got an image of {image.dtype}, expected uint8 or float in [0, 1]")
+
+
+def _shown(value: Tensor) -> str:
+    """Return as many digits as tell a number from its neighbours: 1.0000002 is not 1."""
+    return str(value.cpu().to(torch.promote_types(value.dtype, torch.float32)).numpy())
 
 
 def open_image(image: PIL.Image.Image | Tensor) -> OpenImage:
@@ -263,6 +285,11 @@ def _merged(tiles: Tensor) -> PIL.Image.Image:
 
 
 def _check_shape(image: Tensor) -> None:
+    if image.ndim >= 3 and image.shape[-3] != 3 and image.shape[-1] == 3:
+        raise ValueError(
+            f"got an image of shape {list(image.shape)}, expected [..., 3, H, W]: its channels "
+            "come last; permute them to the front, as image.movedim(-1, -3)"
+        )
     if image.ndim < 3 or image.shape[-3] != 3:
         raise ValueError(
             f"got an image of shape {list(image.shape)}, expected [..., 3, H, W] RGB; "

@@ -3,10 +3,13 @@ import pytest
 import torch
 
 from cytosyn_aug.images import (
+    check_image,
     density_to_grey,
     images_to_pixels,
+    open_tiles,
     optical_density,
     pixels_to_images,
+    sides_of,
     tile_key,
 )
 
@@ -15,6 +18,30 @@ ALL_GREYS = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3,
 
 def test_every_grey_level_survives_pixels_and_back():
     assert torch.equal(pixels_to_images(images_to_pixels(ALL_GREYS)), ALL_GREYS)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "shown"),
+    [
+        (torch.float32, 1.0000002, r"\[0\.0, 1\.0000002\]"),
+        (torch.float64, 1 + 1e-12, r"\[0\.0, 1\.000000000001\]"),
+        (torch.float32, -1e-9, r"\[-1e-09, 0\.0\]"),
+        (torch.float16, 255.0, r"\[0\.0, 255\.0\]"),
+        (torch.float32, torch.inf, r"\[0\.0, inf\]"),
+    ],
+)
+def test_a_float_image_out_of_range_is_told_its_range_and_what_to_do(dtype, value, shown):
+    image = torch.zeros(3, 8, 8, dtype=dtype)
+    image[1, 2, 3] = value
+    with pytest.raises(ValueError, match=rf"{shown}, expected \[0, 1\]; divide by 255.*clamp"):
+        check_image(image)
+
+
+@pytest.mark.parametrize("shape", [(8, 9, 3), (2, 8, 9, 3), (2, 2, 8, 9, 3)])
+def test_channels_that_come_last_are_recognised(shape):
+    for check in (check_image, open_tiles, sides_of):
+        with pytest.raises(ValueError, match=r"come last; permute them.*movedim\(-1, -3\)"):
+            check(torch.zeros(shape, dtype=torch.uint8))
 
 
 def test_every_grey_level_survives_optical_density_and_back():

@@ -220,7 +220,8 @@ def test_images_at_another_scale_are_read_at_the_models(generator, references):
     ("image", "message"),
     [
         (torch.zeros(3, 64, 64, dtype=torch.uint8), "image is 64x64 px at 0.5 microns"),
-        (torch.full((3, SIZE, SIZE), 200.0), "divide by the largest value"),
+        (torch.full((3, SIZE, SIZE), 200.0), "divide by 255"),
+        (torch.zeros(SIZE, SIZE, 3, dtype=torch.uint8), "channels come last"),
         (torch.full((3, SIZE, SIZE), float("nan")), r"expected \[0, 1\]"),
         (torch.zeros(1, SIZE, SIZE, dtype=torch.uint8), "repeat grey-scale channels"),
         (torch.zeros(4, SIZE, SIZE, dtype=torch.uint8), "drop alpha"),
@@ -278,6 +279,13 @@ def test_what_may_be_a_mask_is_named(generator, references, tiles):
             resample((tiles[0], mask))
         ConditionedResample(generator, p=0.0, allow_geometry_change=True)((tiles[0], mask))
     resample((tiles, torch.arange(4), torch.ones(4, 24)))
+
+
+def test_an_image_that_may_be_another_tensor_of_the_sample_says_so(generator, transfer, tiles):
+    sample = {"features": torch.zeros(4, 3, 7, 7), "image": tiles}
+    for transform in (transfer, ConditionedResample(generator)):
+        with pytest.raises(ValueError, match=r"7x7 px.*first plain tensor.*tv_tensors\.Image"):
+            transform(sample)
 
 
 def test_a_call_without_a_sample_says_so(transfer):
