@@ -304,8 +304,9 @@ def _check_shape(image: Tensor) -> None:
 def _mixed(image: Tensor, edited: Tensor, is_edited: Tensor) -> Tensor:
     """Return tiles [B, 3, H, W] where they were edited, else the image's own; as it is shaped."""
     plain = image.as_subclass(Tensor)
-    flat = plain.reshape(-1, *plain.shape[-3:])
-    edited = torch.where(is_edited.to(flat.device)[:, None, None, None], edited, flat)
+    if not is_edited.all():  # choosing takes longer than looking a tile up
+        flat = plain.reshape(-1, *plain.shape[-3:])
+        edited = torch.where(is_edited.to(flat.device)[:, None, None, None], edited, flat)
     edited = edited.reshape(plain.shape)
     if isinstance(image, tv_tensors.TVTensor):
         return tv_tensors.wrap(edited, like=image)
