@@ -365,8 +365,9 @@ def _classical_edit(
             params = {"chosen": [True] * count, "seeds": [0] * count}
             params["strengths"] = [recipe.strength] * count
             made[rows] = transform.transform(images[rows], params)
-        is_tissue = (made != images).flatten(1).any(1)
-        is_finite = torch.ones_like(is_tissue)
+        # What tells no stain comes back as it was, which at strength 0 says nothing.
+        told = is_tissue(images) if recipe.strength == 0 else (made != images).flatten(1).any(1)
+        is_finite = torch.ones_like(told)
         nothing = torch.full((len(batch),), torch.nan)  # no encoder was asked
         strengths = [recipe.strength] * len(batch)
         seeds, names, distance = (
@@ -374,7 +375,7 @@ def _classical_edit(
             [name] * len(batch),
             colour_distance(images, made),
         )
-        yield Edited(made, is_tissue, is_finite, seeds, names, strengths, nothing, distance)
+        yield Edited(made, told, is_finite, seeds, names, strengths, nothing, distance)
 
     return edit
 

@@ -149,7 +149,7 @@ def _read(source: np.ndarray | Path | str) -> Tensor:
     if file.suffix == ".npy":
         try:
             return torch.from_numpy(np.load(file, allow_pickle=False).astype(np.float32))
-        except ValueError as error:
+        except (ValueError, EOFError) as error:
             raise ValueError(f"{file} is not an array of numbers ({error})") from error
     if file.suffix == ".safetensors":
         return _only_tensor(file)

@@ -8,6 +8,7 @@ with no host number in it and nothing to wait for. It refuses to know of tiles a
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -66,8 +67,10 @@ def choose_guidance(
         taught: Largest scale and interval that a student has learned; None for a transformer.
 
     Raises:
-        ValueError: The student was not taught that.
+        ValueError: No finite scale, or one that the student was not taught.
     """
+    if not math.isfinite(scale):
+        raise ValueError(f"guidance scale is {scale}, expected a number; 1 is no guidance")
     usual = Guidance(scale) if taught is None else Guidance(scale, *taught[1:])
     found = Guidance(scale, usual.low if low is None else low, usual.high if high is None else high)
     if taught is not None and not (1 <= scale <= taught[0] and found == usual):

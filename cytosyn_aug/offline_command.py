@@ -365,6 +365,11 @@ def _slurm(parse: Callable[[list[str]], argparse.Namespace], args: argparse.Name
         raise ValueError("expected augment, normalize, cache or sample after --")
     if nested.shard != (0, 1) or nested.overwrite or nested.dry_run:
         raise ValueError("leave --shard, --overwrite and --dry-run away; the script says --shard")
+    if getattr(nested, "format", "") == "slide":
+        raise ValueError(
+            "--format slide takes no --shard: a slide has one job. Print an array of "
+            "`cytosyn-aug normalize-slide SLIDE OUT ...`, one slide a job, yourself"
+        )
     job = SlurmJob(
         shards=args.shards,
         gpus=args.gpus,

@@ -80,6 +80,8 @@ def plan_augment(
     """Return the run that `cytosyn_aug.offline.augment` does."""
     _check_format(format, get_args(Format))
     _check_apart(tiles.source, out)
+    if recipe.mode == "resample":
+        generator.check_drawing(steps=recipe.steps, guidance_scale=recipe.guidance_scale)
     laboratories, identities = open_references(references, generator)
     listing = _list(tiles, generator)
     num_masks = listing.num_masks()
@@ -208,6 +210,7 @@ def plan_sample(
     if n < 1:
         raise ValueError(f"n is {n}, expected at least 1")
     _check_format(format, _IMAGE_FORMATS)
+    generator.check_drawing(steps=recipe.steps, guidance_scale=recipe.guidance_scale)
     rows, digest = None, None
     if conditions is not None:
         rows = read_conditions(conditions, len(generator.null_condition))

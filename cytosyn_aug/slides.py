@@ -37,7 +37,10 @@ _PLAUSIBLE_MPP = (0.05, 10.0)
 _PLAUSIBLE_TIFF_MPP = (0.1, 2.0)  # outside: the 72 or 300 dpi that software writes by default
 _MICRONS = {"centimeter": 1e4, "inch": 25_400.0}
 _THUMBNAIL_BLOCK_PX = 128
-_GIVE_MPP = "give the right one yourself (mpp=, slide_mpp=, --slide-mpp, or a slides table's mpp)"
+_GIVE_MPP = (
+    "give the right one yourself (mpp=; --mpp of augment, normalize and cache; --slide-mpp of "
+    "normalize-slide; or mpp in the slides table of training)"
+)
 
 
 class SlideError(ValueError):

@@ -1,9 +1,10 @@
 """Tables of tiles: .csv or .parquet with a path a row, and any of label, slide, x, y, mask.
 
 A path is that of a tile's image or, with x and y, of a slide: then the tile is cut there, with its
-upper left corner at that pixel of level 0, whatever it shows. Paths are relative to the table's
-folder; results of absolute ones go by what follows their common folder. No image is opened here,
-and no torch.
+upper left corner at that pixel of level 0, whatever it shows. A .tif with x and y is a slide if it
+is tiled, and a tile with a known place if not: files of both kinds have that name, and only their
+headers are looked at. Paths are relative to the table's folder; results of absolute ones go by what
+follows their common folder. No image is opened here, and no torch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openslide
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
@@ -22,6 +24,7 @@ import pyarrow.parquet as pq
 from cytosyn_aug.listing import Item, Listing, corner, make_listing, output_stem
 
 SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".svslide", ".vms", ".vmu", ".bif")
+_EITHER_SUFFIXES = (".tif", ".tiff")
 _PATH_COLUMNS = ("path", "file", "filename", "image")
 
 
@@ -36,12 +39,16 @@ def list_table(file: Path) -> Listing:
 
 def _items(folder: Path, table: dict[str, list[Any]]) -> Iterator[Item]:  # Any: cells
     sizes: dict[str, tuple[int, str]] = {}  # of slides, which come in many rows
+    known: dict[str, bool] = {}
     absolute = {os.path.dirname(name) for name in table["path"] if os.path.isabs(name)}
     shared = os.path.commonpath(absolute) if absolute else ""
     for row, name in enumerate(table["path"]):
         stem = output_stem(os.path.relpath(name, shared) if os.path.isabs(name) else name)
         cells: dict[str, Any] = {n: column[row] for n, column in table.items() if n != "path"}
-        if os.path.splitext(name)[1].lower() in SLIDE_SUFFIXES:
+        suffix = os.path.splitext(name)[1].lower()
+        if suffix in _EITHER_SUFFIXES and "x" in cells and name not in known:
+            known[name] = _is_tiled(folder / name)
+        if suffix in SLIDE_SUFFIXES or known.get(name):
             if name not in sizes:
                 sizes[name] = _size(folder / name)
             yield _slide_item(name, stem, cells, *sizes[name])
@@ -65,6 +72,9 @@ def _read_columns(file: Path) -> dict[str, list[Any]]:  # Any: cells
     """Return the columns that are known, paths under `path`, as strings or whole numbers."""
     try:
         table = pq.read_table(file) if file.suffix.lower() == ".parquet" else _read_csv(file)
+        twice = sorted({n for n in table.column_names if table.column_names.count(n) > 1})
+        if twice:
+            raise ValueError(f"{file} has several columns {', '.join(twice)}; leave one of each")
         path = next((n for n in _PATH_COLUMNS if n in table.column_names), None)
         if path is None:
             raise ValueError(
@@ -93,6 +103,11 @@ def _read_csv(file: Path) -> pa.Table:
         parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
         convert_options=pyarrow.csv.ConvertOptions(column_types=texts),
     )
+
+
+def _is_tiled(file: Path) -> bool:
+    """Return whether OpenSlide takes a TIFF for a slide: any that is stored in tiles."""
+    return openslide.OpenSlide.detect_format(file) is not None
 
 
 def _size(file: Path) -> tuple[int, str]:

@@ -132,6 +132,9 @@ def test_a_table_without_paths_or_with_damage_is_refused(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(ValueError, match="cannot be read as a table"):
         items(tmp_path / "bad.parquet")
+    file.write_text("path,label,path\na.png,x,b.png\n")
+    with pytest.raises(ValueError, match="has several columns path"):
+        items(file)
     file.write_text("path,x,y\na.png,left,1\n")
     with pytest.raises(ValueError, match="cannot be read as a table"):
         items(file)
@@ -221,6 +224,17 @@ def test_a_table_may_name_places_on_slides(tmp_path, synthetic_slide):
     for item in found[2:4]:
         with pytest.raises(ItemError, match="lies outside of the slide: 128 px from"):
             reader.read(item)
+
+
+def test_a_tiff_with_a_place_is_a_slide_if_it_is_tiled(tmp_path, synthetic_slide):
+    synthetic_slide("slide.tif", grid="##..\n##..", side=256)
+    Image.new("RGB", (64, 64)).save(tmp_path / "tile.tif")
+    file = tmp_path / "places.csv"
+    file.write_text("path,x,y\nslides/slide.tif,0,0\nslides/slide.tif,512,256\ntile.tif,64,0\n")
+    slide, other, tile = items(file)
+    assert (slide.stem, other.stem) == ("slides/slide/0_0", "slides/slide/512_256")
+    assert (tile.stem, tile.file, tile.x) == ("tile", "", 64)
+    assert not errors(file)
 
 
 def test_the_kind_is_seen_or_must_be_said(tmp_path):

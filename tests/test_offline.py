@@ -116,6 +116,8 @@ def test_classical_methods_do_what_their_transforms_do(tree, tmp_path, small, la
     by_slide = transform(reference, source=kind.fit(torch.stack(list(tiles.values()))))
     for name, tile in tiles.items():
         assert torch.equal(read(tmp_path / "by_slide" / name), by_slide(tile))
+    idle = offline.normalize(tree, tmp_path / "idle", small, strength=0.0, **settings)
+    assert idle.counts == summary.counts  # unchanged is not blank
     settings["method"] = "reinhard" if method == "macenko" else "macenko"
     with pytest.raises(ValueError, match="holds cytosyn_aug"):
         offline.normalize(tree, tmp_path / "other", small, **settings)

@@ -249,3 +249,20 @@ def test_slurm_prints_an_array_of_shards(capsys):
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
     assert main(["slurm", "--shards", "3", "--", *words, "--shard", "0/2"]) == 2
     assert main(["slurm", "--shards", "3", "--", "info"]) == 2
+    slides = ["normalize", "slides", "out", "--reference", "lab", "--format", "slide"]
+    capsys.readouterr()
+    assert main(["slurm", "--shards", "3", "--", *slides]) == 2
+    assert "--format slide takes no --shard" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [["--steps", "0"], ["--guidance-scale", "nan"]])
+def test_settings_that_cannot_be_drawn_with_do_not_lock_a_folder(
+    tree, tmp_path, model_folder, laboratories, capsys, wrong
+):
+    out = tmp_path / "out"
+    words = [*command(tree, out, model_folder, laboratories), "--mode", "resample", *wrong]
+    sample = ["sample", str(out), "--model", str(model_folder), "--n", "2", *wrong]
+    for each in (words, sample):
+        assert main(each) == 2
+        assert "steps is 0" in (said := capsys.readouterr().err) or "scale is nan" in said
+        assert not out.exists()
