@@ -262,8 +262,8 @@ def open_tiles(image: PIL.Image.Image | Tensor) -> OpenTiles:
     """Return a user's image as bytes, which for look-ups are faster than `open_image`'s floats.
 
     Args:
-        image: See `open_image`. Float images are rounded; bfloat16 keeps too few digits to come
-            back to the bytes it was made from.
+        image: See `open_image`. Float images are rounded: of any type, bfloat16 too, they come back
+            to the bytes that they were divided by 255 from.
 
     Raises:
         TypeError, ValueError: See `open_image`.

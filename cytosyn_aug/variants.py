@@ -62,11 +62,10 @@ class CachedVariants(TileTransform):
     """Replace a tile by one of its cached variants, drawn per tile; look-up only.
 
     Safe in DataLoader workers, forked or spawned. It goes before any transform that changes
-    pixels, because tiles are found by theirs. With a cache of latents it goes last, gives a
-    `LatentVariant` for every tile, and `decode` follows after collation.
+    pixels, because tiles are found by theirs, uint8 or float of any type. With a cache of latents
+    it goes last, gives a `LatentVariant` for every tile, and `decode` follows after collation.
 
-    Does not support: filling the cache (`cytosyn_aug.filling`), caches of moments, and bfloat16
-    images, whose pixels are no longer those that were cached.
+    Does not support: filling the cache (`cytosyn_aug.filling`), and caches of moments.
 
     Args:
         cache: Filled by `fill_variants`.

@@ -20,6 +20,13 @@ def test_every_grey_level_survives_pixels_and_back():
     assert torch.equal(pixels_to_images(images_to_pixels(ALL_GREYS)), ALL_GREYS)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_every_grey_level_survives_a_float_image_and_back(dtype):
+    """In bfloat16 too: below 1 its steps are at most 1 / 256, and rounding errs by half of that."""
+    for image in ((ALL_GREYS / 255).to(dtype), ALL_GREYS.to(dtype) / 255):
+        assert torch.equal(open_tiles(image).tiles, ALL_GREYS)
+
+
 @pytest.mark.parametrize(
     ("dtype", "value", "shown"),
     [

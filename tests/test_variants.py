@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from check_transform import DTYPES, check_transform
+from check_transform import check_transform
 from conftest import SIZE, synthetic_tiles
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
@@ -58,10 +58,8 @@ def except_blank(edit):
 def test_it_passes_the_contract_of_all_transforms(generator, tmp_path, tiles):
     blank = torch.stack([torch.full_like(tiles[0], level) for level in (243, 255)])
     given = torch.cat([tiles[:4], tiles[:4].transpose(2, 3), blank])
-    # All that the contract looks up: bfloat16 images, for one, have other pixels.
-    seen = torch.cat([open_tiles(convert(given)).tiles for convert in DTYPES.values()])
     edits = [except_blank(edit) for edit in EDITS]
-    cache = make_cache(tmp_path, generator, "images", seen, edits, keeps_structure=True)
+    cache = make_cache(tmp_path, generator, "images", given, edits, keeps_structure=True)
     check_transform(CachedVariants(cache, p=1.0), tiles[:4])
 
 
