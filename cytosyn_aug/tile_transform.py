@@ -130,12 +130,17 @@ class TileTransform(v2.Transform):
         """Refuse samples that this transform would make wrong.
 
         Raises:
-            TypeError: No image.
+            TypeError: No image, or a video.
             ValueError: Masks, boxes or key points beside an edit that moves structure; or images
                 of one sample with different numbers of tiles, or none.
         """
         is_image = self._needs_transform_list(flat_inputs)
         images = [x for x, edits in zip(flat_inputs, is_image, strict=True) if edits]
+        if any(isinstance(x, tv_tensors.Video) for x in flat_inputs):
+            raise TypeError(
+                "the sample carries a tv_tensors.Video, whose frames would stay as they are; wrap "
+                "them in tv_tensors.Image, which are drawn for frame by frame"
+            )
         if not images:
             names = sorted({type(x).__name__ for x in flat_inputs})
             raise TypeError(

@@ -293,6 +293,14 @@ def test_a_call_without_a_sample_says_so(transfer):
         transfer()
 
 
+def test_videos_are_refused_beside_images_and_alone(generator, transfer, tiles):
+    video = tv_tensors.Video(tiles)
+    for sample in (video, {"video": video, "image": tiles}, (tv_tensors.Image(tiles[0]), video)):
+        for transform in (transfer, ConditionedResample(generator, p=0.0)):
+            with pytest.raises(TypeError, match=r"carries a tv_tensors\.Video.*tv_tensors\.Image"):
+                transform(sample)
+
+
 def test_images_of_mixed_sizes_are_edited_each(transfer, tiles):
     large = synthetic_tiles(1, size=160)[0]
     sample = [tv_tensors.Image(tiles[0]), tv_tensors.Image(large)]
