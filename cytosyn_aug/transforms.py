@@ -1,7 +1,8 @@
 """torchvision v2 transforms that change the stain of tiles with a tile generator.
 
 The change is estimated by the model, and with `preserve="color"` applied to the original pixels;
-see `cytosyn_aug.editing`. The grammar is that of `cytosyn_aug.tile_transform`.
+see `cytosyn_aug.editing`. The grammar is that of `cytosyn_aug.tile_transform`: of a list of plain
+tensors only the first is edited, as in torchvision; stack them, or wrap each in `tv_tensors.Image`.
 """
 
 from __future__ import annotations

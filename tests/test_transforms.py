@@ -293,6 +293,14 @@ def test_a_call_without_a_sample_says_so(transfer):
         transfer()
 
 
+def test_of_a_list_of_plain_tensors_only_the_first_is_edited(transfer, tiles):
+    """torchvision's rule, as the documentation says; images in tv_tensors are all edited."""
+    out = transfer(list(tiles))
+    assert [torch.equal(a, b) for a, b in zip(out, tiles, strict=True)] == [False, *[True] * 3]
+    wrapped = transfer([tv_tensors.Image(tile) for tile in tiles])
+    assert not any(torch.equal(a, b) for a, b in zip(wrapped, tiles, strict=True))
+
+
 def test_videos_are_refused_beside_images_and_alone(generator, transfer, tiles):
     video = tv_tensors.Video(tiles)
     for sample in (video, {"video": video, "image": tiles}, (tv_tensors.Image(tiles[0]), video)):
