@@ -36,6 +36,7 @@ from cytosyn_aug.reinhard import (
 from cytosyn_aug.schedules import Probability, Scheduled, check_scheduled, value_at
 from cytosyn_aug.stain import (
     MIN_TISSUE,
+    POOL_PX,
     DensityMoments,
     apply_density_map,
     blend_with_identity,
@@ -77,6 +78,7 @@ class DensityReference:
     ) -> DensityReference:
         """Fit to the tissue of all tiles together; see `MacenkoReference.fit`."""
         images = read_tiles(tiles, tile or TileSpec(), max_tiles)
+        _check_pooled(images.shape[2], images.shape[3])
         pooled = pool_moments(tissue_moments(images))
         if not (pooled.tissue >= MIN_TISSUE).all():
             raise ValueError(f"the {len(images)} tiles show no tissue; fit to tiles with tissue")
@@ -226,6 +228,9 @@ class DensityTransport(ClassicalTransform[DensityReference]):
 
     reference_kind = DensityReference
 
+    def _check_size(self, height_px: int, width_px: int) -> None:
+        _check_pooled(height_px, width_px)
+
     def _change(self, grey: Tensor, strength: Tensor) -> Edit:
         own = tissue_moments(grey)
         start = own
@@ -235,3 +240,11 @@ class DensityTransport(ClassicalTransform[DensityReference]):
         change = match_moments(start, self.reference.moments(grey.device))
         recoloured = apply_density_map(grey, blend_with_identity(change, strength))
         return Edit(recoloured, own.tissue >= MIN_TISSUE)
+
+
+def _check_pooled(height_px: int, width_px: int) -> None:
+    if min(height_px, width_px) < POOL_PX:
+        raise ValueError(
+            f"image is {width_px}x{height_px} px, and optical density is averaged over squares: "
+            f"expected at least {POOL_PX}x{POOL_PX} px; give whole tiles"
+        )

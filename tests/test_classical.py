@@ -208,6 +208,20 @@ def test_references_of_another_kind_are_refused_at_once(generator, tiles, transf
             transform(own, source=wrong)
 
 
+def test_images_too_small_to_average_are_refused(tiles):
+    """Transport alone averages over squares; the others read single pixels."""
+    transport = DensityTransport(DensityReference.fit(tiles), p=0.0)
+    for size in ((1, 1), (3, 40), (40, 3)):
+        with pytest.raises(ValueError, match=rf"{size[1]}x{size[0]} px, .*at least 4x4 px"):
+            transport(torch.zeros(3, *size, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"1x1 px, .*at least 4x4 px"):
+        DensityReference.fit(torch.zeros(2, 3, 1, 1, dtype=torch.uint8))
+    assert transport(torch.zeros(3, 4, 4, dtype=torch.uint8)).shape == (3, 4, 4)
+    for normalise, kind in PAIRS[:2]:
+        pixel = torch.full((3, 1, 1), 90, dtype=torch.uint8)
+        assert normalise(kind.fit(tiles))(pixel).shape == (3, 1, 1)
+
+
 def test_transport_arrives_at_mean_and_covariance(tiles):
     reference = DensityReference.fit(synthetic_tiles(3, seed=5))
     wanted = replace(reference, mean=tuple(1.1 * x for x in reference.mean))
