@@ -5,11 +5,16 @@ No torch here: processes that only cut tiles import this too.
 
 from __future__ import annotations
 
+import errno
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+if sys.platform != "win32":
+    import fcntl
 
 
 @contextmanager
@@ -32,6 +37,7 @@ def atomic_file(file: Path) -> Iterator[BinaryIO]:
     written = 0
     try:
         with temporary.open("wb") as stream:
+            _lock(stream)  # until it is closed, by this process or by its death
             try:
                 yield stream
                 stream.flush()
@@ -54,10 +60,38 @@ def write_atomically(file: Path, content: bytes) -> None:
         stream.write(content)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left in a folder under temporary names."""
-    for file in folder.glob(".*.tmp"):
-        file.unlink(missing_ok=True)
+def remove_leftovers(folder: Path, pattern: str = ".*.tmp") -> list[Path]:
+    """Remove what killed processes left in a folder under temporary names.
+
+    Returns:
+        Those that stay: a process that lives is writing them.
+    """
+    held = []
+    for file in folder.glob(pattern):
+        try:
+            with file.open("rb") as stream:
+                is_held = not _lock(stream)
+        except FileNotFoundError:
+            continue  # renamed meanwhile
+        if is_held:
+            held.append(file)
+        else:
+            file.unlink(missing_ok=True)
+    return held
+
+
+def _lock(stream: BinaryIO) -> bool:
+    """Lock an open file; return False if another process has it, True where nobody can tell."""
+    if sys.platform == "win32":
+        return True
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    return True
 
 
 def flush_folder(folder: Path) -> None:

@@ -118,12 +118,20 @@ def _pairs(source: Path, out: Path) -> Iterable[tuple[Path, Path]]:
     from cytosyn_aug.slides import SLIDE_SUFFIXES
 
     if not source.is_dir():
+        if out.is_dir():
+            raise ValueError(f"{out} is a folder; name a file, such as {out / source.stem}.ome.tif")
         yield source, out
         return
-    slides = sorted(f for f in source.iterdir() if f.suffix.lower() in SLIDE_SUFFIXES)
+    if out.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{out} is inside {source}, where results would be found as slides")
+    slides = sorted(
+        f
+        for f in source.rglob("*")
+        if f.suffix.lower() in SLIDE_SUFFIXES and not f.name.startswith(".")
+    )
     if not slides:
         raise ValueError(f"{source} holds no slides; expected {', '.join(SLIDE_SUFFIXES)}")
-    names = [f"{slide.stem}.ome.tif" for slide in slides]
+    names = [slide.relative_to(source).with_suffix(".ome.tif") for slide in slides]
     if len(set(names)) < len(names):
         raise ValueError(f"{source} holds slides that differ in their suffix only; rename them")
     yield from ((slide, out / name) for slide, name in zip(slides, names, strict=True))

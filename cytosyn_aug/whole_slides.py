@@ -33,7 +33,7 @@ from PIL import Image
 from cytosyn_aug.colour_table import ColourTable, Recolour
 from cytosyn_aug.config import Preserve, TileSpec
 from cytosyn_aug.editing import EditRecipe
-from cytosyn_aug.files import atomic_file
+from cytosyn_aug.files import atomic_file, remove_leftovers
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.slide_blocks import BlockMaker, BlockTotals
 from cytosyn_aug.slide_stain import (
@@ -315,7 +315,12 @@ def _recolour(
 
 
 def _check_out(slide: Path, out: Path, overwrite: bool) -> None:
-    """Refuse what must not be written, and remove what a killed run left of it."""
+    """Refuse what must not be written, and remove what a killed run left of it.
+
+    Raises:
+        ValueError: No name of a TIFF, or the slide itself.
+        FileExistsError: It is there already, or another process is writing it.
+    """
     if out.suffix.lower() not in _SUFFIXES:
         raise ValueError(f"{out.name} ends in {out.suffix!r}, expected .tif or .tiff")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -324,8 +329,9 @@ def _check_out(slide: Path, out: Path, overwrite: bool) -> None:
             raise ValueError(f"{out} is the slide itself; give another name")
         if not overwrite:
             raise FileExistsError(errno.EEXIST, "exists; allow overwriting it", str(out))
-    for leftover in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
-        leftover.unlink(missing_ok=True)
+    if remove_leftovers(out.parent, f".{glob.escape(out.name)}.*.tmp"):
+        reason = "is being written by another process; let it end, and start again"
+        raise FileExistsError(errno.EEXIST, reason, str(out))
 
 
 def _block_maker(

@@ -30,3 +30,12 @@ def test_leftovers_of_killed_processes_are_removed_and_nothing_else(tmp_path):
         (tmp_path / name).touch()
     remove_leftovers(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".hidden", "b.tmp"]
+
+
+def test_what_a_living_process_writes_stays(tmp_path):
+    with atomic_file(tmp_path / "a.tif") as stream:
+        stream.write(b"half")
+        assert [f.name for f in remove_leftovers(tmp_path)] == [f".a.tif.{os.getpid()}.tmp"]
+        stream.write(b" and half")
+    assert (tmp_path / "a.tif").read_bytes() == b"half and half"
+    assert remove_leftovers(tmp_path) == []

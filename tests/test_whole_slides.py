@@ -20,6 +20,7 @@ from cytosyn_aug import (
     whole_slides,
 )
 from cytosyn_aug.cli import main
+from cytosyn_aug.files import atomic_file
 from cytosyn_aug.images import optical_density
 from cytosyn_aug.seams import SeamMeter, tile_lines
 from cytosyn_aug.slide_stain import fit_reference, method_of
@@ -347,6 +348,29 @@ def test_the_command_normalises_a_folder_and_names_what_failed(slide, tmp_path, 
     missing = ["normalize-slide", "gone.svs", str(tmp_path / "c.tif"), "--reference", str(slide)]
     assert main([*missing, "--method", "macenko"]) == 2
     assert "gone.svs cannot be opened" in capsys.readouterr().err
+
+
+def test_the_command_finds_nested_slides_and_no_hidden_files(slide, tmp_path, capsys):
+    (tmp_path / "in" / "batch").mkdir(parents=True)
+    shutil.copy(slide, tmp_path / "in" / "batch" / "a.svs")
+    (tmp_path / "in" / "._a.svs").write_text("what macOS leaves beside a file")
+    words = ["--reference", str(slide), "--method", "macenko", "--quiet"]
+    source, out = str(tmp_path / "in"), str(tmp_path / "out")
+    assert main(["normalize-slide", source, out, *words]) == 0
+    assert (tmp_path / "out" / "batch" / "a.ome.tif").is_file()
+    assert main(["normalize-slide", source, str(tmp_path / "in" / "out"), *words]) == 2
+    assert "is inside" in capsys.readouterr().err
+    assert main(["normalize-slide", str(slide), out, *words]) == 2
+    assert "out is a folder; name a file, such as" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_write_one_slide(slide, tmp_path, reference, source):
+    out = tmp_path / "a.tif"
+    with atomic_file(out) as stream:  # as the other process holds it
+        with pytest.raises(FileExistsError, match="is being written by another process"):
+            normalize_slide(slide, out, reference, source=source)
+        stream.write(b"the other's")
+    assert out.read_bytes() == b"the other's"
 
 
 def test_normalize_writes_slides_too_and_refuses_what_means_nothing_for_them(
