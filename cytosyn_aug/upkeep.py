@@ -240,16 +240,23 @@ def _write_index(folder: Path, spec: CacheSpec, names: list[str]) -> None:
 def _lock(folder: Path) -> Iterator[Path]:
     """Hold the right to compact, as a file, since locks proper fail on some network systems."""
     lock = folder / LOCK_NAME
-    with suppress(FileNotFoundError):
-        if time.time() - lock.stat().st_mtime > _ABANDONED_S:
-            lock.unlink()
     try:
+        with suppress(FileNotFoundError):
+            if time.time() - lock.stat().st_mtime > _ABANDONED_S:
+                lock.unlink()
         lock.open("x").close()
     except FileExistsError as error:
         since = time.strftime("%H:%M:%S", time.localtime(lock.stat().st_mtime))
         raise BlockingIOError(
             f"{folder} is being compacted since {since} or before; if that process was killed, "
             f"remove {lock}"
+        ) from error
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: nothing can be compacted here; do it where the folder can be "
+            "written, reading needs no compaction",
+            str(folder),
         ) from error
     try:
         yield lock

@@ -448,6 +448,27 @@ def test_two_compactions_do_not_run_at_once(tmp_path, monkeypatch):
     assert not lock.exists()
 
 
+@pytest.mark.parametrize("has_old_lock", [False, True])
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_compacting_what_cannot_be_written_is_one_clear_error(
+    tmp_path, monkeypatch, number, has_old_lock
+):
+    cache = fill(tmp_path, range(3))
+    if has_old_lock:
+        (tmp_path / upkeep.LOCK_NAME).touch()
+        os.utime(tmp_path / upkeep.LOCK_NAME, (0, 0))
+
+    def refused(self, *_arguments, **_options):
+        raise OSError(number, os.strerror(number), str(self))
+
+    with monkeypatch.context() as patch:
+        for name in ("open", "touch", "unlink"):  # root, whom tests run as, may write anything
+            patch.setattr(Path, name, refused)
+        with pytest.raises(OSError, match=f"{os.strerror(number)}: nothing can be compacted here;"):
+            cache.compact()
+    assert all(check(cache, range(3)))
+
+
 def test_compaction_removes_what_killed_writers_left_but_not_what_is_being_written(tmp_path):
     cache = fill(tmp_path, [1])
     old, new = (tmp_path / SHARD_FOLDER / f".{name}.tmp" for name in ("old", "new"))
