@@ -1,7 +1,7 @@
 """References for a run: by name, from wherever they are given, and with an identity to record.
 
-A folder's identity is that of its files, since fitting to them gives slightly different numbers on
-different machines, which must not make them different runs.
+A folder's identity is the content of the files that are fitted to, since fitting to them gives
+slightly different numbers on different machines, which must not make them different runs.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from cytosyn_aug.batch_edits import Reference
 from cytosyn_aug.classical import DensityReference
 from cytosyn_aug.config import Method
 from cytosyn_aug.generator import TileGenerator
-from cytosyn_aug.image_files import TILE_SUFFIXES
 from cytosyn_aug.images import density_to_grey
-from cytosyn_aug.inputs import walk
 from cytosyn_aug.macenko import MacenkoReference
 from cytosyn_aug.reference import StainReference
 from cytosyn_aug.reinhard import ReinhardReference, lab_to_grey
+from cytosyn_aug.slides import Slide
 from cytosyn_aug.stain import DensityMoments, pool_moments
+from cytosyn_aug.tile_sets import sampled_files
 
 Given = Reference | Path | str
 References = Mapping[str, Given] | Sequence[Given]
@@ -165,7 +165,15 @@ def _digest(reference: Reference) -> str:
 
 
 def _source_digest(source: Path) -> str:
-    files = [(source.name, source.stat().st_size)]
     if source.is_dir():
-        files = [f for f in walk(source) if f[0].lower().endswith(TILE_SUFFIXES)]
-    return hashlib.sha256(repr(files).encode()).hexdigest()
+        files = sampled_files(source)
+        names = [(f.relative_to(source).as_posix(), _file_digest(f)) for f in files]
+    else:
+        with Slide(source, mpp=1.0) as slide:  # too large to read as a whole
+            names = [(source.name, f"{source.stat().st_size} {slide.identity}")]
+    return hashlib.sha256(repr(names).encode()).hexdigest()
+
+
+def _file_digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -133,14 +133,23 @@ def _read_several(paths: list[Path], tile: TileSpec, max_tiles: int) -> Tensor:
     return torch.cat(found)
 
 
-def _read_folder(folder: Path, max_tiles: int) -> Tensor:
+def sampled_files(folder: Path, max_tiles: int = MAX_TILES) -> list[Path]:
+    """Return the files of a folder that are fitted to, evenly spaced.
+
+    Raises:
+        ValueError: The folder holds no tiles.
+    """
     files = sorted(f for f in folder.rglob("*") if _is_tile(f))
     if not files:
         raise ValueError(
             f"{folder} holds no tiles; expected {', '.join(TILE_SUFFIXES)} files. Name slides "
             "themselves, not their folder"
         )
-    return torch.stack(list(_read_images([files[k] for k in _evenly(len(files), max_tiles)])))
+    return [files[k] for k in _evenly(len(files), max_tiles)]
+
+
+def _read_folder(folder: Path, max_tiles: int) -> Tensor:
+    return torch.stack(list(_read_images(sampled_files(folder, max_tiles))))
 
 
 def _is_tile(file: Path) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import replace
 import pytest
 from conftest import save_tile as save
 from conftest import synthetic_tiles
+from PIL import Image
 from test_offline import QUIET, augment, digest, rows
 
 from cytosyn_aug.cli import main
@@ -164,6 +165,23 @@ def test_a_full_disk_ends_the_run_and_the_next_goes_on(
             augment(tree, out, small, laboratories)
     augment(tree, out, small, laboratories)
     assert digest(out) == digest(tmp_path / "whole")
+
+
+def test_a_reference_of_other_pixels_makes_another_run(tree, tmp_path, small, laboratories):
+    lab = tmp_path / "lab"
+    shutil.copytree(laboratories[0], lab)
+    for file in lab.iterdir():  # BMP, so that other pixels take as many bytes
+        with Image.open(file) as image:
+            image.save(file.with_suffix(".bmp"))
+        file.unlink()
+    augment(tree, tmp_path / "out", small, [lab, laboratories[1]])
+    augment(tree, tmp_path / "out", small, [lab, laboratories[1]])
+    file = next(lab.iterdir())
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"(?s)holds another run.*references"):
+        augment(tree, tmp_path / "out", small, [lab, laboratories[1]])
 
 
 def test_a_disk_that_is_too_small_is_refused_before_work(
