@@ -61,6 +61,12 @@ class DensityReference:
         mean: Mean of RGB.
         covariance: Triples of the covariance.
         num_tiles: Tiles it was fitted to.
+
+    Example:
+        >>> tiles = TileGenerator.from_pretrained().sample(per_condition=2, steps=2, seed=0)
+        >>> reference = DensityReference.fit(tiles)
+        >>> len(reference.mean), len(reference.covariance), reference.num_tiles
+        (3, 3, 2)
     """
 
     mean: Triple
@@ -170,6 +176,12 @@ class MacenkoNormalize(ClassicalTransform[MacenkoReference]):
         mode: "tile" or "slide", which changes all tiles of a slide in an epoch, or none; see
             `StainTransfer`.
         seed: Of the draws of mode "slide".
+
+    Example:
+        >>> tiles = TileGenerator.from_pretrained().sample(per_condition=2, steps=2, seed=0)
+        >>> slide = MacenkoReference.fit(tiles)  # so that neighbours agree
+        >>> MacenkoNormalize(MacenkoReference.fit(tiles[:1]), source=slide)(tiles).shape
+        torch.Size([2, 3, 224, 224])
     """
 
     reference_kind = MacenkoReference
@@ -198,6 +210,12 @@ class ReinhardNormalize(ClassicalTransform[ReinhardReference]):
         mode: "tile" or "slide", which changes all tiles of a slide in an epoch, or none; see
             `StainTransfer`.
         seed: Of the draws of mode "slide".
+
+    Example:
+        >>> tiles = TileGenerator.from_pretrained().sample(per_condition=2, steps=2, seed=0)
+        >>> slide = ReinhardReference.fit(tiles)  # so that neighbours agree
+        >>> ReinhardNormalize(ReinhardReference.fit(tiles[:1]), source=slide)(tiles).shape
+        torch.Size([2, 3, 224, 224])
     """
 
     reference_kind = ReinhardReference
@@ -224,6 +242,12 @@ class DensityTransport(ClassicalTransform[DensityReference]):
         mode: "tile" or "slide", which changes all tiles of a slide in an epoch, or none; see
             `StainTransfer`.
         seed: Of the draws of mode "slide".
+
+    Example:
+        >>> tiles = TileGenerator.from_pretrained().sample(per_condition=2, steps=2, seed=0)
+        >>> slide = DensityReference.fit(tiles)  # so that neighbours agree
+        >>> DensityTransport(DensityReference.fit(tiles[:1]), source=slide)(tiles).shape
+        torch.Size([2, 3, 224, 224])
     """
 
     reference_kind = DensityReference

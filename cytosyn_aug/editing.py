@@ -51,6 +51,14 @@ class EditRecipe:
             they are drawn anew; small keeps structure, 1 forgets the tile.
         steps: Forwards on the way back, of the student if the model has one.
         guidance_scale: Classifier-free guidance towards the recoloured tile's features.
+
+    Example:
+        >>> generator = TileGenerator.from_pretrained()
+        >>> tiles = generator.sample(per_condition=2, steps=2, seed=0)
+        >>> recipe = EditRecipe(noise_level=0.5, steps=2)
+        >>> reference = StainReference.fit(generator, tiles)
+        >>> StainNormalize(generator, reference, preserve="none", recipe=recipe)(tiles).shape
+        torch.Size([2, 3, 224, 224])
     """
 
     probe_share: float = 0.5

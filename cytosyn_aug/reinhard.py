@@ -54,6 +54,12 @@ class ReinhardReference:
         mean: Mean of L, a and b.
         deviation: Their standard deviation.
         num_tiles: Tiles it was fitted to.
+
+    Example:
+        >>> tiles = TileGenerator.from_pretrained().sample(per_condition=2, steps=2, seed=0)
+        >>> reference = ReinhardReference.fit(tiles)
+        >>> len(reference.mean), len(reference.deviation), reference.num_tiles
+        (3, 3, 2)
     """
 
     mean: Triple

@@ -300,6 +300,13 @@ class StainNormalize(StainTransfer):
         seed: Seed of the model's noise, for every tile.
         allow_geometry_change: Accept masks and boxes although structure may move.
         p: Probability that a tile is normalised; a `Ramp`, or one of them by class.
+
+    Example:
+        >>> generator = TileGenerator.from_pretrained()
+        >>> tiles = generator.sample(per_condition=2, steps=2, seed=0)
+        >>> normalize = StainNormalize(generator, StainReference.fit(generator, tiles[:1]))
+        >>> torch.equal(normalize(tiles), normalize(tiles))
+        True
     """
 
     def __init__(
