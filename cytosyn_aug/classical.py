@@ -24,9 +24,9 @@ from cytosyn_aug.config import TileSpec, Triple
 from cytosyn_aug.draws import Mode
 from cytosyn_aug.facts import NO_FACTS, Facts
 from cytosyn_aug.images import optical_density
+from cytosyn_aug.isolation import isolated
 from cytosyn_aug.json_files import load_record, save_record
 from cytosyn_aug.macenko import MacenkoReference, Stains, estimate_stains, normalising_map
-from cytosyn_aug.precision import own_precision
 from cytosyn_aug.reinhard import (
     ReinhardReference,
     grey_to_lab,
@@ -74,7 +74,7 @@ class DensityReference:
     num_tiles: int
 
     @classmethod
-    @own_precision()
+    @isolated()
     def fit(
         cls,
         tiles: TileSource,

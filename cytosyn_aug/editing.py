@@ -23,7 +23,7 @@ from cytosyn_aug.config import TileSpec
 from cytosyn_aug.flow import interpolate
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import WHICH_IS_THE_IMAGE, FiniteImages, finite_images
-from cytosyn_aug.precision import own_precision
+from cytosyn_aug.isolation import isolated
 from cytosyn_aug.reference import StainReference
 from cytosyn_aug.sampling import sample_noise
 from cytosyn_aug.stain import (
@@ -138,7 +138,7 @@ def central_tiles(grey: Tensor, mpp: float, tile: TileSpec) -> Tensor:
     return crop.round().clamp(0, 255).to(torch.uint8)
 
 
-@own_precision()
+@isolated()
 @torch.no_grad()
 def estimate_stain(
     generator: TileGenerator,
@@ -179,7 +179,7 @@ def estimate_stain(
     return StainEstimate(statistics, has_tissue, statistics.isfinite().all(1))
 
 
-@own_precision()
+@isolated()
 @torch.no_grad()
 def reference_statistics(
     generator: TileGenerator, reference: StainReference, recipe: EditRecipe
@@ -208,7 +208,7 @@ def match_statistics(estimate: StainEstimate, targets: Tensor) -> DensityMap:
     return match_moments(moments_from_statistics(start), moments_from_statistics(targets))
 
 
-@own_precision()
+@isolated()
 @torch.no_grad()
 def redraw(
     generator: TileGenerator, images: Tensor, recipe: EditRecipe, seeds: Sequence[int]
@@ -237,7 +237,7 @@ def redraw(
     return FiniteImages(out, is_finite)
 
 
-@own_precision()
+@isolated()
 @torch.no_grad()
 def redraw_latents(
     generator: TileGenerator, images: Tensor, recipe: EditRecipe, seeds: Sequence[int]
@@ -277,7 +277,7 @@ class Resampled(NamedTuple):
     is_finite: Tensor
 
 
-@own_precision()
+@isolated()
 @torch.no_grad()
 def resample(
     generator: TileGenerator,

@@ -18,8 +18,8 @@ from cytosyn_aug.cache import LatentCache, Records
 from cytosyn_aug.cache_spec import CacheSpec, Field
 from cytosyn_aug.generator import Moments, TileGenerator
 from cytosyn_aug.images import tile_key
+from cytosyn_aug.isolation import isolated
 from cytosyn_aug.misses import THUMBNAIL, thumbnails
-from cytosyn_aug.precision import own_precision
 
 Contents = Literal["moments", "features"]
 
@@ -73,7 +73,7 @@ def encodings_spec(
     )
 
 
-@own_precision()
+@isolated()
 def encode_cached(
     generator: TileGenerator, images: Tensor, cache: LatentCache, *, writes: bool = True
 ) -> Moments:
@@ -104,7 +104,7 @@ def encode_cached(
     return Moments(mean, std)
 
 
-@own_precision()
+@isolated()
 def features_cached(
     generator: TileGenerator, images: Tensor, cache: LatentCache, *, writes: bool = True
 ) -> Tensor:
@@ -139,7 +139,7 @@ def features_cached(
     return _complete(generator, images, cache, "cls", writes).to(generator.device)
 
 
-@own_precision()
+@isolated()
 def fill_encodings(generator: TileGenerator, images: Tensor, cache: LatentCache) -> Filled:
     """Put whatever is missing of tiles into a cache made with `encodings_spec`.
 

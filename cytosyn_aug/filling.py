@@ -16,8 +16,8 @@ from cytosyn_aug.edits import Edit, describe_edits, run_edit
 from cytosyn_aug.encodings import Filled, check_filler, first_rows, warn_of_failed, write_recipe
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import tile_key
+from cytosyn_aug.isolation import isolated
 from cytosyn_aug.misses import THUMBNAIL, thumbnails
-from cytosyn_aug.precision import own_precision
 from cytosyn_aug.stain import is_tissue
 from cytosyn_aug.tile_transform import TileTransform
 
@@ -110,7 +110,7 @@ def records_spec(
     )
 
 
-@own_precision()
+@isolated()
 def fill_variants(
     generator: TileGenerator,
     images: Tensor,

@@ -27,8 +27,8 @@ from cytosyn_aug.drawing import (
 )
 from cytosyn_aug.encoder import Features, TileEncoder
 from cytosyn_aug.images import check_images, images_to_pixels, pixels_to_images
+from cytosyn_aug.isolation import isolated
 from cytosyn_aug.loaded import LoadedModel
-from cytosyn_aug.precision import own_precision
 from cytosyn_aug.sampling import sample_noise
 from cytosyn_aug.static_graphs import compile_forward, compile_rows
 
@@ -51,7 +51,7 @@ def _at_border(
     @functools.wraps(method)
     def run(self: TileGenerator, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         self.check_process()
-        with torch.no_grad(), own_precision():
+        with torch.no_grad(), isolated():
             return method(self, *args, **kwargs)
 
     return run

@@ -20,8 +20,8 @@ from torch import Tensor
 from cytosyn_aug.batching import MicroBatches
 from cytosyn_aug.checkpoint import ModelParts, place_parts
 from cytosyn_aug.encoder import StainProbe, TileEncoder
+from cytosyn_aug.isolation import isolated
 from cytosyn_aug.origin import GeneratorHandle, Origin, check_process
-from cytosyn_aug.precision import own_precision
 from cytosyn_aug.small_decoder import SmallDecoder
 from cytosyn_aug.transformer import SiT
 
@@ -74,7 +74,7 @@ class LoadedModel:
         vars(self).update(place_parts(parts, self.device, self.dtype)._asdict())
 
     @classmethod
-    @own_precision()
+    @isolated()
     def from_pretrained(
         cls,
         source: Path | str | None = None,
@@ -148,7 +148,7 @@ class LoadedModel:
         made._prepare(handle, can_travel=True)
         return made
 
-    @own_precision()
+    @isolated()
     def load_on(self, device: torch.device | str) -> None:
         """Load the networks of a generator that came as a handle, on a device of this machine.
 

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from cytosyn_aug.config import TileSpec, Triple
 from cytosyn_aug.images import optical_density
+from cytosyn_aug.isolation import isolated
 from cytosyn_aug.json_files import load_record, save_record
-from cytosyn_aug.precision import own_precision
 from cytosyn_aug.stain import DARK_TO, DensityMap
 from cytosyn_aug.tile_sets import MAX_TILES, TileSource, read_tiles
 
@@ -81,7 +81,7 @@ class MacenkoReference:
     num_tiles: int
 
     @classmethod
-    @own_precision()
+    @isolated()
     def fit(
         cls,
         tiles: TileSource,

@@ -22,7 +22,7 @@ from cytosyn_aug.conditions import Conditions, check_finite, read_conditions
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.files import write_atomically
 from cytosyn_aug.generator import TileGenerator
-from cytosyn_aug.precision import own_precision
+from cytosyn_aug.isolation import isolated
 from cytosyn_aug.stain import MIN_TISSUE, DensityMoments, pool_moments, tissue_moments
 from cytosyn_aug.tile_sets import MAX_TILES, TileSource, read_tiles
 
@@ -55,7 +55,7 @@ class StainReference:
     laboratory: str = ""
 
     @classmethod
-    @own_precision()
+    @isolated()
     def fit(
         cls,
         generator: TileGenerator,

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from cytosyn_aug.config import TileSpec, Triple
 from cytosyn_aug.images import optical_density
+from cytosyn_aug.isolation import isolated
 from cytosyn_aug.json_files import load_record, save_record
-from cytosyn_aug.precision import own_precision
 from cytosyn_aug.stain import MAX_GAIN, MIN_TISSUE, tissue_weight
 from cytosyn_aug.tile_sets import MAX_TILES, TileSource, read_tiles
 
@@ -67,7 +67,7 @@ class ReinhardReference:
     num_tiles: int
 
     @classmethod
-    @own_precision()
+    @isolated()
     def fit(
         cls,
         tiles: TileSource,

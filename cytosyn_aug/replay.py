@@ -45,7 +45,7 @@ from torch import Tensor
 from cytosyn_aug.edits import Edit, check_draws, run_edit
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import finite_images
-from cytosyn_aug.precision import own_precision
+from cytosyn_aug.isolation import isolated
 from cytosyn_aug.schedules import Scheduled, check_scheduled, value_at
 from cytosyn_aug.stain import is_tissue
 from cytosyn_aug.tile_transform import TileTransform
@@ -161,7 +161,7 @@ class ReplayBank:
             self.edit.set_epoch(epoch)
 
     @torch.compiler.disable  # as transforms are: every batch draws others
-    @own_precision()
+    @isolated()
     @torch.no_grad()
     def __call__(self, images: Tensor, index: Tensor | np.ndarray | Sequence[int]) -> Tensor:
         """Return a batch with the drawn tiles replaced; draws from torch's generator.

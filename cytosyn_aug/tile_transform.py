@@ -31,7 +31,7 @@ from cytosyn_aug.images import (
     sides_of,
     tile_key,
 )
-from cytosyn_aug.precision import own_precision
+from cytosyn_aug.isolation import isolated
 from cytosyn_aug.schedules import Probability, Ramp, check_probability, probabilities
 from cytosyn_aug.shared import SharedCount, SharedEpoch
 
@@ -105,7 +105,7 @@ class TileTransform(v2.Transform):
 
     # A compiled training step would otherwise be traced into it and compiled anew for every draw.
     @torch.compiler.disable
-    @own_precision()
+    @isolated()
     def forward(self, *inputs: Any) -> Any:
         """Edit the images of a sample.
 
@@ -210,7 +210,7 @@ class TileTransform(v2.Transform):
             )
         return facts.slides
 
-    @own_precision()
+    @isolated()
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Edit an image as drawn; the same image and params give the same result."""
         index = [k for k, is_chosen in enumerate(params["chosen"]) if is_chosen]

@@ -37,7 +37,7 @@ from cytosyn_aug.editing import (
 from cytosyn_aug.facts import LABORATORY, NO_FACTS, Facts, read_fact
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import check_sides, num_tiles, open_image
-from cytosyn_aug.precision import own_precision
+from cytosyn_aug.isolation import isolated
 from cytosyn_aug.reference import StainReference, check_reference, list_references
 from cytosyn_aug.schedules import Probability, Scheduled, check_scheduled, value_at
 from cytosyn_aug.shared import SharedCount
@@ -200,7 +200,7 @@ class StainTransfer(TileTransform):
             groups = without_laboratory(groups, self._laboratories, own, count)
         return draw_references(groups, count, generator)
 
-    @own_precision()
+    @isolated()
     def _farthest(self, image: Any, num: int, count: int) -> list[list[int]]:
         """Return the farthest references, by what the pixels alone say: it has to be cheap."""
         targets = torch.cat([measured_statistics(r) for r in self.references])

@@ -15,7 +15,7 @@ from cytosyn_aug.editing import EditRecipe
 from cytosyn_aug.facts import NO_FACTS, Facts
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import check_image, open_image, sides_of
-from cytosyn_aug.precision import own_precision
+from cytosyn_aug.isolation import isolated
 from cytosyn_aug.reference import StainReference, list_references
 from cytosyn_aug.schedules import Scheduled
 from cytosyn_aug.transforms import StainTransfer
@@ -107,7 +107,7 @@ class StainViews(StainTransfer):
         """Draw for every tile one reference a view: `references` is a list of lists."""
         return self._draw(flat_inputs, facts, count=self.views - self.has_original)
 
-    @own_precision()
+    @isolated()
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Return the versions of one image, a tuple."""
         if isinstance(inpt, Tensor) and not isinstance(inpt, tv_tensors.TVTensor):

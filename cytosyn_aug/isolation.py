@@ -16,7 +16,7 @@ _DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
 
 
 @contextmanager
-def own_precision() -> Iterator[None]:
+def isolated() -> Iterator[None]:
     """Switch autocast off, and the default device back to the CPU; a decorator as well."""
     with ExitStack() as stack:
         for device_type in _DEVICE_TYPES:
