@@ -91,6 +91,13 @@ def test_provenance_changes_with_the_weights_and_survives_json():
     assert "weights" in changed
 
 
+def test_the_picture_that_vouches_for_a_network_passes_it_once():
+    tiny, seen = load_extractor("tiny"), []
+    watched = replace(tiny, embed=lambda pixels: seen.append(len(pixels)) or tiny.embed(pixels))
+    assert watched.provenance() == watched.provenance()
+    assert seen == [BATCH_SIZE]
+
+
 def test_inception_is_torchvisions_with_its_own_preprocessing(tmp_path, tiles):
     torch.manual_seed(0)
     network = inception_v3(weights=None, init_weights=False, transform_input=True).eval()
