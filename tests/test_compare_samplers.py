@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from conftest import synthetic_tiles
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.sampling import linear_grid
 from training.comparison import ReferenceSet
+from training.extractors import load_extractor
 from training.metrics import principal_components
 
 FILE = Path(__file__).parent.parent / "examples" / "compare_samplers.py"
@@ -77,6 +79,9 @@ def test_real_tiles_are_looked_at_once_and_another_comparison_is_refused(
 ):
     monkeypatch.setattr(example, "FORWARDS", (1, 2))  # for time only
     generator = TileGenerator.from_pretrained(student_folder)
+    own = load_extractor("own", own=generator.encoder)
+    loaded = {"alexnet": lambda kept: replace(own, kept=kept)}  # for time: a smaller network
+    monkeypatch.setattr(example, "load_extractor", lambda name, device, kept: loaded[name](kept))
     images = synthetic_tiles(40)
     settings = {"scale": 1.0, "num_reference": 0, "is_few_step": False}
     rows = example.compare(generator, images, tmp_path, samplers=["student"], **settings)
