@@ -2,12 +2,15 @@ import re
 
 import pytest
 
+from cytosyn_aug import demo
 from cytosyn_aug.cli import main
 from cytosyn_aug.demo import CONTENT, LABORATORIES, load_laboratories
 
 
 @pytest.mark.slow
-def test_the_demo_writes_a_page_whose_pictures_exist(tmp_path, capsys):
+def test_the_demo_writes_a_page_whose_pictures_exist(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "NUM_VARIATIONS", 1)  # for time only, like the steps
+    monkeypatch.setattr(demo, "_STEPS", 2)
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
     page = tmp_path / "demo" / "index.html"
     assert capsys.readouterr().out.strip() == str(page)
