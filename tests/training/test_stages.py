@@ -5,21 +5,25 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import synthetic_tiles
 from PIL import Image
 
 from cytosyn_aug.checkpoint import load_model
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import pixels_to_images
+from training import card
 from training.__main__ import main
 from training.data import TileSet, load_tiles
-from training.encoder import EncoderStage
+from training.encoder import EncoderStage, _Teacher
 from training.latents import LatentSpace, mean_token
 from training.losses import alignment
 from training.recipes import smoke_encoder, smoke_sit
 from training.sit import SitStage
 from training.views import StoredViews
 from training.weights import stage_weights
+
+TILES_PER_SLIDE = 6  # each passes VGG, and some AlexNet
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,7 @@ def data(tmp_path_factory):
         for slide in range(slides):
             folder = root / split / f"slide{slide}"
             folder.mkdir(parents=True)
-            for k, tile in enumerate(synthetic_tiles(20, seed=slide, size=224)):
+            for k, tile in enumerate(synthetic_tiles(TILES_PER_SLIDE, seed=slide, size=224)):
                 Image.fromarray(tile.permute(1, 2, 0).numpy()).save(folder / f"{k:02d}.png")
     return root
 
@@ -94,7 +98,7 @@ def test_a_student_is_distilled_from_a_model_folder_alone(runs, data, tmp_path):
 def test_the_latents_of_the_training_tiles_are_white(runs, data):
     """The exported statistics whiten what the exported autoencoder encodes."""
     generator = TileGenerator.from_pretrained(runs / "model")
-    tiles = torch.cat([synthetic_tiles(20, seed=s, size=224) for s in range(2)])
+    tiles = torch.cat([synthetic_tiles(TILES_PER_SLIDE, seed=s, size=224) for s in range(2)])
     moments = generator.encode(tiles)
     torch.manual_seed(0)
     white = generator.whiten(moments.mean + moments.std * torch.randn_like(moments.std))
@@ -140,7 +144,19 @@ def test_a_small_decoder_is_trained_exported_and_used_where_steps_are_few(runs, 
     assert torch.equal(small, expected)
 
 
+@pytest.fixture
+def quick_teacher(monkeypatch):
+    """Let the tiles themselves teach the encoder; VGG does in `runs`."""
+
+    def maps(_, images):
+        small = F.pixel_unshuffle(F.adaptive_avg_pool2d(images / 255, 32), 2)
+        return [small.flatten(2).transpose(1, 2)] * 2
+
+    monkeypatch.setattr(_Teacher, "_maps", maps)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_teacher")
 @pytest.mark.parametrize("stage", ["vae", "encoder", "sit"])
 def test_a_run_starts_from_a_model_folder(runs, data, tmp_path, stage):
     """Without the run folders of before; latent statistics come from the new views."""
@@ -182,7 +198,7 @@ def test_alignment_is_to_tokens_without_their_common_part():
     torch.testing.assert_close(shifted - mean_token(shifted), centred, rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("quick_teacher")
 def test_the_encoder_names_the_tiles_it_shuffled(data, tmp_path):
     tiles = load_tiles(data / "train")
     few = TileSet(tiles.images[:6], tiles.slides, tiles.slide_index[:6], tiles.names[:6])
@@ -243,36 +259,44 @@ def test_several_autoencoders_are_averaged(runs, data, tmp_path):
     torch.testing.assert_close(mean, (a + b) / 2, rtol=1e-3, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def report(runs, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch:  # for time only
+        for name, small in (("COMPONENTS", 4), ("SOURCES", 2), ("VARIATIONS", 2)):
+            patch.setattr(card, f"NUM_{name}", small)
+        run("evaluate", "--data", data, "--model", runs / "model", "--out", out)
+    return out
+
+
 @pytest.mark.slow
-def test_evaluation_writes_numbers_and_samples(runs, data, tmp_path):
-    run("evaluate", "--data", data, "--model", runs / "model", "--out", tmp_path)
-    numbers = json.loads((tmp_path / "numbers.json").read_text())
+def test_evaluation_writes_numbers_and_samples(report):
+    numbers = json.loads((report / "numbers.json").read_text())
     assert {"psnr_db", "median_rank", "frechet_own", "variation_apart"} <= numbers.keys()
-    assert (tmp_path / "samples.png").exists()
+    assert (report / "samples.png").exists()
 
 
 @pytest.mark.slow
-def test_the_card_holds_notes_parts_curves_and_numbers_side_by_side(runs, data, tmp_path):
-    run("evaluate", "--data", data, "--model", runs / "model", "--out", tmp_path / "report")
+def test_the_card_holds_notes_parts_curves_and_numbers_side_by_side(runs, report, tmp_path):
     (tmp_path / "notes.md").write_text("---\nlicense: mit\n---\n\n# a model of noise\n")
     export = (
         "export", "--recipe", "smoke", "--vae", runs / "vae", "--encoder", runs / "encoder",
         "--sit", runs / "sit", "--notes", tmp_path / "notes.md",
     )  # fmt: skip
-    folder, report = tmp_path / "model", f"now={tmp_path / 'report'}"
-    run(*export, "--out", folder, "--report", report, f"before={tmp_path / 'report'}")
-    card = (folder / "README.md").read_text()
-    assert card.startswith("---\nlicense: mit\n---\n\n# a model of noise\n\n## Parts\n")
-    assert "| `vae/` | AutoencoderKL |" in card
-    assert "| psnr db | " in card
-    assert "### encoder\n\n2 of 2 steps of 2." in card
-    numbers = json.loads((tmp_path / "report" / "numbers.json").read_text())
+    folder, now = tmp_path / "model", f"now={report}"
+    run(*export, "--out", folder, "--report", now, f"before={report}")
+    text = (folder / "README.md").read_text()
+    assert text.startswith("---\nlicense: mit\n---\n\n# a model of noise\n\n## Parts\n")
+    assert "| `vae/` | AutoencoderKL |" in text
+    assert "| psnr db | " in text
+    assert "### encoder\n\n2 of 2 steps of 2." in text
+    numbers = json.loads((report / "numbers.json").read_text())
     psnr = f"{numbers['psnr_db']:.4g}"
-    assert f"| autoencoder, mean PSNR of a tile (dB) | {psnr} | {psnr} |" in card
+    assert f"| autoencoder, mean PSNR of a tile (dB) | {psnr} | {psnr} |" in text
     with Image.open(folder / "training.png") as curves:
         assert curves.size == (3 * 256, 400)
     with pytest.raises(SystemExit, match="evaluate the exported model"):
-        run(*export, "--student", runs / "distil", "--out", tmp_path / "other", "--report", report)
+        run(*export, "--student", runs / "distil", "--out", tmp_path / "other", "--report", now)
 
 
 @pytest.mark.slow
@@ -283,8 +307,8 @@ def test_a_dry_run_of_export_and_evaluate_counts_and_writes_nothing(runs, data, 
     run("evaluate", "--data", data, "--model", runs / "model", "--out", tmp_path / "report",
         "--extractors", "own", "--steps", "3", "--dry-run")  # fmt: skip
     found = capsys.readouterr().out
-    assert "real tiles   80, each" in found  # 40 held out, as many of training slides
-    assert "generated    120 in 3 passes" in found
+    assert "real tiles   24, each" in found  # 12 held out, as many of training slides
+    assert "generated    64 in 3 passes" in found
     assert not any(tmp_path.iterdir())
 
 
