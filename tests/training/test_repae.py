@@ -226,7 +226,7 @@ def test_a_resumed_run_is_bit_equal_to_an_undisturbed_one(tmp_path):
 
 
 def test_training_lowers_reconstruction_and_velocity(tmp_path):
-    loop = replace(smoke_repae().loop, num_steps=30, report_every_steps=30, warmup_steps=2)
+    loop = replace(smoke_repae().loop, num_steps=12, report_every_steps=12, warmup_steps=2)
     stage = make_stage()
     first = stage.report(stage.network, tmp_path, 0)
     train(stage, loop, tmp_path, recipe={})
