@@ -4,7 +4,6 @@ import importlib
 import json
 import pickle
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -12,6 +11,7 @@ import PIL.Image
 import pytest
 import torch
 from conftest import SIZE, synthetic_tiles
+from python_process import start_python
 from torch.utils.data import DataLoader, Dataset
 
 from cytosyn_aug import (
@@ -151,10 +151,10 @@ def test_another_process_reads_it_without_this_ones_model(generator, reference, 
         "got = transform(image=np.load('image.npy'))['image']\n"
         "np.testing.assert_array_equal(got, np.load('want.npy'))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
+    (tmp_path / "read.py").write_text(code)
+    done = start_python("read.py", folder=tmp_path)
+    done.join()
+    assert done.exitcode == 0, (tmp_path / "stderr").read_text()
 
 
 def test_features_are_replayed_but_cannot_be_saved(generator, reference, image):

@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from python_process import start_python
 
 ROOT = Path(__file__).parent.parent
 MODULES = [
@@ -120,12 +121,10 @@ def test_examples_train_on_real_fields(command, said, tmp_path):
 
 def run_example(command, tmp_path):
     name, *arguments = command.replace("CACHE", str(tmp_path / "cache")).split()
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name), *arguments],
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    done = start_python(str(ROOT / "examples" / name), *arguments, folder=tmp_path)
+    done.join()
+    assert done.exitcode == 0, (tmp_path / "stderr").read_text()
+    return (tmp_path / "stdout").read_text()
 
 
 def test_help_loads_no_torch():

@@ -5,9 +5,7 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -16,6 +14,7 @@ import pytest
 from conftest import save_tile as save
 from conftest import synthetic_tiles
 from PIL import Image
+from python_process import start_python
 from test_offline import QUIET, augment, digest, rows
 
 from cytosyn_aug.cli import main
@@ -93,12 +92,12 @@ def test_killed_anywhere_and_run_again_it_is_the_same(tree, tmp_path, model_fold
     draw = random.Random(os.getpid())
     for _ in range(2):
         before = len(list(out.rglob("*")))
-        process = subprocess.Popen([sys.executable, "-m", "cytosyn_aug.cli", *words])
-        while len(list(out.rglob("*"))) == before and process.poll() is None:
+        process = start_python("-m", "cytosyn_aug.cli", *words, folder=tmp_path)
+        while len(list(out.rglob("*"))) == before and process.is_alive():
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     assert main(words) == 0
     assert digest(out) == digest(tmp_path / "whole")
     assert not (out / ".work").exists()
@@ -135,10 +134,14 @@ def test_two_processes_share_one_run(tree, tmp_path, model_folder, laboratories)
     assert main(command(tree, tmp_path / "whole", model_folder, laboratories)) == 0
     out = tmp_path / "out"
     words = command(tree, out, model_folder, laboratories)
-    processes = [
-        subprocess.Popen([sys.executable, "-m", "cytosyn_aug.cli", *words]) for _ in range(2)
-    ]
-    assert [process.wait() for process in processes] == [0, 0]
+    processes = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        command_line = ("-m", "cytosyn_aug.cli", *words)
+        processes.append(start_python(*command_line, folder=tmp_path / name))
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
     assert digest(out) == digest(tmp_path / "whole")
 
 
