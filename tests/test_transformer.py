@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cytosyn_aug.encoder import TileEncoder
@@ -226,3 +227,26 @@ def test_jumps_compile_without_graph_breaks(student):
     torch.testing.assert_close(
         compiled(x, t, condition, r, scale), student(x, t, condition, r, scale)
     )
+
+
+def test_a_block_is_adaln_zero_as_it_is_written(random_sit):
+    """Peebles and Xie (2023), figure 3: shift, scale and gate of attention, then of the MLP."""
+    block, final = random_sit.blocks[0], random_sit.final_layer
+    width = random_sit.config["hidden_size"]
+    draw = torch.Generator().manual_seed(0)
+    h = torch.randn(2, random_sit.grid_size**2, width, generator=draw)
+    c = torch.randn(2, width, generator=draw)
+
+    def norm(x):
+        return F.layer_norm(x, (width,), eps=1e-6)
+
+    with torch.no_grad():
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            x[:, None] for x in block.adaLN_modulation(c).chunk(6, dim=1)
+        )
+        expected = h + gate1 * block.attn(norm(h) * (1 + scale1) + shift1)
+        expected = expected + gate2 * block.mlp(norm(expected) * (1 + scale2) + shift2)
+        torch.testing.assert_close(block(h, block.modulate(c)), expected)
+        shift, scale = (x[:, None] for x in final.adaLN_modulation(c).chunk(2, dim=1))
+        expected = final.linear(norm(h) * (1 + scale) + shift)
+        torch.testing.assert_close(final(h, final.modulate(c)), expected)
