@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from cytosyn_aug.classical import (
-    DensityReference,
     DensityTransport,
     MacenkoNormalize,
     ReinhardNormalize,
@@ -37,16 +36,13 @@ from cytosyn_aug.filling import derive_seed
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.image_files import ItemError
 from cytosyn_aug.images import pixels_to_images
-from cytosyn_aug.macenko import MacenkoReference
 from cytosyn_aug.offline_recipes import AugmentRecipe, NormalizeRecipe, SampleRecipe
 from cytosyn_aug.reading import Loaded
 from cytosyn_aug.reference import StainReference
-from cytosyn_aug.reinhard import ReinhardReference
 from cytosyn_aug.sampling import sample_noise
 from cytosyn_aug.stain import DensityMap, apply_density_map, blend_with_identity, is_tissue
 from cytosyn_aug.tile_transform import TileTransform
 
-Reference = StainReference | MacenkoReference | ReinhardReference | DensityReference
 Sources = Callable[[str], Any]  # from a slide's name to its Reference, or None; Any: of one kind
 _SEED_RANGE = float(1 << 62)
 

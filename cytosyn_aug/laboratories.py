@@ -14,37 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cytosyn_aug.batch_edits import Reference
 from cytosyn_aug.classical import DensityReference
 from cytosyn_aug.config import Method
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import density_to_grey
-from cytosyn_aug.macenko import MacenkoReference
 from cytosyn_aug.reference import StainReference
 from cytosyn_aug.reinhard import ReinhardReference, lab_to_grey
+from cytosyn_aug.slide_stain import KINDS, Reference, fit_reference
 from cytosyn_aug.slides import Slide
 from cytosyn_aug.stain import DensityMoments, pool_moments
 from cytosyn_aug.tile_sets import sampled_files
 
-Given = Reference | Path | str
+Given = Reference | Path | str | Sequence[Path | str]
 References = Mapping[str, Given] | Sequence[Given]
-_KINDS: dict[Method, type[Reference]] = {
-    "cytosyn": StainReference,
-    "macenko": MacenkoReference,
-    "reinhard": ReinhardReference,
-    "transport": DensityReference,
-}
 
 
 def open_references(
-    given: References, generator: TileGenerator, method: Method = "cytosyn"
+    given: References, generator: TileGenerator | None, method: Method = "cytosyn"
 ) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """Load or fit references.
 
     Args:
-        given: References, saved ones (.json), folders of tiles or slides; by name, or named after
-            their files.
-        generator: The model they are for.
+        given: References, saved ones (.json), folders of tiles or slides, or several of these two
+            for one reference; by name, or named after their files.
+        generator: The model they are for; only "cytosyn" needs one.
         method: What they are for; each has references of its own kind.
 
     Returns:
@@ -63,34 +56,21 @@ def open_references(
                 f"references {sorted(twice)} are given twice, or are of one name; rename one"
             )
         given = dict(named)
-    if method not in _KINDS:
-        raise ValueError(f"method is {method!r}, expected one of {', '.join(_KINDS)}")
+    if method not in KINDS:
+        raise ValueError(f"method is {method!r}, expected one of {', '.join(KINDS)}")
     references, identities = {}, []
     for name, source in given.items():
         reference, digest = _open(source, generator, method)
-        if not isinstance(reference, _KINDS[method]):
+        if not isinstance(reference, KINDS[method]):
             raise ValueError(
-                f"{name} is a {type(reference).__name__}, expected a {_KINDS[method].__name__} for "
+                f"{name} is a {type(reference).__name__}, expected a {KINDS[method].__name__} for "
                 f"method {method}; fit one, or give the folder of tiles"
             )
-        if isinstance(reference, StainReference):
+        if isinstance(reference, StainReference) and generator is not None:
             reference.check_model(generator)
         references[name] = reference
         identities.append({"name": name, "sha256": digest})
     return references, identities
-
-
-def fit_reference(
-    generator: TileGenerator, method: Method, tiles: Tensor | Path | str
-) -> Reference:
-    """Fit what a method describes stain by; see `StainReference.fit`."""
-    if method == "cytosyn":
-        return StainReference.fit(generator, tiles)
-    if method == "macenko":
-        return MacenkoReference.fit(tiles, tile=generator.tile)
-    if method == "reinhard":
-        return ReinhardReference.fit(tiles, tile=generator.tile)
-    return DensityReference.fit(tiles, tile=generator.tile)
 
 
 def describe_references(
@@ -104,14 +84,14 @@ def describe_references(
         opened: What it returned.
 
     Returns:
-        `name`, `place` (an absolute path, or None of an object) and `rgb`, the mean colour of
+        `name`, `place` (absolute paths, or None of an object) and `rgb`, the mean colour of
         tissue in grey levels, or None of a Macenko reference, which has none.
     """
     sources = given if isinstance(given, Mapping) else dict(_named(given))
     return [
         {
             "name": name,
-            "place": str(Path(source).absolute()) if isinstance(source, Path | str) else None,
+            "place": ", ".join(str(Path(x).absolute()) for x in _paths(source)) or None,
             "rgb": _mean_colour(opened[name]),
         }
         for name, source in sources.items()
@@ -127,13 +107,28 @@ def tensors_digest(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _open(source: Given, generator: TileGenerator, method: Method) -> tuple[Reference, str]:
-    if not isinstance(source, Path | str):
+def _open(source: Given, generator: TileGenerator | None, method: Method) -> tuple[Reference, str]:
+    paths = _paths(source)
+    if isinstance(source, Reference):
         return source, _digest(source)
-    if Path(source).suffix == ".json":
-        reference = _KINDS[method].load(source)
+    if len(paths) == 1 and paths[0].suffix == ".json":
+        reference = KINDS[method].load(paths[0])
         return reference, _digest(reference)
-    return fit_reference(generator, method, source), _source_digest(Path(source))
+    saved = [str(path) for path in paths if path.suffix == ".json"]
+    if saved or not paths:
+        raise ValueError(
+            f"one reference of several is fitted to folders and slides, got {saved or 'none'}; "
+            "give a saved one alone"
+        )
+    fitted = fit_reference(method, paths if len(paths) > 1 else paths[0], generator)
+    digests = [_source_digest(path) for path in paths]
+    return fitted, digests[0] if len(paths) == 1 else _text_digest(digests)
+
+
+def _paths(source: Given) -> list[Path]:
+    if isinstance(source, Reference):
+        return []
+    return [Path(x) for x in ([source] if isinstance(source, Path | str) else source)]
 
 
 def _named(given: Sequence[Given]) -> list[tuple[str, Given]]:
@@ -153,15 +148,16 @@ def _mean_colour(reference: Reference) -> list[float] | None:
 
 
 def _name(source: Given, position: int) -> str:
-    if not isinstance(source, Path | str):
-        return f"reference_{position}"
-    return Path(source).stem if Path(source).suffix == ".json" else Path(source).resolve().name
+    names = (
+        path.stem if path.suffix == ".json" else path.resolve().name for path in _paths(source)
+    )
+    return "+".join(names) or f"reference_{position}"
 
 
 def _digest(reference: Reference) -> str:
     if isinstance(reference, StainReference):
         return tensors_digest([reference.cls, *reference.moments])
-    return hashlib.sha256(repr(reference).encode()).hexdigest()
+    return _text_digest(reference)
 
 
 def _source_digest(source: Path) -> str:
@@ -171,7 +167,11 @@ def _source_digest(source: Path) -> str:
     else:
         with Slide(source, mpp=1.0) as slide:  # too large to read as a whole
             names = [(source.name, f"{source.stat().st_size} {slide.identity}")]
-    return hashlib.sha256(repr(names).encode()).hexdigest()
+    return _text_digest(names)
+
+
+def _text_digest(content: object) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 def _file_digest(file: Path) -> str:

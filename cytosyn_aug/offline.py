@@ -15,13 +15,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from cytosyn_aug.batch_edits import Reference
 from cytosyn_aug.cache import LatentCache
 from cytosyn_aug.conditions import Conditions
 from cytosyn_aug.config import Method, Preserve
 from cytosyn_aug.encodings import Contents
 from cytosyn_aug.generator import TileGenerator
-from cytosyn_aug.laboratories import References
+from cytosyn_aug.laboratories import Given, References
 from cytosyn_aug.listing import InputKind
 from cytosyn_aug.offline_recipes import (
     AugmentRecipe,
@@ -118,7 +117,7 @@ def normalize(
     out: Path | str,
     generator: TileGenerator,
     *,
-    reference: Reference | Path | str,
+    reference: Given,
     method: Method = "cytosyn",
     stain_source: Source = "tile",
     strength: float = 1.0,
@@ -134,7 +133,8 @@ def normalize(
         source: IN; see `cytosyn_aug.inputs`.
         out: OUT; see `cytosyn_aug.run_folder`.
         generator: The model.
-        reference: A reference of the method's kind, a saved one, a folder of tiles or a slide.
+        reference: A reference of the method's kind, a saved one, a folder of tiles or a slide, or
+            several of these two for one reference.
         method: How the change of stain is found.
         stain_source: Whose stain is changed, that of each "tile" or of its "slide"; see
             `NormalizeRecipe`.

@@ -1,31 +1,30 @@
 """The commands for whole data sets: augment, normalize, cache, sample, and slurm around them.
 
-Exit codes: 0 done; 1 done, but some tiles failed and are named; 2 the run could not be made or not
-go on. No torch is imported to show help.
+No torch is imported to show help; for exit codes see `cytosyn_aug.work_options`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from cytosyn_aug.config import Method
 from cytosyn_aug.slurm import SlurmJob, array_script
-
-if TYPE_CHECKING:
-    from cytosyn_aug.generator import TileGenerator
-    from cytosyn_aug.ray_actors import RayCluster
-    from cytosyn_aug.running import Summary, Work
+from cytosyn_aug.work_options import (
+    add_model,
+    add_tile_work,
+    add_work,
+    load_generator,
+    say_summary,
+    shared_path,
+    work_of,
+)
 
 AddCommand = Callable[[str, Callable[..., int], str, str], argparse.ArgumentParser]
-_DTYPES = ["float32", "bfloat16", "float16"]
-_NAMED = 20
 _IN = "folder of tiles, .csv or .parquet with paths, tar shards (file or folder), or slides"
 
 
@@ -106,8 +105,9 @@ def _add_augment(add: AddCommand) -> None:
     )
     _add_input(augment)
     _add_format(augment, ["png", "webp", "tar", "latents", "images"])
-    _add_model(augment)
-    _add_work(augment)
+    add_model(augment)
+    add_tile_work(augment)
+    add_work(augment)
 
 
 def _add_normalize(add: AddCommand, parse: Callable[[list[str]], argparse.Namespace]) -> None:
@@ -122,8 +122,9 @@ def _add_normalize(add: AddCommand, parse: Callable[[list[str]], argparse.Namesp
     normalize.add_argument(
         "--reference",
         required=True,
+        nargs="+",
         metavar="DIR|FILE",
-        help="folder of tiles, slide, or saved .json",
+        help="folders of tiles and slides to fit one reference to, or one saved .json",
     )
     normalize.add_argument("--method", default="cytosyn", choices=get_args(Method))
     normalize.add_argument(
@@ -139,8 +140,9 @@ def _add_normalize(add: AddCommand, parse: Callable[[list[str]], argparse.Namesp
         ["png", "webp", "tar", "slide"],
         "pixels without loss; slide: slides to slides, as normalize-slide does with its defaults",
     )
-    _add_model(normalize)
-    _add_work(normalize)
+    add_model(normalize)
+    add_tile_work(normalize)
+    add_work(normalize)
 
 
 def _add_cache(add: AddCommand) -> None:
@@ -162,8 +164,9 @@ def _add_cache(add: AddCommand) -> None:
         "--compact", action="store_true", help="merge small shards in the end, once all is there"
     )
     _add_input(cache)
-    _add_model(cache)
-    _add_work(cache)
+    add_model(cache)
+    add_tile_work(cache)
+    add_work(cache)
 
 
 def _add_sample(add: AddCommand) -> None:
@@ -185,8 +188,9 @@ def _add_sample(add: AddCommand) -> None:
     sample.add_argument("--guidance-scale", type=float, default=1.0)
     sample.add_argument("--seed", type=int, default=0)
     _add_format(sample, ["png", "webp", "tar"])
-    _add_model(sample)
-    _add_work(sample)
+    add_model(sample)
+    add_tile_work(sample)
+    add_work(sample)
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
@@ -205,63 +209,15 @@ def _add_format(
     parser.add_argument("--format", default="png", choices=formats, help=text)
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="DIR|ID", help="folder or Hub id; default: tiny")
-    group.add_argument("--encoder", default="auto", help="folder, file or Hub id; or none")
-    group.add_argument("--revision", help="branch, tag or commit on the Hub")
-    group.add_argument("--key-map", type=Path, metavar="FILE", help="JSON that renames tensors")
-    group.add_argument("--device", default="cpu")
-    group.add_argument("--dtype", default="float32", choices=_DTYPES)
-    group.add_argument("--batch-size", type=int, default=16, help="tiles in the networks at once")
-
-
-def _add_work(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("work")
-    group.add_argument("--dry-run", action="store_true", help="say what would be done, as JSON")
-    group.add_argument("--overwrite", action="store_true", help="remove what OUT holds, first")
-    group.add_argument(
-        "--shard", type=_shard, default=(0, 1), metavar="I/N", help="do the I-th of N parts, from 0"
-    )
-    group.add_argument("--unit-tiles", type=int, default=256, help="tiles lost at most by a kill")
-    group.add_argument("--readers", type=int, default=4, help="threads that decode")
-    group.add_argument("--writers", type=int, default=4, help="threads that encode")
-    group.add_argument("--quiet", action="store_true", help="show no progress")
-    group = parser.add_argument_group("engine")
-    group.add_argument(
-        "--engine", default="local", choices=["local", "ray"], help="this process, or Ray actors"
-    )
-    group.add_argument(
-        "--address", help="of a running Ray, such as auto; default: RAY_ADDRESS, or start one here"
-    )
-    group.add_argument("--actors", type=int, metavar="N", help="default: all there is room for")
-    group.add_argument(
-        "--actor-cpus",
-        type=int,
-        metavar="N",
-        help="of each; default: this process's threads of torch, 1 with cuda",
-    )
-    group.add_argument(
-        "--actor-gpus", type=float, metavar="N", help="of each, may be 0.5; default: 1 with cuda"
-    )
-
-
-def _shard(text: str) -> tuple[int, int]:
-    index, slash, count = text.partition("/")
-    if not slash or not (index.isdigit() and count.isdigit()) or int(index) >= int(count):
-        raise argparse.ArgumentTypeError(f"{text!r} is no shard, expected I/N such as 0/4 to 3/4")
-    return int(index), int(count)
-
-
 def _augment(args: argparse.Namespace) -> int:
     from cytosyn_aug import offline
 
     if len(args.strength) > 2:
         raise ValueError(f"got {len(args.strength)} strengths, expected one or two")
     summary = offline.augment(
-        _path(args, args.source),
-        _path(args, args.out),
-        _load(args),
+        shared_path(args, args.source),
+        shared_path(args, args.out),
+        load_generator(args),
         references=args.references,
         variants=args.variants,
         mode=args.mode,
@@ -275,9 +231,9 @@ def _augment(args: argparse.Namespace) -> int:
         max_similarity=args.max_similarity,
         format=args.format,
         **_input(args),
-        work=_work(args),
+        work=work_of(args),
     )
-    return _report(summary)
+    return say_summary(summary)
 
 
 def _normalize(parse: Callable[[list[str]], argparse.Namespace], args: argparse.Namespace) -> int:
@@ -286,18 +242,18 @@ def _normalize(parse: Callable[[list[str]], argparse.Namespace], args: argparse.
     from cytosyn_aug import offline
 
     summary = offline.normalize(
-        _path(args, args.source),
-        _path(args, args.out),
-        _load(args),
+        shared_path(args, args.source),
+        shared_path(args, args.out),
+        load_generator(args),
         reference=args.reference,
         method=args.method,
         stain_source=args.stain_source,
         strength=args.strength,
         format=args.format,
         **_input(args),
-        work=_work(args),
+        work=work_of(args),
     )
-    return _report(summary)
+    return say_summary(summary)
 
 
 # What both commands have. Whatever else is given to `normalize` for slides would mean nothing.
@@ -308,7 +264,7 @@ def _normalize_slides(
     parse: Callable[[list[str]], argparse.Namespace], args: argparse.Namespace
 ) -> int:
     """Do what `normalize-slide` does, with the options that both commands have."""
-    words = [str(args.source), str(args.out), "--reference", args.reference]
+    words = [str(args.source), str(args.out), "--reference", *args.reference]
     usual = parse(["normalize", *words])
     given = {k: v for k, v in vars(args).items() if k in vars(usual) and v != vars(usual)[k]}
     strange = sorted(given.keys() - {*_OF_SLIDES, "format", "input", "mpp", "run"})
@@ -329,23 +285,23 @@ def _cache(args: argparse.Namespace) -> int:
     from cytosyn_aug import offline
 
     summary = offline.cache(
-        _path(args, args.source),
-        _path(args, args.out),
-        _load(args),
+        shared_path(args, args.source),
+        shared_path(args, args.out),
+        load_generator(args),
         contents=args.contents,
         compact=args.compact,
         **_input(args),
-        work=_work(args),
+        work=work_of(args),
     )
-    return _report(summary)
+    return say_summary(summary)
 
 
 def _sample(args: argparse.Namespace) -> int:
     from cytosyn_aug import offline
 
     summary = offline.sample(
-        _path(args, args.out),
-        _load(args),
+        shared_path(args, args.out),
+        load_generator(args),
         n=args.n,
         conditions=args.conditions,
         steps=args.steps,
@@ -353,9 +309,9 @@ def _sample(args: argparse.Namespace) -> int:
         seed=args.seed,
         format=args.format,
         unit_tiles=args.unit_tiles,
-        work=_work(args),
+        work=work_of(args),
     )
-    return _report(summary)
+    return say_summary(summary)
 
 
 def _slurm(parse: Callable[[list[str]], argparse.Namespace], args: argparse.Namespace) -> int:
@@ -384,83 +340,5 @@ def _slurm(parse: Callable[[list[str]], argparse.Namespace], args: argparse.Name
     return 0
 
 
-def _load(args: argparse.Namespace) -> TileGenerator:
-    import torch
-
-    from cytosyn_aug.generator import TileGenerator
-
-    device, cluster = args.device, _ray(args)  # refused before the model is read
-    if cluster is not None and device == "cuda" and not torch.cuda.is_available():
-        print("no GPU here: what comes before the actors is done on the processor", file=sys.stderr)
-        device = "cpu"
-    return TileGenerator.from_pretrained(
-        args.model,
-        encoder=None if args.encoder == "none" else args.encoder,
-        revision=args.revision,
-        key_map=args.key_map,
-        device=device,
-        dtype=getattr(torch, args.dtype),
-        batch_size=args.batch_size,
-    )
-
-
 def _input(args: argparse.Namespace) -> dict[str, Any]:  # Any: arguments of offline's functions
     return {"mpp": args.mpp, "input": args.input, "unit_tiles": args.unit_tiles}
-
-
-def _work(args: argparse.Namespace) -> Work:
-    from cytosyn_aug.running import Work
-
-    return Work(
-        shard=args.shard,
-        readers=args.readers,
-        writers=args.writers,
-        overwrite=args.overwrite,
-        dry_run=args.dry_run,
-        progress=not args.quiet,
-        ray=_ray(args),
-    )
-
-
-def _ray(args: argparse.Namespace) -> RayCluster | None:
-    from cytosyn_aug.ray_actors import RayCluster
-
-    given = {
-        "address": args.address,
-        "actors": args.actors,
-        "cpus": args.actor_cpus,
-        "gpus": args.actor_gpus,
-    }
-    asked = {name: value for name, value in given.items() if value is not None}
-    if args.engine == "ray":
-        return RayCluster(device=args.device, **asked)
-    if asked:
-        raise ValueError(f"{', '.join(asked)} of actors only go with --engine ray")
-    return None
-
-
-def _path(args: argparse.Namespace, path: Path) -> Path:
-    """Return a path as other machines understand it, if they take part."""
-    return path if args.engine == "local" else path.absolute()
-
-
-def _report(summary: Summary) -> int:
-    """Print what became of a run; return the exit code."""
-    for note in summary.notes:
-        print(note, file=sys.stderr)
-    if summary.estimate is not None:
-        print(json.dumps(summary.estimate, indent=1))
-        return 1 if summary.estimate["unusable_tiles"] else 0
-    _name_failures(summary.failed, summary.counts.get("failed", 0))
-    counts = ", ".join(f"{number} {status}" for status, number in summary.counts.items())
-    state = "" if summary.is_complete else "; the manifest follows when the other parts are done"
-    print(f"{summary.out}: {counts or 'nothing in this part'}{state}")
-    return 1 if summary.counts.get("failed") else 0
-
-
-def _name_failures(failed: Sequence[tuple[str, str]], number: int) -> None:
-    for name, reason in failed[:_NAMED]:
-        shown = name.encode("unicode_escape").decode()  # names may hold line breaks
-        print(f"failed: {shown} {reason}", file=sys.stderr)
-    if number > _NAMED:
-        print(f"and {number - _NAMED} more failed, see the manifest", file=sys.stderr)

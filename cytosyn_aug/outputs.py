@@ -26,7 +26,13 @@ from cytosyn_aug.run_folder import RunFolder
 from cytosyn_aug.tar_files import ShardWriter
 
 Format = Literal["png", "webp", "tar", "latents", "images"]
-BYTES_PER_PIXEL = {"png": 2.2, "webp": 2.0, "tar": 2.0, "images": 3.0, "latents": 0.13}
+# What images become files by; caches hold no files.
+ENCODERS: Mapping[str, Callable[[np.ndarray], bytes]] = {
+    "png": encode_png,
+    "webp": encode_webp,
+    "tar": encode_webp,
+}
+BYTES_PER_PIXEL = {"png": 2.2, "webp": 2.0, "tar": 2.0}
 
 
 class Place(NamedTuple):
@@ -88,7 +94,7 @@ class TreeOutput:
     ) -> None:
         self._root = folder.resolve()
         self._work, self._codec, self._name = work, codec, name
-        self._encode = encode_png if codec == "png" else encode_webp
+        self._encode = ENCODERS[codec]
         self._lock = threading.Lock()
         self._known: set[Path] = {self._root}
         self._touched: dict[int, set[Path]] = {}

@@ -20,6 +20,7 @@ from cytosyn_aug.batch_edits import (
     sample_edit,
     size_check,
 )
+from cytosyn_aug.cache_spec import CacheSpec
 from cytosyn_aug.conditions import Conditions, read_conditions
 from cytosyn_aug.encodings import Contents, encodings_spec
 from cytosyn_aug.filling import records_spec
@@ -28,7 +29,6 @@ from cytosyn_aug.inputs import list_inputs
 from cytosyn_aug.laboratories import (
     References,
     describe_references,
-    fit_reference,
     open_references,
     tensors_digest,
 )
@@ -36,7 +36,9 @@ from cytosyn_aug.listing import InputKind, Item, Listing, make_listing
 from cytosyn_aug.offline_recipes import AugmentRecipe, NormalizeRecipe, SampleRecipe
 from cytosyn_aug.outputs import (
     BYTES_PER_PIXEL,
+    ENCODERS,
     Format,
+    Output,
     make_cache,
     make_output,
     same_name,
@@ -44,8 +46,10 @@ from cytosyn_aug.outputs import (
 )
 from cytosyn_aug.reading import Loaded, Reader
 from cytosyn_aug.record_edits import moments_edit, variants_to_records
+from cytosyn_aug.run_folder import RunFolder
 from cytosyn_aug.slide_sources import SlideSources
-from cytosyn_aug.unit_work import Run
+from cytosyn_aug.slide_stain import fit_reference
+from cytosyn_aug.unit_work import Run, TileTask
 
 UNIT_TILES = 256
 _IMAGE_FORMATS = ("png", "webp", "tar")
@@ -100,7 +104,7 @@ def plan_augment(
     edit = augment_edit(generator, laboratories, recipe)
     more = {"references": identities, "format": format}
     identity = _identity("augment", recipe, listing, generator, tiles) | more
-    place = partial(make_output, Path(out), format, variant_name)
+    place: Callable[[RunFolder], Output]
     if format == "latents" or format == "images":
         spec = records_spec(
             generator,
@@ -111,13 +115,13 @@ def plan_augment(
         )
         edit = variants_to_records(generator, edit, is_latent=format == "latents")
         place = partial(make_cache, Path(out), spec)
-    return Run(
-        folder=Path(out),
-        identity=identity,
-        context=_context(tiles, generator, references, laboratories),
+        bytes_per_pixel = _record_bytes_per_pixel(spec)
+    else:
+        place = partial(make_output, Path(out), format, variant_name)
+        bytes_per_pixel = BYTES_PER_PIXEL[format]
+    task = TileTask(
         generator=generator,
         listing=listing,
-        unit_tiles=tiles.unit_tiles,
         read=_read(
             tiles,
             listing,
@@ -128,9 +132,19 @@ def plan_augment(
         edit=edit,
         make_output=place,
         num_variants=recipe.variants,
-        constants=_constants(identity),
         done="edited",
-        result_bytes=BYTES_PER_PIXEL[format] * generator.tile.size_px**2,
+        constants=_constants(identity),
+        bytes_per_pixel=bytes_per_pixel,
+        encode=ENCODERS.get(format),
+    )
+    return Run(
+        folder=Path(out),
+        identity=identity,
+        context=_context(tiles, generator, references, laboratories),
+        listing=listing,
+        unit_items=tiles.unit_tiles,
+        generator=generator,
+        task=task,
     )
 
 
@@ -151,22 +165,28 @@ def plan_normalize(
     more = {"references": identities, "format": format}
     identity = _identity("normalize", recipe, listing, generator, tiles) | more
     read = _read(tiles, listing, generator, is_exact=False, takes_masks=True)
-    fit = partial(fit_reference, generator, recipe.method)
+    fit = partial(fit_reference, recipe.method, generator=generator)
     sources = SlideSources(fit, generator.tile, listing, read, recipe.mpp)
-    return Run(
-        folder=Path(out),
-        identity=identity,
-        context=_context(tiles, generator, references, laboratories),
+    task = TileTask(
         generator=generator,
         listing=listing,
-        unit_tiles=tiles.unit_tiles,
         read=read,
         edit=normalize_edit(generator, laboratories, recipe, sources),
         make_output=partial(make_output, Path(out), format, same_name),
         num_variants=1,
-        constants=_constants(identity),
         done="edited",
-        result_bytes=BYTES_PER_PIXEL[format] * generator.tile.size_px**2,
+        constants=_constants(identity),
+        bytes_per_pixel=BYTES_PER_PIXEL[format],
+        encode=ENCODERS.get(format),
+    )
+    return Run(
+        folder=Path(out),
+        identity=identity,
+        context=_context(tiles, generator, references, laboratories),
+        listing=listing,
+        unit_items=tiles.unit_tiles,
+        generator=generator,
+        task=task,
     )
 
 
@@ -180,20 +200,26 @@ def plan_cache(
     identity = _identity("cache", {"contents": list(contents)}, listing, generator, tiles)
     # A cache holds many sets of tiles; each has a run of its own beside the records.
     name = _digest(identity)
-    return Run(
-        folder=Path(cache) / "runs" / name,
-        identity=identity,
-        context=_context(tiles, generator),
+    task = TileTask(
         generator=generator,
         listing=listing,
-        unit_tiles=tiles.unit_tiles,
         read=_read(tiles, listing, generator, is_exact=True, takes_masks=False),
         edit=moments_edit(generator, contents),
         make_output=partial(make_cache, Path(cache), spec),
         num_variants=1,
-        constants=_constants(identity),
         done="cached",
-        result_bytes=float(spec.record_bytes),
+        constants=_constants(identity),
+        bytes_per_pixel=_record_bytes_per_pixel(spec),
+        encode=None,
+    )
+    return Run(
+        folder=Path(cache) / "runs" / name,
+        identity=identity,
+        context=_context(tiles, generator),
+        listing=listing,
+        unit_items=tiles.unit_tiles,
+        generator=generator,
+        task=task,
     )
 
 
@@ -220,20 +246,26 @@ def plan_sample(
     more = {"conditions_sha256": digest, "format": format}
     tiles = Tiles(source=out, unit_tiles=unit_tiles)
     identity = _identity("sample", recipe, listing, generator, tiles) | more
-    return Run(
-        folder=Path(out),
-        identity=identity,
-        context=_context(None, generator),
+    task = TileTask(
         generator=generator,
         listing=listing,
-        unit_tiles=unit_tiles,
         read=Reader(listing, generator.tile, lambda height, width: None).read,
         edit=sample_edit(generator, rows, recipe),
         make_output=partial(make_output, Path(out), format, same_name),
         num_variants=1,
-        constants=_constants(identity),
         done="generated",
-        result_bytes=BYTES_PER_PIXEL[format] * generator.tile.size_px**2,
+        constants=_constants(identity),
+        bytes_per_pixel=BYTES_PER_PIXEL[format],
+        encode=ENCODERS.get(format),
+    )
+    return Run(
+        folder=Path(out),
+        identity=identity,
+        context=_context(None, generator),
+        listing=listing,
+        unit_items=unit_tiles,
+        generator=generator,
+        task=task,
     )
 
 
@@ -295,6 +327,11 @@ def _context(
         "tile": asdict(generator.tile),
         "references": describe_references(given, references),
     }
+
+
+def _record_bytes_per_pixel(spec: CacheSpec) -> float:
+    """Return what the pixels of a tile take in a cache, which holds tiles of one size."""
+    return spec.record_bytes / spec.tile.size_px**2
 
 
 def _constants(identity: dict[str, Any]) -> dict[str, Any]:  # Any: JSON, cells

@@ -210,20 +210,14 @@ def open_run(
     file = folder / RUN_NAME
     if overwrite and file.is_file():
         _clear(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; give a folder to write")
+    if not file.is_file():
+        check_free(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = f"{error.strerror}; give a folder that can be made and written"
         raise OSError(error.errno, reason, str(folder)) from error
     if not file.is_file():
-        foreign = [f.name for f in folder.iterdir() if not f.name.endswith(".tmp")]
-        if foreign and not file.is_file():
-            raise ValueError(
-                f"{folder} is not empty ({sorted(foreign)[0]} ...) and holds no run of this "
-                "package; choose another folder"
-            )
         content = {
             "kind": _KIND,
             "format_version": FORMAT_VERSION,
@@ -238,6 +232,23 @@ def open_run(
             raise BlockingIOError(f"{folder} was overwritten by another process just now")
         _compare(folder, handle, identity)
         yield RunFolder(folder, handle)
+
+
+def check_free(folder: Path) -> None:
+    """Make sure that a folder without a run is one that a run may begin in.
+
+    Raises:
+        ValueError: It is a file, or holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder to write")
+    found = folder.iterdir() if folder.exists() else ()
+    foreign = [f.name for f in found if not f.name.endswith(".tmp")]
+    if foreign and not (folder / RUN_NAME).is_file():  # of a process that began it just now
+        raise ValueError(
+            f"{folder} is not empty ({sorted(foreign)[0]} ...) and holds no run of this package; "
+            "choose another folder"
+        )
 
 
 def differences(was: Any, now: Any, path: str = "") -> Iterator[str]:  # Any: JSON

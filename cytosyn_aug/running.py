@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-import time
 from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -20,22 +19,16 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from cytosyn_aug.image_files import ItemError, check_strictness
+from cytosyn_aug.image_files import check_strictness
 from cytosyn_aug.listing import Listing
-from cytosyn_aug.pipeline import give_up, run_job
 from cytosyn_aug.ray_actors import RayCluster, on_actors
-from cytosyn_aug.reading import Loaded
-from cytosyn_aug.run_folder import RUN_NAME, RunFolder, Unit, open_run
-from cytosyn_aug.unit_work import (
-    Run,
-    UnitWorker,
-    fixed_shapes,
-    job_threads,
-    make_job,
-    software,
-)
+from cytosyn_aug.run_folder import RUN_NAME, RunFolder, Unit, check_free, open_run
+from cytosyn_aug.unit_work import Run, UnitWorker, software
 
 _MAX_NAMED = 100
+# Slides are counted as far as they are: a third of one is done after minutes.
+_FRACTIONS = "{l_bar}{bar}| {n:.1f}/{total} slides [{elapsed}<{remaining}, {rate_fmt}]"
+_BAR = {"tile": {}, "slide": {"bar_format": _FRACTIONS}}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,10 +95,10 @@ def do_run(run: Run, work: Work) -> Summary:
         OSError: OUT cannot be written; what is finished stays, and the same call goes on.
     """
     check_strictness()
-    units = cut_units(run.listing, run.unit_tiles, work.shard)
+    units = cut_units(run.listing, run.unit_items, work.shard)
     if work.dry_run:
         return Summary(run.folder, {}, (), False, run.listing.notes, estimate(run, units, work))
-    everything = units if work.shard[1] == 1 else cut_units(run.listing, run.unit_tiles)
+    everything = units if work.shard[1] == 1 else cut_units(run.listing, run.unit_items)
     with open_run(
         run.folder, run.identity, software(), overwrite=work.overwrite, context=run.context
     ) as folder:
@@ -117,44 +110,40 @@ def do_run(run: Run, work: Work) -> Summary:
         return Summary(run.folder, counts, failed, folder.finish(everything), run.listing.notes)
 
 
-def cut_units(listing: Listing, unit_tiles: int, shard: tuple[int, int] = (0, 1)) -> list[Unit]:
+def cut_units(listing: Listing, unit_items: int, shard: tuple[int, int] = (0, 1)) -> list[Unit]:
     """Return the units of a shard: the same ones, whoever asks.
 
     Args:
         listing: The tiles.
-        unit_tiles: Tiles of a unit.
+        unit_items: Items of a unit.
         shard: Index and number of shards.
     """
-    if unit_tiles < 1:
-        raise ValueError(f"unit_tiles is {unit_tiles}, expected at least 1")
+    if unit_items < 1:
+        raise ValueError(f"unit_tiles is {unit_items}, expected at least 1")
     units = []
-    for number in range(shard[0], -(-len(listing) // unit_tiles), shard[1]):
-        start, stop = number * unit_tiles, min((number + 1) * unit_tiles, len(listing))
+    for number in range(shard[0], -(-len(listing) // unit_items), shard[1]):
+        start, stop = number * unit_items, min((number + 1) * unit_items, len(listing))
         units.append(Unit(number, start, stop, listing.digest(start, stop)))
     return units
 
 
 def estimate(run: Run, units: Sequence[Unit], work: Work) -> dict[str, Any]:
-    """Return what a run would do: counts, bytes, and time by a trial of two batches."""
+    """Return what a run would do: counts, bytes and time; see `Task.estimate`."""
     to_do = list(units)
-    if not work.overwrite and (run.folder / RUN_NAME).is_file():
+    if not (run.folder / RUN_NAME).is_file():
+        check_free(run.folder)
+    elif not work.overwrite:
         with open_run(run.folder, run.identity, software(), overwrite=False) as folder:
             to_do = folder.to_do(units)
-    num_tiles = sum(unit.stop - unit.start for unit in to_do)
-    rate = _trial(run, to_do)
     return {
         "input": run.identity["input"],
         "notes": run.listing.notes,
-        "unusable_tiles": run.listing.num_errors(),
-        "tiles_with_masks": run.listing.num_masks(),
+        "unusable": run.listing.num_errors(),
+        "with_masks": run.listing.num_masks(),
         "units": len(units),
         "units_to_do": len(to_do),
-        "tiles_to_do": num_tiles,
-        "results": num_tiles * run.num_variants,
-        "output_bytes": round(num_tiles * run.num_variants * run.result_bytes),
+        **run.task.estimate(to_do, work.readers),
         "free_bytes": _free_bytes(run.folder),
-        "tiles_per_s": None if rate is None else round(rate, 2),
-        "hours": None if rate is None else round(num_tiles / rate / 3600, 3),
     }
 
 
@@ -170,8 +159,9 @@ def _do_units(
         tqdm(
             total=total,
             initial=initial,
-            unit="tile",
+            unit=run.noun,
             disable=not work.progress,
+            **_BAR[run.noun],
             mininterval=0.5 if sys.stderr.isatty() else 30.0,
         ) as bar,
     ):
@@ -181,22 +171,20 @@ def _do_units(
 
 def _here(
     run: Run, work: Work, folder: RunFolder, to_do: Sequence[Unit]
-) -> Generator[int, None, None]:
-    """Do units in this process; yield how many tiles more were given to the device, or failed."""
-    threads = job_threads(run, work.readers, work.writers)
-    with (
-        fixed_shapes(run.generator),
-        closing(run_job(make_job(run, folder), to_do, folder, threads)) as counts,
-    ):
+) -> Generator[float, None, None]:
+    """Do units in this process; yield how much more is given to the device, or failed."""
+    job = run.task.job(folder, work.readers, work.writers, is_shared=False)
+    with closing(job.do(to_do, folder)) as counts:
         for _, count in counts:
             yield count
 
 
 def _on_ray(
     cluster: RayCluster, run: Run, work: Work, folder: RunFolder, to_do: Sequence[Unit]
-) -> Generator[int, None, None]:
-    """Do units in Ray actors; yield how many tiles more are done, failed or given up."""
-    device = torch.device(cluster.device or run.generator.device).type
+) -> Generator[float, None, None]:
+    """Do units in Ray actors; yield how much more is done, failed or given up."""
+    own = torch.device("cpu") if run.generator is None else run.generator.device
+    device = torch.device(cluster.device or own).type
     if cluster.cpus is None:
         cluster = replace(cluster, cpus=torch.get_num_threads() if device == "cpu" else 1)
     if cluster.gpus is None:
@@ -208,43 +196,17 @@ def _on_ray(
     with closing(answers):
         for unit, death in answers:
             if death is not None:
-                job = job or make_job(run, folder)
-                give_up(job, unit, folder, death.reason)
+                job = job or run.task.job(folder, 1, 1, is_shared=False)
+                job.give_up(unit, folder, death.reason)
             yield unit.stop - unit.start
 
 
-def _trial(run: Run, units: Sequence[Unit]) -> float | None:
-    """Return tiles per second of the device, from the first tiles that can be read."""
-    batch: list[Loaded] = []
-    for unit in units[:4]:
-        for item in run.listing.items(unit.start, unit.stop):
-            try:
-                tile = run.read(item)
-            except ItemError:
-                continue
-            if not batch or tile.pixels.shape == batch[0].pixels.shape:
-                batch.append(tile)
-            if len(batch) == run.generator.batch_size:
-                break
-        if len(batch) == run.generator.batch_size:
-            break
-    if not batch:
-        return None
-    with fixed_shapes(run.generator):
-        for _ in range(2):  # the first one warms up
-            began = time.perf_counter()
-            for edited in run.edit(batch):
-                edited.images.cpu()
-    return run.generator.batch_size / (time.perf_counter() - began)
-
-
 def _check_room(run: Run, units: Sequence[Unit]) -> None:
-    num_results = sum(unit.stop - unit.start for unit in units) * run.num_variants
-    needed, free = round(num_results * run.result_bytes), _free_bytes(run.folder)
+    needed, free = run.task.needed_bytes(units), _free_bytes(run.folder)
     if free < needed:
         raise ValueError(
-            f"{run.folder} has {free:,} bytes free, {num_results:,} results take about "
-            f"{needed:,}; make room, or choose another folder or --format"
+            f"{run.folder} has {free:,} bytes free, the results take about {needed:,}; make room, "
+            "or choose another folder or --format"
         )
 
 

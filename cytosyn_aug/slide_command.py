@@ -145,12 +145,10 @@ def _load(args: argparse.Namespace) -> TileGenerator:
 
 
 def _reference(args: argparse.Namespace, generator: TileGenerator | None) -> Reference:
-    from cytosyn_aug.slide_stain import fit_reference, load_reference
+    from cytosyn_aug.laboratories import open_references
 
-    given = [Path(x) for x in args.reference]
-    if len(given) == 1 and given[0].suffix == ".json":
-        return load_reference(args.method, given[0])
-    return fit_reference(args.method, given, generator)
+    opened, _ = open_references([args.reference], generator, args.method)
+    return next(iter(opened.values()))
 
 
 def _print(report: SlideReport) -> None:

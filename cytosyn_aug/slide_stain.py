@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from cytosyn_aug.classical import DensityReference
 from cytosyn_aug.colour_table import Recolour
-from cytosyn_aug.config import Method
+from cytosyn_aug.config import Method, TileSpec
 from cytosyn_aug.editing import EditRecipe, reference_statistics
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import optical_density
@@ -37,7 +36,7 @@ from cytosyn_aug.tile_sets import MAX_TILES, TileSource
 
 Reference = StainReference | MacenkoReference | ReinhardReference | DensityReference
 
-_KINDS: dict[Method, type[Reference]] = {
+KINDS: dict[Method, type[Reference]] = {
     "cytosyn": StainReference,
     "macenko": MacenkoReference,
     "reinhard": ReinhardReference,
@@ -52,10 +51,10 @@ def method_of(reference: Reference) -> Method:
     Raises:
         TypeError: It is no reference.
     """
-    for method, kind in _KINDS.items():
+    for method, kind in KINDS.items():
         if isinstance(reference, kind):
             return method
-    names = ", ".join(kind.__name__ for kind in _KINDS.values())
+    names = ", ".join(kind.__name__ for kind in KINDS.values())
     raise TypeError(f"reference is {type(reference).__name__}, expected one of {names}")
 
 
@@ -67,23 +66,21 @@ def fit_reference(
 ) -> Reference:
     """Fit the reference of a method to tiles; see `StainReference.fit`.
 
+    Slides are read at the model's tile spec, or without a model at 224 px and 0.5 microns/pixel.
+
     Raises:
         ValueError: No such method, no generator for "cytosyn", or tiles that tell no stain.
     """
     if method == "cytosyn":
         return StainReference.fit(_needed(generator), tiles, max_tiles=max_tiles)
+    tile = TileSpec() if generator is None else generator.tile
     if method == "macenko":
-        return MacenkoReference.fit(tiles, max_tiles=max_tiles)
+        return MacenkoReference.fit(tiles, tile=tile, max_tiles=max_tiles)
     if method == "reinhard":
-        return ReinhardReference.fit(tiles, max_tiles=max_tiles)
+        return ReinhardReference.fit(tiles, tile=tile, max_tiles=max_tiles)
     if method == "transport":
-        return DensityReference.fit(tiles, max_tiles=max_tiles)
-    raise ValueError(f"method is {method!r}, expected one of {sorted(_KINDS)}")
-
-
-def load_reference(method: Method, file: Path) -> Reference:
-    """Read a saved reference of a method; raises ValueError if it is not one."""
-    return _KINDS[method].load(file)
+        return DensityReference.fit(tiles, tile=tile, max_tiles=max_tiles)
+    raise ValueError(f"method is {method!r}, expected one of {', '.join(KINDS)}")
 
 
 def reference_digest(reference: Reference) -> str:

@@ -60,7 +60,7 @@ ROWS = [
     {"unit_work"},
     {"running"},
     {"plans", "report"},
-    {"offline"},
+    {"offline", "work_options"},
     {
         "albumentations",
         "demo",

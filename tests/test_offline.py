@@ -81,6 +81,23 @@ def test_a_tile_is_what_the_transform_makes_of_it(tree, tmp_path, small, laborat
         assert (read(out / row["output"]).int() - expected).abs().max() <= 1
 
 
+def test_several_folders_are_one_reference(tree, tmp_path, small, laboratories):
+    from cytosyn_aug import StainReference
+
+    outs = [tmp_path / "folders", tmp_path / "fitted"]
+    fitted = StainReference.fit(small, laboratories)
+    for out, reference in zip(outs, (laboratories, fitted), strict=True):
+        offline.normalize(tree, out, small, reference=reference, work=QUIET)
+    found, expected = (rows(out) for out in outs)
+    assert {row["reference"] for row in found} == {"a+b"}
+    for row, other in zip(found, expected, strict=True):
+        assert torch.equal(read(outs[0] / row["output"]), read(outs[1] / other["output"]))
+    fitted.save(tmp_path / "lab.json")
+    several = [laboratories[0], tmp_path / "lab.json"]
+    with pytest.raises(ValueError, match=r"lab\.json.*give a saved one alone"):
+        offline.normalize(tree, tmp_path / "out", small, reference=several, work=QUIET)
+
+
 def test_a_slide_is_changed_by_its_own_statistics(tree, tmp_path, small, laboratories):
     from cytosyn_aug import StainNormalize, StainReference
 

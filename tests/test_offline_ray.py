@@ -75,7 +75,8 @@ def test_a_killed_actor_changes_nothing(
 
     def plan_death(*args):
         run = plan(*args)
-        return replace(run, edit=dying_once(run.edit, mark, batches=2))
+        edit = dying_once(run.task.edit, mark, batches=2)
+        return replace(run, task=replace(run.task, edit=edit))
 
     monkeypatch.setattr(offline, "plan_augment", plan_death)
     out = tmp_path / "many"
@@ -140,7 +141,7 @@ class AllUnits:
     def do(self, number):
         run = self.runs[number]
         worker = UnitWorker(run, 2, 2, "cpu", 1)
-        for unit in cut_units(run.listing, run.unit_tiles):
+        for unit in cut_units(run.listing, run.unit_items):
             worker.do(unit)
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from python_process import start_python
 from test_offline import QUIET, augment, digest, rows
 
+from cytosyn_aug import offline
 from cytosyn_aug.cli import main
 from cytosyn_aug.running import Work
 
@@ -55,12 +56,33 @@ def test_dry_run_writes_nothing_and_counts(tree, tmp_path, small, laboratories):
     estimate = augment(tree, out, small, laboratories, work=work).estimate
     assert not out.exists()
     assert (estimate["tiles_to_do"], estimate["results"], estimate["units"]) == (10, 20, 4)
-    assert estimate["tiles_with_masks"] == 1
+    assert estimate["with_masks"] == 1
     assert estimate["tiles_per_s"] > 0
     augment(tree, out, small, laboratories, work=replace(QUIET, shard=(0, 2)))
     before = digest(out)
     assert augment(tree, out, small, laboratories, work=work).estimate["units_to_do"] == 2
     assert digest(out) == before
+
+
+@pytest.mark.parametrize("format", ["png", "tar", "latents"])
+def test_dry_run_tells_the_bytes_of_what_is_written(
+    tmp_path, small, laboratories, monkeypatch, format
+):
+    # As large as the model's where a cache needs it, and else larger: results are as sources are.
+    size = small.tile.size_px * (1 if format == "latents" else 3)
+    for k, tile in enumerate(synthetic_tiles(6, size=size)):
+        save(tmp_path / "in" / f"{k}.png", tile)
+    out, settings = tmp_path / "out", {"references": laboratories, "format": format}
+    work = replace(QUIET, dry_run=True)
+    estimate = offline.augment(tmp_path / "in", out, small, work=work, **settings).estimate
+    offline.augment(tmp_path / "in", out, small, work=QUIET, **settings)
+    kept = {"png": "*.png", "tar": "*.tar", "latents": "shards/*"}[format]
+    written = sum(f.stat().st_size for f in out.glob(kept))
+    assert estimate["output_bytes"] == pytest.approx(written, rel=0.3)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=written // 3))
+    with pytest.raises(ValueError, match="the results take about"):
+        offline.augment(tmp_path / "in", tmp_path / "other", small, work=QUIET, **settings)
 
 
 def test_another_recipe_is_refused_with_the_difference(tree, tmp_path, small, laboratories):
@@ -80,7 +102,7 @@ def test_another_recipe_is_refused_with_the_difference(tree, tmp_path, small, la
 def test_a_folder_of_something_else_is_refused(tree, tmp_path, small, laboratories):
     out = tmp_path / "out"
     (out / "thesis").mkdir(parents=True)
-    for work in (QUIET, replace(QUIET, overwrite=True)):
+    for work in (QUIET, replace(QUIET, overwrite=True), replace(QUIET, dry_run=True)):
         with pytest.raises(ValueError, match="not empty"):
             augment(tree, out, small, laboratories, work=work)
 
