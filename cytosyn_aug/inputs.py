@@ -1,7 +1,7 @@
 """What IN is: a tree of tiles, a table of paths, tar shards or slides; each becomes a listing.
 
     tree     folders of images; the first folder is the label, as torchvision's ImageFolder has it
-    table    .csv or .parquet: path, and any of label, slide, x, y, mask; see `table_inputs`
+    table    .csv or .parquet: path, and any of label, slide, x, y, mask, mpp; see `table_inputs`
     shards   tar files as WebDataset reads them: key.png, key.cls (label), key.mask.png
     slides   cut at the model's scale, where the tissue rules of training find tissue
 
@@ -19,10 +19,10 @@ from pathlib import Path
 
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.image_files import MASK_END, TILE_SUFFIXES
-from cytosyn_aug.listing import InputKind, Item, Listing, corner, make_listing
+from cytosyn_aug.listing import InputKind, Item, Listing, corner, make_listing, output_stem
 from cytosyn_aug.slide_tiles import candidate_positions, slide_mask
-from cytosyn_aug.slides import Slide
-from cytosyn_aug.table_inputs import SLIDE_SUFFIXES, list_table
+from cytosyn_aug.slides import SLIDE_SUFFIXES, Slide
+from cytosyn_aug.table_inputs import EITHER_SUFFIXES, list_slide_table, list_table
 from cytosyn_aug.tar_files import Member, list_members
 from cytosyn_aug.tissue import TissueConfig
 
@@ -72,12 +72,12 @@ def find_kind(source: Path) -> InputKind:
     """
     if source.is_file():
         found = _kind_of(source.suffix.lower())
-        if found == "tree" and source.suffix.lower() in (".tif", ".tiff"):
+        if found == "tree" and source.suffix.lower() in EITHER_SUFFIXES:
             found = "slides"
         if found in (None, "tree"):
             raise ValueError(
                 f"{source} is neither a table ({', '.join(TABLE_SUFFIXES)}), a tar file nor a "
-                f"slide ({', '.join(SLIDE_SUFFIXES)}, .tif); give a folder of tiles as a folder"
+                f"slide ({', '.join(SLIDE_SUFFIXES)}); give a folder of tiles as a folder"
             )
         return found
     suffixes = Counter(Path(name).suffix.lower() for name, _ in walk(source))
@@ -86,7 +86,7 @@ def find_kind(source: Path) -> InputKind:
         kind = _kind_of(suffix)
         if kind is not None and kind != "table":
             kinds[kind] += number
-    if kinds["slides"] and kinds["tree"] == suffixes[".tif"] + suffixes[".tiff"]:
+    if kinds["slides"] and kinds["tree"] == sum(suffixes[s] for s in EITHER_SUFFIXES):
         del kinds["tree"]
     kinds = +kinds
     if len(kinds) > 1:
@@ -132,14 +132,49 @@ def list_slides(source: Path, tile: TileSpec, mpp: float | None = None) -> Listi
     folder = source if source.is_dir() else source.parent
     names = [source.name]
     if source.is_dir():
-        endings = (*SLIDE_SUFFIXES, ".tif", ".tiff")
-        names = [name for name, _ in walk(source) if name.lower().endswith(endings)]
+        names = [name for name, _ in walk(source) if name.lower().endswith(SLIDE_SUFFIXES)]
     items: list[Item] = []
     notes: list[str] = []
     for name in names:
-        label = name.partition("/")[0] if "/" in name else ""
-        items += _slide_items(folder, Item(name, label=label, file=name), tile, mpp, notes)
+        whole = Item(name, label=_label(name), file=name)
+        items += _slide_items(folder, whole, tile, mpp, notes)
     return make_listing("slides", folder, items, tuple(notes))
+
+
+def list_whole_slides(source: Path | str, *, mpp: float | None = None) -> Listing:
+    """List slides, one item a slide: its path from `root`, its size in bytes, and no x and y.
+
+    Args:
+        source: Slide, folder of slides (the first folder is the label), or table with a path a row
+            and any of label, slide, mpp.
+        mpp: Scale in microns per pixel, instead of what slides state; a table's own wins.
+
+    Raises:
+        FileNotFoundError: `source` does not exist.
+        ValueError: It holds no slides.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist; give a slide, a folder or a table")
+    if source.is_file() and source.suffix.lower() in TABLE_SUFFIXES:
+        listing = list_slide_table(source, mpp)
+    else:
+        folder = source if source.is_dir() else source.parent
+        files = walk(source) if source.is_dir() else [(source.name, source.stat().st_size)]
+        items = [
+            Item(name, label=_label(name), slide=output_stem(name), file=name, size=size, mpp=mpp)
+            for name, size in files
+            if source.is_file() or name.lower().endswith(SLIDE_SUFFIXES)
+        ]
+        listing = make_listing("slides", folder, items)
+    if not len(listing):
+        raise ValueError(f"{source} holds no slides; expected {', '.join(SLIDE_SUFFIXES)}")
+    return listing
+
+
+def _label(name: str) -> str:
+    """Return the label that a path says: its first folder, "" for none."""
+    return name.partition("/")[0] if "/" in name else ""
 
 
 def _kind_of(suffix: str) -> InputKind | None:
@@ -184,10 +219,9 @@ def _tree_items(folder: Path, others: Counter[str]) -> Iterator[Item]:
         own = masks.get(stem, [])
         used.update(own)
         slide, x, y = corner(name)
-        label = name.partition("/")[0] if "/" in name else ""
         error = f"has {len(own)} masks, expected one: {', '.join(own)}" if len(own) > 1 else ""
         mask = own[0] if len(own) == 1 else ""
-        yield Item(name, "", label, slide, x, y, "", -1, size, mask, error=error)
+        yield Item(name, "", _label(name), slide, x, y, "", -1, size, mask, error=error)
     for name in files:
         stem, suffix = os.path.splitext(name)
         if stem.endswith(MASK_END) and suffix.lower() in TILE_SUFFIXES and name not in used:

@@ -28,6 +28,7 @@ SCHEMA = pa.schema(
         ("slide", _CODED),
         ("x", pa.int64()),
         ("y", pa.int64()),
+        ("mpp", pa.float64()),
         ("file", _CODED),
         ("offset", pa.int64()),
         ("size", pa.int64()),
@@ -38,7 +39,7 @@ SCHEMA = pa.schema(
     ]
 )
 # What makes an input the same one: not where it lies, and not what its files hold.
-_IDENTITY = ("name", "label", "slide", "x", "y", "mask")
+_IDENTITY = ("name", "label", "slide", "x", "y", "mpp", "mask")
 _BLOCK_ROWS = 65_536
 _MAX_NAME_BYTES = 235  # of 255 that file systems allow: variant and suffix are added
 _CORNER = re.compile(r"(?:(?P<slide>.+)_)?(?P<x>\d{1,9})_(?P<y>\d{1,9})")
@@ -60,6 +61,7 @@ class Item(NamedTuple):
         mask: Path of the mask beside it, "" for none.
         mask_offset: Of the mask's bytes in a tar file, else -1.
         mask_size: The mask's bytes.
+        mpp: Microns per pixel, of the slide if there is one; None for what it states.
         error: Why it cannot be used, "" if it can.
     """
 
@@ -75,6 +77,7 @@ class Item(NamedTuple):
     mask: str = ""
     mask_offset: int = -1
     mask_size: int = -1
+    mpp: float | None = None
     error: str = ""
 
 

@@ -52,7 +52,7 @@ class Reader:
         listing: Where they are.
         tile: Tiles that slides are cut to.
         check: Given height and width, raises `ItemError` for a tile that cannot be edited.
-        mpp: Scale of slides in microns per pixel, instead of what they state.
+        mpp: Scale of slides in microns per pixel, instead of what they state; an item's own wins.
     """
 
     def __init__(
@@ -107,7 +107,8 @@ class Reader:
         assert item.x is not None
         assert item.y is not None
         try:
-            slide = self._slide(self.listing.root / item.file)
+            mpp = self.mpp if item.mpp is None else item.mpp
+            slide = self._slide(self.listing.root / item.file, mpp)
             reading = slide.plan(self.tile)
             _check_inside(slide, item.x, item.y, reading.extent_level0)
             image = slide.read_tile(item.x, item.y, reading)
@@ -120,13 +121,14 @@ class Reader:
         mask = self._mask(item, ())
         return Loaded(item, pixels, pixels_key(pixels), mask, rejected=rejected)
 
-    def _slide(self, file: Path) -> Slide:
+    def _slide(self, file: Path, mpp: float | None) -> Slide:
         """Return a slide opened by this thread: handles are not shared."""
-        slides: OrderedDict[Path, Slide] | None = getattr(self._open, "slides", None)
+        slides: OrderedDict[tuple[Path, float | None], Slide] | None
+        slides = getattr(self._open, "slides", None)
         if slides is None:
             slides = self._open.slides = OrderedDict()
-        slide = slides.pop(file, None) or Slide(file, self.mpp)
-        slides[file] = slide
+        slide = slides.pop((file, mpp), None) or Slide(file, mpp)
+        slides[file, mpp] = slide
         if len(slides) > _MAX_OPEN_SLIDES:
             slides.popitem(last=False)[1].close()
         return slide

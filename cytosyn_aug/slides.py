@@ -39,7 +39,7 @@ _MICRONS = {"centimeter": 1e4, "inch": 25_400.0}
 _THUMBNAIL_BLOCK_PX = 128
 _GIVE_MPP = (
     "give the right one yourself (mpp=; --mpp of augment, normalize and cache; --slide-mpp of "
-    "normalize-slide; or mpp in the slides table of training)"
+    "normalize-slide; or a column mpp in a table of slides)"
 )
 
 

@@ -1,4 +1,4 @@
-"""Tables of tiles: .csv or .parquet with a path a row, and any of label, slide, x, y, mask.
+"""Tables of tiles: .csv or .parquet with a path a row, and any of label, slide, x, y, mask, mpp.
 
 A path is that of a tile's image or, with x and y, of a slide: then the tile is cut there, with its
 upper left corner at that pixel of level 0, whatever it shows. A .tif with x and y is a slide if it
@@ -21,10 +21,11 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from cytosyn_aug.image_files import TILE_SUFFIXES
 from cytosyn_aug.listing import Item, Listing, corner, make_listing, output_stem
+from cytosyn_aug.slides import SLIDE_SUFFIXES
 
-SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".svslide", ".vms", ".vmu", ".bif")
-_EITHER_SUFFIXES = (".tif", ".tiff")
+EITHER_SUFFIXES = tuple(s for s in SLIDE_SUFFIXES if s in TILE_SUFFIXES)
 _PATH_COLUMNS = ("path", "file", "filename", "image")
 
 
@@ -37,18 +38,62 @@ def list_table(file: Path) -> Listing:
     return make_listing("table", file.parent, _items(file.parent, _read_columns(file)))
 
 
-def _items(folder: Path, table: dict[str, list[Any]]) -> Iterator[Item]:  # Any: cells
-    sizes: dict[str, tuple[int, str]] = {}  # of slides, which come in many rows
-    known: dict[str, bool] = {}
+def list_slide_table(file: Path, mpp: float | None = None) -> Listing:
+    """List the slides of a table, whole, in its order.
+
+    Args:
+        file: Table with paths of slides, and any of label, slide, mpp.
+        mpp: Scale of slides whose row states none.
+
+    Raises:
+        ValueError: It cannot be read, lacks a column of paths, or has places on slides.
+    """
+    table = _read_columns(file)
+    if "x" in table or "y" in table:
+        raise ValueError(f"{file} has x and y, expected whole slides; leave those columns out")
+    return make_listing("slides", file.parent, _whole_slides(file.parent, table, mpp))
+
+
+def _whole_slides(
+    folder: Path,
+    table: dict[str, list[Any]],  # Any: cells
+    mpp: float | None,
+) -> Iterator[Item]:
+    for name, stem, cells in _rows(table):
+        size, error = _size(folder / name)
+        if os.path.splitext(name)[1].lower() not in SLIDE_SUFFIXES:
+            error = f"is no slide, expected {', '.join(SLIDE_SUFFIXES)}"
+        yield Item(
+            name,
+            stem,
+            label=cells.get("label", ""),
+            slide=cells.get("slide") or stem,
+            file=name,
+            size=size,
+            mpp=mpp if cells.get("mpp") is None else cells["mpp"],
+            error=error,
+        )
+
+
+def _rows(
+    table: dict[str, list[Any]],  # Any: cells
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield each row's path, the stem of its results, and its other cells."""
     absolute = {os.path.dirname(name) for name in table["path"] if os.path.isabs(name)}
     shared = os.path.commonpath(absolute) if absolute else ""
     for row, name in enumerate(table["path"]):
         stem = output_stem(os.path.relpath(name, shared) if os.path.isabs(name) else name)
-        cells: dict[str, Any] = {n: column[row] for n, column in table.items() if n != "path"}
+        yield name, stem, {n: column[row] for n, column in table.items() if n != "path"}
+
+
+def _items(folder: Path, table: dict[str, list[Any]]) -> Iterator[Item]:  # Any: cells
+    sizes: dict[str, tuple[int, str]] = {}  # of slides, which come in many rows
+    known: dict[str, bool] = {}
+    for name, stem, cells in _rows(table):
         suffix = os.path.splitext(name)[1].lower()
-        if suffix in _EITHER_SUFFIXES and "x" in cells and name not in known:
+        if suffix in EITHER_SUFFIXES and "x" in cells and name not in known:
             known[name] = _is_tiled(folder / name)
-        if suffix in SLIDE_SUFFIXES or known.get(name):
+        if known.get(name, suffix in SLIDE_SUFFIXES and suffix not in EITHER_SUFFIXES):
             if name not in sizes:
                 sizes[name] = _size(folder / name)
             yield _slide_item(name, stem, cells, *sizes[name])
@@ -88,6 +133,8 @@ def _read_columns(file: Path) -> dict[str, list[Any]]:  # Any: cells
         for name in ("x", "y"):
             if name in table.column_names:
                 columns[name] = table[name].cast(pa.int64()).to_pylist()
+        if "mpp" in table.column_names:
+            columns["mpp"] = table["mpp"].cast(pa.float64()).to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file} cannot be read as a table: {error}; write it anew") from error
     return columns
@@ -97,7 +144,7 @@ def _read_csv(file: Path) -> pa.Table:
     """Read names and labels as they stand: "01" is no number."""
     with file.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
         header = next(csv.reader(stream), [])
-    texts = {n: pa.string() for n in header if n not in ("x", "y")}
+    texts = {n: pa.string() for n in header if n not in ("x", "y", "mpp")}
     return pyarrow.csv.read_csv(
         file,
         parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),

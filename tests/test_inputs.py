@@ -13,7 +13,7 @@ from PIL import Image
 
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.image_files import ItemError
-from cytosyn_aug.inputs import find_kind, list_inputs
+from cytosyn_aug.inputs import find_kind, list_inputs, list_whole_slides
 from cytosyn_aug.reading import Reader
 
 TILE = TileSpec(size_px=64)
@@ -235,6 +235,76 @@ def test_a_tiff_with_a_place_is_a_slide_if_it_is_tiled(tmp_path, synthetic_slide
     assert (slide.stem, other.stem) == ("slides/slide/0_0", "slides/slide/512_256")
     assert (tile.stem, tile.file, tile.x) == ("tile", "", 64)
     assert not errors(file)
+
+
+def test_a_table_may_give_each_slide_its_scale(tmp_path, synthetic_slide):
+    picture = {"grid": "####\n####", "side": 128, "mpp": None, "power": None}
+    synthetic_slide("a.tif", **picture)
+    synthetic_slide("b.tif", **picture)
+    file = tmp_path / "places.csv"
+    rows = ["a.tif,0,0,0.25", "a.tif,128,0,0.5", "b.tif,0,0,", "b.tif,128,0,0"]
+    file.write_text("\n".join(["path,x,y,mpp", *(f"slides/{row}" for row in rows)]))
+    listing = list_inputs(file, TILE)
+    found = listing.items(0, len(listing))
+    assert [i.mpp for i in found] == [0.25, 0.5, None, 0]
+    reader = Reader(listing, TILE, lambda height, width: None)
+    half = Image.open(tmp_path / "slides" / "a.tif").crop((0, 0, 128, 128))
+    expected = np.asarray(half.resize((64, 64), Image.Resampling.LANCZOS)).astype(int)
+    assert abs(reader.read(found[0]).pixels - expected).max() <= 1
+    whole = np.asarray(Image.open(tmp_path / "slides" / "a.tif"))[:64, 128:192]
+    assert np.array_equal(reader.read(found[1]).pixels, whole)
+    for item, reason in ((found[2], "states neither"), (found[3], "has the given mpp = 0")):
+        with pytest.raises(ItemError, match=reason):
+            reader.read(item)
+    given = Reader(listing, TILE, lambda height, width: None, mpp=0.5)
+    assert np.array_equal(given.read(found[1]).pixels, whole)  # the row's own
+    assert given.read(found[2]).pixels.shape == (64, 64, 3)
+    file.write_text(file.read_text().replace("0.25", "0.26"))
+    assert list_inputs(file, TILE).identity() != listing.identity()
+    assert list_inputs(file, TILE).digest(0, 1) != listing.digest(0, 1)
+
+
+def slides(source, **settings):
+    listing = list_whole_slides(source, **settings)
+    found = listing.items(0, len(listing))
+    assert listing.kind == "slides"
+    assert all((i.x, i.y, i.file) == (None, None, i.name) for i in found)
+    return found
+
+
+def test_whole_slides_are_listed_one_an_item(tmp_path):
+    write(tmp_path, "lab/a.SVS", "lab/a.tif", "b.czi", "notes.txt", ".h/c.svs", ".d.svs")
+    found = slides(tmp_path, mpp=0.25)
+    assert [(i.name, i.stem, i.label, i.slide, i.mpp) for i in found] == [
+        ("b.czi", "b", "", "b", 0.25),
+        ("lab/a.SVS", "lab/a", "lab", "lab/a", 0.25),
+        ("lab/a.tif", "lab/a", "lab", "lab/a", 0.25),
+    ]
+    assert [i.size for i in found] == [(tmp_path / i.name).stat().st_size for i in found]
+    assert found[2].error == "would be written under the same name as lab/a.SVS; rename one"
+    (one,) = slides(tmp_path / "lab" / "a.SVS")
+    assert (one.name, one.stem, one.label, one.mpp, one.error) == ("a.SVS", "a", "", None, "")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="holds no slides"):
+        slides(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        slides(tmp_path / "absent")
+
+
+def test_a_table_of_whole_slides_says_what_is_known_of_each(tmp_path):
+    write(tmp_path, "1.svs", "2.svs", "3.png")
+    file = tmp_path / "slides.csv"
+    file.write_text("path,label,slide,mpp\n2.svs,x,B,0.5\n1.svs,,,\n3.png,,,\n4.svs,,,\n")
+    found = slides(file, mpp=0.25)
+    assert [(i.stem, i.label, i.slide, i.mpp) for i in found[:2]] == [
+        ("2", "x", "B", 0.5),
+        ("1", "", "1", 0.25),
+    ]
+    reasons = [i.error.partition(",")[0] for i in found]
+    assert reasons == ["", "", "is no slide", "cannot be opened: No such file or directory"]
+    file.write_text("path,x,y\n1.svs,0,0\n")
+    with pytest.raises(ValueError, match="has x and y, expected whole slides"):
+        slides(file)
 
 
 def test_the_kind_is_seen_or_must_be_said(tmp_path):
