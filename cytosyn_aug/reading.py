@@ -18,7 +18,7 @@ import numpy as np
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.image_files import MAX_PIXELS, ItemError, read_picture
 from cytosyn_aug.listing import Item, Listing
-from cytosyn_aug.slides import Slide, SlideError
+from cytosyn_aug.slides import MAX_ENLARGEMENT, Slide, SlideError
 from cytosyn_aug.tissue import TissueConfig, reason_to_reject, tile_quality
 
 _MAX_OPEN_SLIDES = 4  # a thread; a unit seldom spans more
@@ -52,7 +52,8 @@ class Reader:
         listing: Where they are.
         tile: Tiles that slides are cut to.
         check: Given height and width, raises `ItemError` for a tile that cannot be edited.
-        mpp: Scale of slides in microns per pixel, instead of what they state; an item's own wins.
+        mpp: Scale in microns per pixel: of slides, instead of what they state, an item's own wins;
+            of tiles, None for that of `tile`.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Reader:
         mpp: float | None = None,
     ) -> None:
         self.listing, self.tile, self.check, self.mpp = listing, tile, check, mpp
+        self._tiles_mpp = tile.mpp if mpp is None or listing.is_cut() else mpp
         self._tissue = TissueConfig()
         self._open = threading.local()
 
@@ -81,12 +83,22 @@ class Reader:
             return Loaded(item, np.zeros((0, 0, 3), np.uint8), item.name)
         if item.file and item.offset < 0:
             return self._read_slide(item)
+        self._check_scale(item)
         source = self.listing.root / (item.file or item.name)
         content = source if item.offset < 0 else _bytes_at(source, item.offset, item.size)
         pixels, notes = read_picture(content)
         self.check(*pixels.shape[:2])
         mask = self._mask(item, notes)
         return Loaded(item, pixels, pixels_key(pixels), mask, notes)
+
+    def _check_scale(self, item: Item) -> None:
+        """Refuse a tile whose row states another scale than the one all tiles are edited at."""
+        expected = self._tiles_mpp
+        if item.mpp is not None and not abs(item.mpp / expected - 1) < MAX_ENLARGEMENT - 1:
+            raise ItemError(
+                f"has {item.mpp:g} microns/pixel by its row, expected {expected:g} as all tiles of "
+                "a run; list tiles of one scale, and give it as --mpp"
+            )
 
     def _mask(self, item: Item, notes: tuple[str, ...]) -> bytes | None:
         if not item.mask:

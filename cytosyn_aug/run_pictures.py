@@ -20,7 +20,7 @@ from cytosyn_aug.image_files import ItemError, read_picture
 from cytosyn_aug.listing import Item, make_listing
 from cytosyn_aug.manifest import Manifest
 from cytosyn_aug.reading import Loaded, Reader
-from cytosyn_aug.table_inputs import SLIDE_SUFFIXES
+from cytosyn_aug.table_inputs import is_slide
 from cytosyn_aug.tar_files import Member, list_members
 
 _TAR = ".tar"
@@ -118,8 +118,10 @@ class RunPictures:
 
     def _load(self, row: Mapping[str, Any]) -> Loaded:
         name, x, y = row["source"], row.get("x"), row.get("y")
-        is_slide = self._kind == "slides" or Path(name).suffix.lower() in SLIDE_SUFFIXES
-        if is_slide and x is not None and y is not None:
+        has_place = x is not None and y is not None
+        if self._kind == "slides" or (
+            self._kind == "table" and is_slide(self._root / name, has_place=has_place)
+        ):
             return self._reader.read(Item(name, x=x, y=y, file=name))
         if self._kind != "shards":
             return self._reader.read(Item(name))

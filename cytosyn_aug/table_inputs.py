@@ -4,7 +4,9 @@ A path is that of a tile's image or, with x and y, of a slide: then the tile is 
 upper left corner at that pixel of level 0, whatever it shows. A .tif with x and y is a slide if it
 is tiled, and a tile with a known place if not: files of both kinds have that name, and only their
 headers are looked at. Paths are relative to the table's folder; results of absolute ones go by what
-follows their common folder. No image is opened here, and no torch.
+follows their common folder. An mpp is in microns per pixel: a slide's goes before what the slide
+states; a tile's must be that of the run, which edits all tiles at one scale. No image is opened
+here, and no torch.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from cytosyn_aug.listing import Item, Listing, corner, make_listing, output_stem
 from cytosyn_aug.slides import SLIDE_SUFFIXES
 
 EITHER_SUFFIXES = tuple(s for s in SLIDE_SUFFIXES if s in TILE_SUFFIXES)
+_MAX_SLIDES = 65_536  # remembered, for tables whose rows go to and fro
 _PATH_COLUMNS = ("path", "file", "filename", "image")
 
 
@@ -88,12 +92,9 @@ def _rows(
 
 def _items(folder: Path, table: dict[str, list[Any]]) -> Iterator[Item]:  # Any: cells
     sizes: dict[str, tuple[int, str]] = {}  # of slides, which come in many rows
-    known: dict[str, bool] = {}
+    is_cut = lru_cache(_MAX_SLIDES)(partial(is_slide, has_place="x" in table))
     for name, stem, cells in _rows(table):
-        suffix = os.path.splitext(name)[1].lower()
-        if suffix in EITHER_SUFFIXES and "x" in cells and name not in known:
-            known[name] = _is_tiled(folder / name)
-        if known.get(name, suffix in SLIDE_SUFFIXES and suffix not in EITHER_SUFFIXES):
+        if is_cut(folder / name):
             if name not in sizes:
                 sizes[name] = _size(folder / name)
             yield _slide_item(name, stem, cells, *sizes[name])
@@ -152,9 +153,18 @@ def _read_csv(file: Path) -> pa.Table:
     )
 
 
-def _is_tiled(file: Path) -> bool:
-    """Return whether OpenSlide takes a TIFF for a slide: any that is stored in tiles."""
-    return openslide.OpenSlide.detect_format(file) is not None
+def is_slide(file: Path, *, has_place: bool) -> bool:
+    """Return whether a file in a table is a slide, and not the image of a tile.
+
+    Args:
+        file: Its path; need not exist.
+        has_place: Whether the table says x and y, without which a TIFF is a tile.
+    """
+    suffix = file.suffix.lower()
+    if suffix not in EITHER_SUFFIXES:
+        return suffix in SLIDE_SUFFIXES
+    # OpenSlide takes any TIFF for a slide that is stored in tiles.
+    return has_place and openslide.OpenSlide.detect_format(file) is not None
 
 
 def _size(file: Path) -> tuple[int, str]:

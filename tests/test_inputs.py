@@ -264,6 +264,31 @@ def test_a_table_may_give_each_slide_its_scale(tmp_path, synthetic_slide):
     assert list_inputs(file, TILE).digest(0, 1) != listing.digest(0, 1)
 
 
+def test_a_tile_whose_row_states_another_scale_is_refused(tmp_path):
+    write(tmp_path, "1.png", "2.png", "3.png", "4.png")
+    file = tmp_path / "table.csv"
+    file.write_text("path,mpp\n1.png,0.503\n2.png,0.25\n3.png,\n4.png,0\n")
+    listing = list_inputs(file, TILE)
+    found = listing.items(0, len(listing))
+
+    def refused(mpp):
+        reader = Reader(listing, TILE, lambda height, width: None, mpp)
+        for item in found:
+            try:
+                reader.read(item)
+            except ItemError as error:
+                yield item.name, str(error).partition(" as all")[0]
+
+    assert list(refused(None)) == [
+        ("2.png", "has 0.25 microns/pixel by its row, expected 0.5"),
+        ("4.png", "has 0 microns/pixel by its row, expected 0.5"),
+    ]
+    assert list(refused(0.25)) == [
+        ("1.png", "has 0.503 microns/pixel by its row, expected 0.25"),
+        ("4.png", "has 0 microns/pixel by its row, expected 0.25"),
+    ]
+
+
 def slides(source, **settings):
     listing = list_whole_slides(source, **settings)
     found = listing.items(0, len(listing))
