@@ -32,11 +32,12 @@ if TYPE_CHECKING:
     from cytosyn_aug.replay import ReplayBank
     from cytosyn_aug.resampling import ConditionedResample
     from cytosyn_aug.schedules import Ramp
+    from cytosyn_aug.slide_recipe import SlideRecipe, SlideReport
     from cytosyn_aug.stain import is_tissue
     from cytosyn_aug.transforms import StainNormalize, StainTransfer
     from cytosyn_aug.variants import CachedVariants, LatentVariant
     from cytosyn_aug.views import StainViews
-    from cytosyn_aug.whole_slides import SlideRecipe, SlideReport, normalize_slide
+    from cytosyn_aug.whole_slides import normalize_slide
 
 _HOMES = {
     "CacheSpec": "cache_spec",
@@ -57,8 +58,8 @@ _HOMES = {
     "ReinhardNormalize": "classical",
     "ReinhardReference": "reinhard",
     "ReplayBank": "replay",
-    "SlideRecipe": "whole_slides",
-    "SlideReport": "whole_slides",
+    "SlideRecipe": "slide_recipe",
+    "SlideReport": "slide_recipe",
     "StainNormalize": "transforms",
     "StainReference": "reference",
     "StainTransfer": "transforms",

@@ -7,7 +7,8 @@ memory the rows at hand are tried again in halves, and later batches stay that s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -27,6 +28,15 @@ class MicroBatches:
         if size < 1:
             raise ValueError(f"batch_size is {size}, expected at least 1")
         self.device, self.size, self.is_static = device, size, is_static
+
+    @contextmanager
+    def fixed(self) -> Iterator[None]:
+        """Pad in this block, so that a row's bits do not depend on how many are left."""
+        before, self.is_static = self.is_static, True
+        try:
+            yield
+        finally:
+            self.is_static = before
 
     def map(
         self, function: Callable[..., tuple[Tensor, ...]], *columns: Tensor | Sequence[int]

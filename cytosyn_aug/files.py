@@ -80,6 +80,16 @@ def remove_leftovers(folder: Path, pattern: str = ".*.tmp") -> list[Path]:
     return held
 
 
+def check_inside(folder: Path, root: Path) -> None:
+    """Make sure that a folder, which may not exist yet, is below another wherever links point.
+
+    Raises:
+        ValueError: It leads out.
+    """
+    if not folder.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"{folder} leads out of {root}, to {folder.resolve()}; remove the link")
+
+
 def _lock(stream: BinaryIO) -> bool:
     """Lock an open file; return False if another process has it, True where nobody can tell."""
     if sys.platform == "win32":

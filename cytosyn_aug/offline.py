@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from cytosyn_aug.cache import LatentCache
 from cytosyn_aug.conditions import Conditions
@@ -40,8 +41,10 @@ from cytosyn_aug.plans import (
 )
 from cytosyn_aug.report import report
 from cytosyn_aug.running import Summary, Work, do_run
+from cytosyn_aug.slide_recipe import SlideRecipe
+from cytosyn_aug.slide_runs import plan_slides
 
-__all__ = ["Work", "augment", "cache", "normalize", "report", "sample"]
+__all__ = ["Work", "augment", "cache", "normalize", "normalize_slides", "report", "sample"]
 
 
 def augment(
@@ -122,7 +125,7 @@ def normalize(
     stain_source: Source = "tile",
     strength: float = 1.0,
     mpp: float | None = None,
-    format: Format = "png",
+    format: Format | Literal["slide"] = "png",
     input: InputKind | None = None,
     unit_tiles: int = UNIT_TILES,
     work: Work | None = None,
@@ -140,7 +143,7 @@ def normalize(
             `NormalizeRecipe`.
         strength: 1 goes to the reference, 0 stays.
         mpp: See `augment`, as for all that follow.
-        format: "png", "webp" or "tar".
+        format: "png", "webp" or "tar"; or "slide", for what `normalize_slides` does by default.
         input: What IN is.
         unit_tiles: Tiles of a work unit.
         work: Shard, threads and the like.
@@ -148,9 +151,44 @@ def normalize(
     Raises:
         ValueError, OSError: See `augment`.
     """
+    if format == "slide":
+        slides = SlideRecipe(strength=strength, slide_mpp=mpp)
+        return normalize_slides(
+            source, out, generator, reference=reference, method=method, recipe=slides, work=work
+        )
     recipe = NormalizeRecipe(method=method, source=stain_source, strength=strength)
     tiles = Tiles(source=source, kind=input, mpp=mpp, unit_tiles=unit_tiles)
     run = plan_normalize(tiles, out, generator, [reference], recipe, format)
+    return do_run(run, work or Work())
+
+
+def normalize_slides(
+    source: Path | str,
+    out: Path | str,
+    generator: TileGenerator | None = None,
+    *,
+    reference: Given,
+    method: Method = "cytosyn",
+    recipe: SlideRecipe | None = None,
+    work: Work | None = None,
+) -> Summary:
+    """Write slides with the stain of a reference, as pyramids, and a manifest with a row a slide.
+
+    For one slide and one file there is `cytosyn_aug.normalize_slide`.
+
+    Args:
+        source: Slide, folder of slides, or table with a path a row and any of label, mpp.
+        out: OUT; each slide goes to `<its path>.ome.tif`.
+        generator: The model of method "cytosyn"; the others need none.
+        reference: See `normalize`.
+        method: See `normalize`.
+        recipe: See `SlideRecipe`.
+        work: Shard and the like; of its threads, `readers` do all there is to do.
+
+    Raises:
+        ValueError, OSError: See `augment`.
+    """
+    run = plan_slides(source, out, generator, reference, method, recipe or SlideRecipe())
     return do_run(run, work or Work())
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from cytosyn_aug.config import Method
+from cytosyn_aug.slide_command import FILE_SUFFIXES
 from cytosyn_aug.slurm import SlurmJob, array_script
 from cytosyn_aug.work_options import (
     add_model,
@@ -256,8 +257,8 @@ def _normalize(parse: Callable[[list[str]], argparse.Namespace], args: argparse.
     return say_summary(summary)
 
 
-# What both commands have. Whatever else is given to `normalize` for slides would mean nothing.
-_OF_SLIDES = ("method", "strength", "model", "encoder", "device", "overwrite", "quiet")
+# What tiles have and slides have not.
+_OF_TILES = ("stain_source", "unit_tiles", "writers")
 
 
 def _normalize_slides(
@@ -265,16 +266,15 @@ def _normalize_slides(
 ) -> int:
     """Do what `normalize-slide` does, with the options that both commands have."""
     words = [str(args.source), str(args.out), "--reference", *args.reference]
-    usual = parse(["normalize", *words])
-    given = {k: v for k, v in vars(args).items() if k in vars(usual) and v != vars(usual)[k]}
-    strange = sorted(given.keys() - {*_OF_SLIDES, "format", "input", "mpp", "run"})
-    if args.input not in (None, "slides"):
+    usual = vars(parse(["normalize", *words]))
+    strange = [name for name in _OF_TILES if getattr(args, name) != usual[name]]
+    if args.input not in (None, "slides", "table"):
         strange.append("input")
     if strange:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in strange)
         raise ValueError(f"{flags} mean nothing for --format slide; see normalize-slide --help")
     slides = parse(["normalize-slide", *words])
-    for name in _OF_SLIDES:
+    for name in vars(slides).keys() & vars(args).keys() - {"mpp", "run", "command", *_OF_TILES}:
         setattr(slides, name, getattr(args, name))
     slides.slide_mpp = args.mpp
     run: Callable[[argparse.Namespace], int] = slides.run
@@ -318,13 +318,13 @@ def _slurm(parse: Callable[[list[str]], argparse.Namespace], args: argparse.Name
     words = args.words[1:] if args.words[:1] == ["--"] else args.words
     nested = parse(words)  # a typing error is found now, not when the job starts
     if not hasattr(nested, "shard"):
-        raise ValueError("expected augment, normalize, cache or sample after --")
+        raise ValueError("expected augment, normalize, cache, sample or normalize-slide after --")
     if nested.shard != (0, 1) or nested.overwrite or nested.dry_run:
         raise ValueError("leave --shard, --overwrite and --dry-run away; the script says --shard")
-    if getattr(nested, "format", "") == "slide":
+    if nested.out.suffix.lower() in FILE_SUFFIXES:
         raise ValueError(
-            "--format slide takes no --shard: a slide has one job. Print an array of "
-            "`cytosyn-aug normalize-slide SLIDE OUT ...`, one slide a job, yourself"
+            f"{nested.out} is one file, and one slide is not shared among jobs; give a folder of "
+            "slides and a folder to write"
         )
     job = SlurmJob(
         shards=args.shards,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cytosyn_aug.cache import LatentCache
 from cytosyn_aug.cache_spec import CacheSpec
-from cytosyn_aug.files import atomic_file, flush_folder
+from cytosyn_aug.files import atomic_file, check_inside, flush_folder
 from cytosyn_aug.image_files import encode_png, encode_webp
 from cytosyn_aug.listing import Item
 from cytosyn_aug.run_folder import RunFolder
@@ -145,10 +145,7 @@ class TreeOutput:
             self._touched.setdefault(unit, set()).update([folder, *above])
             if folder in self._known:
                 return
-            if not folder.resolve().is_relative_to(self._root):
-                raise ValueError(
-                    f"{folder} leads out of {self._root}, to {folder.resolve()}; remove the link"
-                )
+            check_inside(folder, self._root)
             folder.mkdir(parents=True, exist_ok=True)
             self._known.add(folder)
 

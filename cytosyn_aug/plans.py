@@ -83,7 +83,7 @@ def plan_augment(
 ) -> Run:
     """Return the run that `cytosyn_aug.offline.augment` does."""
     _check_format(format, get_args(Format))
-    _check_apart(tiles.source, out)
+    check_apart(tiles.source, out)
     if recipe.mode == "resample":
         generator.check_drawing(steps=recipe.steps, guidance_scale=recipe.guidance_scale)
     laboratories, identities = open_references(references, generator)
@@ -158,7 +158,7 @@ def plan_normalize(
 ) -> Run:
     """Return the run that `cytosyn_aug.offline.normalize` does."""
     _check_format(format, _IMAGE_FORMATS)
-    _check_apart(tiles.source, out)
+    check_apart(tiles.source, out)
     laboratories, identities = open_references(references, generator, recipe.method)
     listing = _list(tiles, generator)
     recipe = replace(recipe, mpp=_scale(tiles, listing, generator))
@@ -194,12 +194,12 @@ def plan_cache(
     tiles: Tiles, cache: Path | str, generator: TileGenerator, contents: Sequence[Contents]
 ) -> Run:
     """Return the run that `cytosyn_aug.offline.cache` does."""
-    _check_apart(tiles.source, cache)
+    check_apart(tiles.source, cache)
     listing = _list(tiles, generator)
     spec = encodings_spec(generator, contents)
     identity = _identity("cache", {"contents": list(contents)}, listing, generator, tiles)
     # A cache holds many sets of tiles; each has a run of its own beside the records.
-    name = _digest(identity)
+    name = settings_digest(identity)
     task = TileTask(
         generator=generator,
         listing=listing,
@@ -269,10 +269,14 @@ def plan_sample(
     )
 
 
-def _check_apart(source: Path | str, out: Path | str) -> None:
+def check_apart(source: Path | str, out: Path | str) -> None:
     """Refuse results among their sources: the next run would find them.
 
     Called before references are fitted and slides are looked through, which takes longer.
+
+    Raises:
+        FileNotFoundError: There is no IN.
+        ValueError: One lies in the other.
     """
     source, out = Path(source), Path(out)
     if not source.exists():
@@ -283,6 +287,11 @@ def _check_apart(source: Path | str, out: Path | str) -> None:
             raise ValueError(f"OUT {out} is the folder of IN {source}; choose another one")
     elif inside.is_relative_to(folder) or folder.is_relative_to(inside):
         raise ValueError(f"OUT {out} and IN {source} lie in each other; choose folders apart")
+
+
+def settings_digest(content: dict[str, Any]) -> str:  # Any: JSON
+    """Return 16 digits of SHA-256 over what JSON says of settings."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _list(tiles: Tiles, generator: TileGenerator) -> Listing:
@@ -337,11 +346,7 @@ def _record_bytes_per_pixel(spec: CacheSpec) -> float:
 def _constants(identity: dict[str, Any]) -> dict[str, Any]:  # Any: JSON, cells
     """Return what all rows of a manifest say of the recipe and the model."""
     recipe = {k: v for k, v in identity.items() if k not in ("input", "unit_tiles", "format")}
-    return {"recipe": _digest(recipe), "model": identity["model"]["digest"]}
-
-
-def _digest(content: dict[str, Any]) -> str:  # Any: JSON
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return {"recipe": settings_digest(recipe), "model": identity["model"]["digest"]}
 
 
 def _scale(tiles: Tiles, listing: Listing, generator: TileGenerator) -> float:

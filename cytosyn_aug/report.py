@@ -9,18 +9,22 @@ same to the byte for the same folder. It changes nothing else: a run goes on as 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from cytosyn_aug.files import write_atomically
 from cytosyn_aug.run_facts import gather
 from cytosyn_aug.run_folder import RUN_NAME
 from cytosyn_aug.run_report import run_page
-from cytosyn_aug.slide_facts import find_slides
+from cytosyn_aug.slide_facts import find_run, find_slides
+from cytosyn_aug.slide_recipe import SLIDES_COMMAND
 from cytosyn_aug.slide_report import slides_page
 
 NUM_TILES = 96
 REPORT_NAME = "report.html"
 _ATTEMPTS = 5
+Seen = TypeVar("Seen")
 
 
 def report(
@@ -36,8 +40,8 @@ def report(
         made: OUT: the folder of a run, or a slide or a folder of slides of `normalize-slide`.
         out: .html file to write; None for `report.html` in the folder, or `<slide>.report.html`
             beside a slide.
-        source: IN, where it lies now; None for where it lay when the run began. Slides do not say
-            where they came from, so without it a report on slides shows nothing of before.
+        source: IN, where it lies now; None for where it lay when the run began. A slide that was
+            written without a run does not say where it came from; then nothing of before is shown.
         num_tiles: Results that are measured for colour and structure, of a slide tiles.
 
     Returns:
@@ -61,23 +65,30 @@ def report(
         raise ValueError(f"out is {file.name!r}, expected a name that ends in .html")
     if not file.parent.is_dir():
         raise FileNotFoundError(f"{file.parent} does not exist; make it, or give another file")
-    slides = [] if (made / RUN_NAME).is_file() else find_slides(made)
-    if made.is_file() and not slides:
-        raise ValueError(f"{made} is not what normalize-slide wrote; give the OUT of a run")
-    if slides:
-        where = None if source is None else Path(source)
-        page = slides_page(slides, source=where, num_tiles=num_tiles)
-    else:
-        page = _run_page(made, source, num_tiles)
+    where = None if source is None else Path(source)
+    page = _page(made, where, num_tiles)
     write_atomically(file, page.encode())
     return file
 
 
-def _run_page(folder: Path, source: Path | str | None, num_tiles: int) -> str:
-    """Return the page of a run that may be at work, whose receipts then become a manifest."""
+def _page(made: Path, source: Path | None, num_tiles: int) -> str:
+    is_run = (made / RUN_NAME).is_file()
+    found = _unless_moving(made, lambda: find_run(made, source)) if is_run else None
+    if not is_run:
+        found = find_slides(made, source)
+        if made.is_file() and not found.slides:
+            raise ValueError(f"{made} is not what normalize-slide wrote; give the OUT of a run")
+    if found is not None and (is_run or found.slides):
+        name = found.slides[0][0].name if len(found.slides) == 1 else made.name
+        return slides_page(found, title=f"{SLIDES_COMMAND}: {name}", num_tiles=num_tiles)
+    return _unless_moving(made, lambda: run_page(gather(made, source=source, num_tiles=num_tiles)))
+
+
+def _unless_moving(folder: Path, look: Callable[[], Seen]) -> Seen:
+    """Look at a run that may be at work, whose receipts then become a manifest; again if so."""
     for attempt in range(_ATTEMPTS):
         try:
-            return run_page(gather(folder, source=source, num_tiles=num_tiles))
+            return look()
         except FileNotFoundError:
             if attempt == _ATTEMPTS - 1 or not (folder / RUN_NAME).is_file():
                 raise

@@ -22,6 +22,7 @@ from cytosyn_aug.slide_writer import TILE_PX, Codec, halve
 from cytosyn_aug.slides import Slide, SlideError
 
 _TRIAL_BLOCKS = 16
+PYRAMID = 4 / 3  # of the finest level, all levels together
 
 
 class Block(NamedTuple):
@@ -112,7 +113,7 @@ class BlockMaker:
         step = max(1, len(self.positions) // _TRIAL_BLOCKS)
         read = [self._read(row, column) for row, column in self.positions[::step]]
         sizes = [len(self.codec.encode_tile(pixels)) for pixels in read if pixels is not None]
-        return int(sum(sizes) / max(1, len(sizes)) * len(self.positions) * 4 / 3)
+        return int(sum(sizes) / max(1, len(sizes)) * len(self.positions) * PYRAMID)
 
     def __enter__(self) -> Self:
         return self

@@ -1,24 +1,34 @@
 """The command for whole slides: normalize-slide. No torch is imported to show help.
 
-Exit codes: 0 done; 1 done, but some slides failed and are named; 2 nothing could be done.
+One slide to one file, or any number of slides to a folder as a run, which is resumed, shared and
+recorded as those of tiles are. For exit codes see `cytosyn_aug.work_options`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from cytosyn_aug.config import Method
+from cytosyn_aug.work_options import (
+    add_model,
+    add_work,
+    load_generator,
+    say_summary,
+    shared_path,
+    work_of,
+)
 
 if TYPE_CHECKING:
     from cytosyn_aug.generator import TileGenerator
-    from cytosyn_aug.slide_stain import Reference
-    from cytosyn_aug.whole_slides import SlideReport
+    from cytosyn_aug.slide_recipe import SlideRecipe, SlideReport
 
 AddCommand = Callable[[str, Callable[..., int], str, str], argparse.ArgumentParser]
+FILE_SUFFIXES = (".tif", ".tiff")
 
 
 def add_command(add: AddCommand) -> None:
@@ -29,14 +39,24 @@ def add_command(add: AddCommand) -> None:
         "write slides with the stain of a reference, as pyramids that keep pixels and scale only",
         "cytosyn-aug normalize-slide SLIDE.svs OUT.ome.tif --reference LAB_A",
     )
-    command.add_argument("source", metavar="IN", type=Path, help="slide, or folder of slides")
-    command.add_argument("out", metavar="OUT", type=Path, help="file, or folder for a folder")
+    command.add_argument(
+        "source",
+        metavar="IN",
+        type=Path,
+        help="slide, folder of slides, or .csv or .parquet with path and any of label, mpp",
+    )
+    command.add_argument(
+        "out",
+        metavar="OUT",
+        type=Path,
+        help="file that ends in .tif for one slide, or folder to write or continue",
+    )
     command.add_argument(
         "--reference",
         required=True,
         nargs="+",
         metavar="DIR|FILE",
-        help="folders of tiles and slides to fit to, or one saved .json",
+        help="folders of tiles and slides to fit one reference to, or one saved .json",
     )
     command.add_argument("--method", default="cytosyn", choices=get_args(Method))
     command.add_argument("--strength", type=float, default=1.0, metavar="S", help="0 to 1")
@@ -49,18 +69,17 @@ def add_command(add: AddCommand) -> None:
     command.add_argument("--quality", type=int, default=90, help="of JPEG")
     command.add_argument("--keep-thumbnail", action="store_true", help="labels are never kept")
     command.add_argument("--allow-damage", action="store_true", help="leave what is damaged black")
-    command.add_argument("--overwrite", action="store_true", help="replace what exists")
-    command.add_argument("--threads", type=int, default=4)
-    command.add_argument("--model", metavar="DIR|ID", help="folder or Hub id; default: tiny")
-    command.add_argument("--encoder", default="auto", help="folder, file or Hub id; or none")
-    command.add_argument("--device", default="cpu")
-    command.add_argument("--quiet", action="store_true", help="show no progress")
+    command.add_argument(
+        "--threads", dest="readers", type=int, default=4, help="that read, recolour and compress"
+    )
+    command.set_defaults(writers=1)
+    add_model(command)
+    add_work(command)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Normalise one slide or a folder of them; return the exit code."""
-    from cytosyn_aug.slides import SlideError
-    from cytosyn_aug.whole_slides import SlideRecipe, is_made, normalize_slide
+    """Normalise one slide to a file, or slides to a folder; return the exit code."""
+    from cytosyn_aug.slide_recipe import SlideRecipe
 
     recipe = SlideRecipe(
         strength=args.strength,
@@ -72,83 +91,75 @@ def run(args: argparse.Namespace) -> int:
         keeps_thumbnail=args.keep_thumbnail,
         allows_damage=args.allow_damage,
     )
-    pairs = list(_pairs(args.source, args.out))
-    generator = _load(args) if args.method == "cytosyn" else None
-    reference = _reference(args, generator)
-    failed = 0
-    for slide, out in pairs:
-        try:
-            if out.exists() and not args.overwrite and is_made(out, slide, reference, recipe):
-                print(f"{out}: is made already")
-                continue
-            report = normalize_slide(
-                slide,
-                out,
-                reference,
-                generator=generator,
-                recipe=recipe,
-                overwrite=args.overwrite,
-                num_threads=args.threads,
-                progress=None if args.quiet else _Progress(slide.name),
-            )
-        except (SlideError, FileExistsError) as error:
-            if len(pairs) == 1:
-                raise
-            failed += 1
-            print(f"failed: {error}", file=sys.stderr)
-        else:
-            _print(report)
-    return 1 if failed else 0
+    is_file = args.out.suffix.lower() in FILE_SUFFIXES
+    if is_file:
+        _check_one(args)
+    generator = load_generator(args) if args.method == "cytosyn" else None
+    return (_one if is_file else _many)(args, recipe, generator)
 
 
-class _Progress:
-    """Says on stderr, at each tenth, how much of a slide is done."""
+def _check_one(args: argparse.Namespace) -> None:
+    """Refuse what means nothing for one slide."""
+    if args.source.is_dir():
+        raise ValueError(f"{args.source} is a folder, and {args.out} names a file; give a folder")
+    if args.shard != (0, 1) or args.engine != "local":
+        raise ValueError(
+            f"{args.out} is one file, and one slide is not shared among jobs; leave --shard and "
+            "--engine away, or give a folder of slides and a folder to write"
+        )
 
-    def __init__(self, name: str) -> None:
-        self._name, self._said = name, 0
 
-    def __call__(self, done: int, total: int) -> None:
-        if (tenths := 10 * done // total) > self._said:
-            self._said = tenths
-            print(f"{self._name}: {10 * tenths} %", file=sys.stderr)
+def _many(args: argparse.Namespace, recipe: SlideRecipe, generator: TileGenerator | None) -> int:
+    from cytosyn_aug import offline
 
-
-def _pairs(source: Path, out: Path) -> Iterable[tuple[Path, Path]]:
-    """Yield each slide and where it goes."""
-    from cytosyn_aug.slides import SLIDE_SUFFIXES
-
-    if not source.is_dir():
-        if out.is_dir():
-            raise ValueError(f"{out} is a folder; name a file, such as {out / source.stem}.ome.tif")
-        yield source, out
-        return
-    if out.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"{out} is inside {source}, where results would be found as slides")
-    slides = sorted(
-        f
-        for f in source.rglob("*")
-        if f.suffix.lower() in SLIDE_SUFFIXES and not f.name.startswith(".")
+    summary = offline.normalize_slides(
+        shared_path(args, args.source),
+        shared_path(args, args.out),
+        generator,
+        reference=args.reference,
+        method=args.method,
+        recipe=recipe,
+        work=work_of(args),
     )
-    if not slides:
-        raise ValueError(f"{source} holds no slides; expected {', '.join(SLIDE_SUFFIXES)}")
-    names = [slide.relative_to(source).with_suffix(".ome.tif") for slide in slides]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{source} holds slides that differ in their suffix only; rename them")
-    yield from ((slide, out / name) for slide, name in zip(slides, names, strict=True))
+    return say_summary(summary)
 
 
-def _load(args: argparse.Namespace) -> TileGenerator:
-    from cytosyn_aug.generator import TileGenerator
+def _one(args: argparse.Namespace, recipe: SlideRecipe, generator: TileGenerator | None) -> int:
+    from tqdm import tqdm
 
-    encoder = None if args.encoder == "none" else args.encoder
-    return TileGenerator.from_pretrained(args.model, encoder=encoder, device=args.device)
-
-
-def _reference(args: argparse.Namespace, generator: TileGenerator | None) -> Reference:
     from cytosyn_aug.laboratories import open_references
+    from cytosyn_aug.whole_slides import is_made, normalize_slide, try_slide
 
     opened, _ = open_references([args.reference], generator, args.method)
-    return next(iter(opened.values()))
+    (reference,) = opened.values()
+    if args.dry_run:
+        num_bytes, seconds = try_slide(
+            args.source, reference, generator=generator, recipe=recipe, num_threads=args.readers
+        )
+        print(json.dumps({"output_bytes": num_bytes, "hours": round(seconds / 3600, 3)}, indent=1))
+        return 0
+    is_there = args.out.exists() and not args.overwrite
+    if is_there and is_made(args.out, args.source, reference, recipe):
+        print(f"{args.out}: is made already")
+        return 0
+    with tqdm(unit="block", disable=args.quiet) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        report = normalize_slide(
+            args.source,
+            args.out,
+            reference,
+            generator=generator,
+            recipe=recipe,
+            overwrite=args.overwrite,
+            num_threads=args.readers,
+            progress=show,
+        )
+    _print(report)
+    return 0
 
 
 def _print(report: SlideReport) -> None:

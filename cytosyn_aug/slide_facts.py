@@ -16,7 +16,9 @@ from PIL import Image
 
 from cytosyn_aug.colour import colour_distance
 from cytosyn_aug.config import TileSpec
+from cytosyn_aug.manifest import open_manifest
 from cytosyn_aug.run_measures import structure_score
+from cytosyn_aug.slide_recipe import SLIDES_COMMAND
 from cytosyn_aug.slide_tiles import candidate_positions, slide_mask
 from cytosyn_aug.slides import SLIDE_SUFFIXES, Slide, SlideError
 from cytosyn_aug.tissue import TissueConfig
@@ -56,7 +58,7 @@ class SlideFacts(NamedTuple):
         said: What it says of itself, JSON.
         size: Width and height of its finest level.
         mpp: Its scale.
-        overviews: Before, or None, and after.
+        overviews: Before, or None, and after; None of a slide that is only described.
         tiles: A few, in the order of their places.
         worst: Those of the sample whose structure was kept least, the worst first.
         structures: Structure scores of the sample.
@@ -68,7 +70,7 @@ class SlideFacts(NamedTuple):
     said: dict[str, Any]  # Any: JSON
     size: tuple[int, int]
     mpp: float
-    overviews: tuple[np.ndarray | None, np.ndarray]
+    overviews: tuple[np.ndarray | None, np.ndarray] | None
     tiles: list[SlideTile]
     worst: list[SlideTile]
     structures: list[float]
@@ -77,10 +79,58 @@ class SlideFacts(NamedTuple):
     problem: str
 
 
-def find_slides(made: Path) -> list[Path]:
-    """Return what `normalize-slide` wrote: the file itself, or those in a folder, by name."""
+class FoundSlides(NamedTuple):
+    """Slides that were written, and those that were not.
+
+    Attributes:
+        slides: Each with the slide it was made from, or None if that is not known.
+        failed: Name and reason.
+        is_finished: Whether nothing is left to do.
+    """
+
+    slides: list[tuple[Path, Path | None]]
+    failed: list[tuple[str, str]]
+    is_finished: bool = True
+
+
+def find_slides(made: Path, source: Path | None) -> FoundSlides:
+    """Return what `normalize-slide` wrote: the file itself, or those in a folder, by name.
+
+    Args:
+        made: A file, or a folder that is no run's.
+        source: The slide it was made from, or a folder of those; None if not at hand.
+    """
     files = [made] if made.is_file() else sorted(made.iterdir())
-    return [file for file in files if file.suffix.lower() in _WRITTEN and _is_ours(file)]
+    found = [file for file in files if file.suffix.lower() in _WRITTEN and _is_ours(file)]
+    return FoundSlides([(file, source_of(file, source)) for file in found], [])
+
+
+def find_run(folder: Path, source: Path | None) -> FoundSlides | None:
+    """Return the slides of a run, finished or not; None if the run is not one of slides.
+
+    Args:
+        folder: OUT, which holds a run.
+        source: Where IN is now; None for where it lay.
+
+    Raises:
+        FileNotFoundError: The run went on meanwhile.
+        ValueError: Its `run.json` is damaged.
+    """
+    manifest = open_manifest(folder)
+    if manifest.identity["command"] != SLIDES_COMMAND:
+        return None
+    place = Path(manifest.context["input"]) if source is None else source
+    root = place if place.is_dir() else place.parent
+    slides: list[tuple[Path, Path | None]] = []
+    failed = []
+    for part in manifest.parts(["source", "status", "reason", "output"]):
+        for row in part.to_pylist():
+            if row["status"] == "failed":
+                failed.append((row["source"], row["reason"]))
+            else:
+                slide = root / row["source"]
+                slides.append((folder / row["output"], slide if slide.is_file() else None))
+    return FoundSlides(slides, failed, manifest.is_finished)
 
 
 def source_of(file: Path, source: Path | None) -> Path | None:
@@ -91,6 +141,16 @@ def source_of(file: Path, source: Path | None) -> Path | None:
     endings = (*SLIDE_SUFFIXES, *_WRITTEN)
     found = (f for f in sorted(source.iterdir()) if f.suffix.lower() in endings)
     return next((f for f in found if f.stem == stem), None)
+
+
+def describe_slide(file: Path) -> SlideFacts:
+    """Return what a result says of itself, without looking at its pixels.
+
+    Raises:
+        SlideError: It cannot be read.
+    """
+    with Slide(file) as made:
+        return _facts(made, None, "")
 
 
 def gather_slide(file: Path, source: Path | None, num_tiles: int) -> SlideFacts:
@@ -111,24 +171,30 @@ def gather_slide(file: Path, source: Path | None, num_tiles: int) -> SlideFacts:
             if opened is not None:
                 stack.enter_context(opened)
             view = _View(made, opened, said)
-            facts = SlideFacts(
-                file=file,
-                said=said,
-                size=(made.width_level0, made.height_level0),
-                mpp=made.scale.mpp,
-                overviews=view.overviews(),
-                tiles=[],
-                worst=[],
-                structures=[],
-                before=ColourDistribution(),
-                after=ColourDistribution(),
-                problem=problem,
-            )
+            facts = _facts(made, view.overviews(), problem)
             positions = view.positions(num_tiles)
             for number, (x, y) in enumerate(positions):
                 is_shown = number % max(1, len(positions) // NUM_SHOWN) == 0
                 _take(facts, view.tile(x, y), is_shown and len(facts.tiles) < NUM_SHOWN)
         return facts
+
+
+def _facts(
+    made: Slide, overviews: tuple[np.ndarray | None, np.ndarray] | None, problem: str
+) -> SlideFacts:
+    return SlideFacts(
+        file=made.file,
+        said=provenance_of(made),
+        size=(made.width_level0, made.height_level0),
+        mpp=made.scale.mpp,
+        overviews=overviews,
+        tiles=[],
+        worst=[],
+        structures=[],
+        before=ColourDistribution(),
+        after=ColourDistribution(),
+        problem=problem,
+    )
 
 
 def _take(facts: SlideFacts, tile: SlideTile, is_shown: bool) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import numpy as np
 
 from cytosyn_aug.colour_plots import READING, plot_colours, swatch
@@ -25,38 +22,45 @@ from cytosyn_aug.page import (
 )
 from cytosyn_aug.run_report import is_moved, own_version
 from cytosyn_aug.slide_facts import (
+    FoundSlides,
     SlideFacts,
     SlideTile,
+    describe_slide,
     gather_slide,
-    source_of,
 )
 from cytosyn_aug.slides import SlideError
 
 _OVERVIEW_PX = 560
 _LEAST_TILES = 8
+_MAX_SHOWN = 24  # slides; a page of more is too large to open
 # Raw tissue is at 1 to 1.1 and at most 1.5; see cytosyn_aug.seams.
 _LARGE_SEAM = 1.6
 
 
-def slides_page(files: Sequence[Path], *, source: Path | None, num_tiles: int) -> str:
+def slides_page(found: FoundSlides, *, title: str, num_tiles: int) -> str:
     """Return the page of slides.
 
     Args:
-        files: What `normalize-slide` wrote.
-        source: The slide it was made from, or a folder of those; None if not at hand.
-        num_tiles: Tiles that are measured, in all slides together, and at least 8 of each.
+        found: What `normalize-slide` wrote.
+        title: Of the page.
+        num_tiles: Tiles that are measured, in all slides together, and at least 8 of each that is
+            shown; of many slides some are, evenly spaced.
     """
-    share = max(_LEAST_TILES, num_tiles // len(files))
-    rows, sections, findings = [], [], []
-    for file in files:
+    num_shown = min(_MAX_SHOWN, len(found.slides))
+    shown = {k * len(found.slides) // num_shown for k in range(num_shown)}
+    share = max(_LEAST_TILES, num_tiles // max(1, num_shown))
+    rows, sections, findings = [], [], _findings(found, num_shown)
+    for number, (file, source) in enumerate(found.slides):
+        is_shown = number in shown
         try:
-            facts = gather_slide(file, source_of(file, source), share)
+            facts = gather_slide(file, source, share) if is_shown else describe_slide(file)
         except SlideError as error:
             findings.append(paragraph(str(error), "note bad"))
             continue
         rows.append(_row(facts))
         findings += [paragraph(f"{file.name}: {text}", "note") for text in slide_findings(facts)]
-        sections.append((file.name, _section(facts)))
+        if is_shown:
+            sections.append((file.name, _section(facts)))
     header = ["slide", "status", "pixels", "microns/pixel", "tissue", "seams before", "after"]
     header += ["structure, median"]
     lead = (
@@ -64,13 +68,25 @@ def slides_page(files: Sequence[Path], *, source: Path | None, num_tiles: int) -
         "them, of the whole slide; about 1 for tissue that was never cut."
     )
     overview = joined([paragraph(lead, "lead"), table(header, rows)])
-    title = f"normalize-slide: {files[0].name if len(files) == 1 else files[0].parent.name}"
     by = f"Written by cytosyn_aug {own_version()}. Not a medical device."
     opening = [
         paragraph(by, "lead"),
         *(findings or [paragraph("Nothing stands out.", "note good")]),
     ]
     return whole_page(title, opening, [("Slides", overview), *sections])
+
+
+def _findings(found: FoundSlides, num_shown: int) -> list[Html]:
+    """Return what a reader should know first of all slides together."""
+    notes = [paragraph(f"{name} failed: {reason}", "note bad") for name, reason in found.failed]
+    if not found.is_finished:
+        notes.append(paragraph("The run is not finished; run the same again for the rest.", "note"))
+    if num_shown < len(found.slides):
+        text = (
+            f"{num_shown} of {len(found.slides)} slides are shown, evenly spaced; all are listed."
+        )
+        notes.append(paragraph(text, "lead"))
+    return notes
 
 
 def slide_findings(facts: SlideFacts) -> list[str]:
@@ -110,6 +126,7 @@ def _row(facts: SlideFacts) -> list[object]:
 
 
 def _section(facts: SlideFacts) -> Html:
+    assert facts.overviews is not None
     before, after = (
         missing("not at hand") if image is None else picture(image, which, _OVERVIEW_PX)
         for image, which in zip(facts.overviews, ("before", "after"), strict=True)

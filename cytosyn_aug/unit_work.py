@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -163,7 +163,7 @@ class TileTask:
                 break
         if not batch:
             return None, 0.0
-        with fixed_shapes(self.generator):
+        with self.generator.batches.fixed():
             for _ in range(2):  # the first one warms up
                 began = time.perf_counter()
                 results = [edited.images.cpu() for edited in self.edit(batch)]
@@ -195,7 +195,7 @@ class TileJob:
     ) -> Generator[tuple[Unit, float], None, None]:
         """See `UnitJob`; counts tiles that were given to the device, or failed."""
         with (
-            fixed_shapes(self._generator),
+            self._generator.batches.fixed(),
             closing(run_job(self._job, units, folder, self._threads)) as counts,
         ):
             yield from counts
@@ -277,17 +277,6 @@ def software() -> dict[str, str]:
     """Return the versions that decide pixels and bytes."""
     versions = {"torch": torch, "pillow": PIL, "numpy": np, "pyarrow": pa}
     return {name: str(module.__version__) for name, module in versions.items()}
-
-
-@contextmanager
-def fixed_shapes(generator: TileGenerator) -> Iterator[None]:
-    """Pad every batch to one size, so that a tile's bytes do not depend on how many are left."""
-    before = generator.batches.is_static
-    generator.batches.is_static = True
-    try:
-        yield
-    finally:
-        generator.batches.is_static = before
 
 
 def _num_tiles(units: Sequence[Unit]) -> int:

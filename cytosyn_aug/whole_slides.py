@@ -19,136 +19,44 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Generator
+from contextlib import closing, nullcontext
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from xml.sax.saxutils import unescape
 
 import numpy as np
 from PIL import Image
 
 from cytosyn_aug.colour_table import ColourTable, Recolour
-from cytosyn_aug.config import Preserve, TileSpec
-from cytosyn_aug.editing import EditRecipe
+from cytosyn_aug.config import TileSpec
 from cytosyn_aug.files import atomic_file, remove_leftovers
 from cytosyn_aug.generator import TileGenerator
-from cytosyn_aug.slide_blocks import BlockMaker, BlockTotals
+from cytosyn_aug.slide_blocks import PYRAMID, BlockMaker, BlockTotals
+from cytosyn_aug.slide_recipe import SlideRecipe, SlideReport
 from cytosyn_aug.slide_stain import (
-    Method,
     Reference,
     fit_reference,
     method_of,
     recolour_to,
     reference_digest,
 )
-from cytosyn_aug.slide_view import Region, SlideView
+from cytosyn_aug.slide_view import SlideView
 from cytosyn_aug.slide_writer import (
     SOFTWARE,
     TILE_PX,
     Codec,
-    Compression,
     PyramidWriter,
     level_sizes,
 )
 from cytosyn_aug.slides import Slide, SlideError
 from cytosyn_aug.threads import in_order
-from cytosyn_aug.tile_sets import MAX_TILES, read_slide_tiles
+from cytosyn_aug.tile_sets import read_slide_tiles
 
-_SUFFIXES = (".tif", ".tiff")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SlideRecipe:
-    """How a slide is normalised and written.
-
-    Attributes:
-        strength: 1 goes to the reference, 0 stays.
-        preserve: "color"; slides cannot be drawn anew.
-        region: x, y, width and height in level-0 pixels, for trying; None for the whole slide.
-            The stain is that of the whole slide all the same.
-        mpp: Scale of the result; None for the slide's own.
-        slide_mpp: Scale of the slide, where it states none or a wrong one.
-        max_tiles: Tiles that the slide's stain is measured on.
-        compression: "jpeg", or "deflate" without loss.
-        quality: Of JPEG.
-        keeps_thumbnail: Keep the scanner's small picture of the slide, recoloured; a thumbnail may
-            show pen marks and what was written on the glass.
-        allows_damage: Leave blocks that cannot be decoded black and name them, instead of giving
-            the slide up.
-        edit: How the model reads stain.
-    """
-
-    strength: float = 1.0
-    preserve: Preserve = "color"
-    region: Region | None = None
-    mpp: float | None = None
-    slide_mpp: float | None = None
-    max_tiles: int = MAX_TILES
-    compression: Compression = "jpeg"
-    quality: int = 90
-    keeps_thumbnail: bool = False
-    allows_damage: bool = False
-    edit: EditRecipe = field(default_factory=EditRecipe)
-
-    def __post_init__(self) -> None:
-        if self.preserve != "color":
-            raise ValueError(
-                f"preserve is {self.preserve!r}, and slides are normalised with 'color' only: "
-                "pixels drawn anew would differ at the borders of tiles; normalise tiles instead"
-            )
-        if not 0 <= self.strength <= 1:
-            raise ValueError(f"strength is {self.strength:g}, expected 0 to 1")
-        if self.max_tiles < 1:
-            raise ValueError(f"max_tiles is {self.max_tiles}, expected at least 1")
-        Codec(compression=self.compression, quality=self.quality)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SlideReport:
-    """What became of a slide.
-
-    Attributes:
-        out: The file that was written.
-        status: "normalized", or "no_tissue": written with its own colours.
-        method: What was asked for.
-        width_px: Width of the finest level.
-        height_px: Height of the finest level.
-        mpp: Its scale.
-        num_levels: Levels of the pyramid.
-        num_tiles: Tiles of the finest level.
-        num_bytes: Size of the file.
-        tissue: Share of tissue, 0 to 1.
-        seam_ratio: Of the result's tiles, see `cytosyn_aug.seams`; None where too little is tissue.
-        seam_ratio_before: The same of the slide's own colours.
-        damaged: Corners, in level-0 pixels, of blocks that could not be decoded and are black.
-        notes: Remarks on the slide.
-        source_digest: OpenSlide's hash of the slide, "" where there is none.
-        change_digest: Of the change of colour.
-        pixels_digest: Of the pixels of the finest level, before compression.
-        seconds: Wall-clock time.
-    """
-
-    out: Path
-    status: Literal["normalized", "no_tissue"]
-    method: Method
-    width_px: int
-    height_px: int
-    mpp: float
-    num_levels: int
-    num_tiles: int
-    num_bytes: int
-    tissue: float
-    seam_ratio: float | None
-    seam_ratio_before: float | None
-    damaged: tuple[tuple[int, int], ...]
-    notes: tuple[str, ...]
-    source_digest: str
-    change_digest: str
-    pixels_digest: str
-    seconds: float
+SUFFIXES = (".tif", ".tiff")
+_TRIAL_BLOCKS = 48
 
 
 def normalize_slide(
@@ -183,8 +91,44 @@ def normalize_slide(
         ValueError: `out` is the slide, or the arguments do not fit each other.
         OSError: The disk is full, or will be.
     """
+    steps = normalize_in_steps(
+        slide,
+        out,
+        reference,
+        generator=generator,
+        source=source,
+        recipe=recipe if recipe is not None else SlideRecipe(),
+        overwrite=overwrite,
+        num_threads=num_threads,
+    )
+    with closing(steps):
+        while True:
+            try:
+                done, total = next(steps)
+            except StopIteration as end:
+                report: SlideReport = end.value
+                return report
+            if progress is not None:
+                progress(done, total)
+
+
+def normalize_in_steps(
+    slide: Path | str,
+    out: Path | str,
+    reference: Reference,
+    *,
+    generator: TileGenerator | None,
+    recipe: SlideRecipe,
+    source: Reference | None = None,
+    overwrite: bool = False,
+    num_threads: int = 4,
+) -> Generator[tuple[int, int], None, SlideReport]:
+    """Do what `normalize_slide` does, and return what it returns; close it to stop.
+
+    Yields:
+        After each block, the number of blocks done and of all blocks.
+    """
     began = time.perf_counter()
-    recipe = recipe if recipe is not None else SlideRecipe()
     file, out = Path(slide), Path(out)
     _check_out(file, out, overwrite)
     with Slide(file, recipe.slide_mpp) as opened:
@@ -198,7 +142,7 @@ def normalize_slide(
         "status": "no_tissue" if recolour is None else "normalized",
         "change_digest": maker.table.digest,
     }
-    totals, num_bytes = _write(maker, out, provenance, thumbnail, num_threads, progress)
+    totals, num_bytes = yield from _write(maker, out, provenance, thumbnail, num_threads)
     return SlideReport(
         out=out,
         status="no_tissue" if recolour is None else "normalized",
@@ -219,6 +163,34 @@ def normalize_slide(
         pixels_digest=totals.digest,
         seconds=time.perf_counter() - began,
     )
+
+
+def try_slide(
+    slide: Path | str,
+    reference: Reference,
+    *,
+    generator: TileGenerator | None,
+    recipe: SlideRecipe,
+    num_threads: int = 4,
+) -> tuple[int, float]:
+    """Return about how many bytes and seconds a slide takes, from its stain and some blocks.
+
+    Raises:
+        SlideError: See `normalize_slide`.
+    """
+    began = time.perf_counter()
+    file = Path(slide)
+    with Slide(file, recipe.slide_mpp) as opened:
+        view = SlideView.of(opened, recipe.region, recipe.mpp)
+        recolour = _recolour(opened, reference, generator, None, recipe)
+    maker = _block_maker(file, view, ColourTable(recolour), recipe)
+    positions = maker.positions[:: max(1, len(maker.positions) // _TRIAL_BLOCKS)]
+    with maker, closing(in_order(maker.make, positions, num_threads)) as blocks:
+        fitted = time.perf_counter()
+        num_bytes = sum(len(block.encoded) for block in blocks)
+        seconds = time.perf_counter() - fitted
+    share = len(maker.positions) / len(positions)
+    return round(num_bytes * share * PYRAMID), fitted - began + seconds * share
 
 
 def is_made(out: Path | str, slide: Path | str, reference: Reference, recipe: SlideRecipe) -> bool:
@@ -262,8 +234,7 @@ def _write(
     provenance: dict[str, Any],
     thumbnail: Image.Image | None,
     num_threads: int,
-    progress: Callable[[int, int], None] | None,
-) -> tuple[BlockTotals, int]:
+) -> Generator[tuple[int, int], None, tuple[BlockTotals, int]]:
     """Write all blocks; return what they add up to, and the size of the file."""
     view, totals = maker.view, BlockTotals()
     small = None if thumbnail is None else maker.table.look_up(np.asarray(thumbnail))[0]
@@ -274,8 +245,7 @@ def _write(
             for block in blocks:
                 writer.add(block.encoded, block.half)
                 totals.add(block)
-                if progress is not None:
-                    progress(totals.num_blocks, len(maker.positions))
+                yield totals.num_blocks, len(maker.positions)
             provenance["pixels_digest"] = totals.digest
             provenance["tissue"] = totals.tissue / (view.width * view.height)
             provenance["seam_ratio"] = totals.after.ratio
@@ -305,8 +275,11 @@ def _recolour(
         tiles = read_slide_tiles(slide, tile, recipe.max_tiles, skips_damaged=recipe.allows_damage)
         if not len(tiles):
             return None
+        # The same bits in a run, which pads.
+        padded = nullcontext() if generator is None else generator.batches.fixed()
         try:
-            source = fit_reference(method, tiles, generator)
+            with padded:
+                source = fit_reference(method, tiles, generator)
         except ValueError as error:
             raise SlideError(f"{slide.file.name}: {error}") from error
     return recolour_to(
@@ -321,7 +294,7 @@ def _check_out(slide: Path, out: Path, overwrite: bool) -> None:
         ValueError: No name of a TIFF, or the slide itself.
         FileExistsError: It is there already, or another process is writing it.
     """
-    if out.suffix.lower() not in _SUFFIXES:
+    if out.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{out.name} ends in {out.suffix!r}, expected .tif or .tiff")
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.exists():

@@ -31,7 +31,6 @@ from cytosyn_aug.offline_recipes import AugmentRecipe
 from cytosyn_aug.ray_actors import RayCluster
 from cytosyn_aug.reading import Loaded, Reader
 from cytosyn_aug.running import Work
-from cytosyn_aug.unit_work import fixed_shapes
 
 
 def main() -> None:
@@ -67,7 +66,7 @@ def main() -> None:
             edit = paused(edit, batches[0], args.pause_ms / 1000)
 
         def bare() -> None:
-            with fixed_shapes(generator):
+            with generator.batches.fixed():
                 for batch in batches:
                     for edited in edit(batch):
                         edited.images.cpu()

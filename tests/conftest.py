@@ -13,6 +13,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 from safetensors.torch import save_file
 
+from cytosyn_aug import whole_slides
 from cytosyn_aug.checkpoint import ModelParts, load_model, save_model
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.encoder import StainProbe, TileEncoder
@@ -272,3 +273,26 @@ def tree(tmp_path):
     save_tile(folder / "stroma" / "blank.png", blank)
     Image.new("L", (SIZE, SIZE), 1).save(folder / "tumour" / "slide1_10_1_mask.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tables():
+    """Colour tables by what they do to some colours: one takes a second, and tests make many."""
+    return {}
+
+
+@pytest.fixture
+def remembered_tables(tables, monkeypatch):
+    """Make a colour table only where no other test has made it."""
+    levels = torch.linspace(0, 255, 9).round()
+    probe = torch.cartesian_prod(levels, levels, levels).T.reshape(1, 3, 27, 27)
+
+    def remembered(recolour, make=whole_slides.ColourTable):
+        key = b"" if recolour is None else recolour(probe).numpy().tobytes()
+        if key not in tables:
+            if len(tables) == 8:  # of 64 MB
+                tables.clear()
+            tables[key] = make(recolour)
+        return tables[key]
+
+    monkeypatch.setattr(whole_slides, "ColourTable", remembered)

@@ -51,7 +51,7 @@ ROWS = [
     {"written"},
     {"edits"},
     {"filling"},
-    {"variants", "replay", "transforms", "resampling", "slide_stain"},
+    {"variants", "replay", "transforms", "resampling", "slide_stain", "slide_recipe"},
     {"views", "whole_slides"},
     {"image_transform", "slide_facts"},
     {"offline_recipes", "slide_report"},
@@ -60,15 +60,16 @@ ROWS = [
     {"unit_work"},
     {"running"},
     {"plans", "report"},
+    {"slide_runs"},
     {"offline", "work_options"},
     {
         "albumentations",
         "demo",
-        "offline_command",
         "slide_command",
         "report_command",
         "budget_command",
     },
+    {"offline_command"},
     {"cli"},
 ]
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "misc", "common", "core", "base"}

@@ -13,10 +13,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import synthetic_tiles, write_slide
 from test_offline import QUIET, augment, digest, rows
 from test_offline_runs import command
 
-from cytosyn_aug import offline, plans, running
+from cytosyn_aug import StainReference, offline, plans, running
 from cytosyn_aug.cache import LatentCache
 from cytosyn_aug.cli import main
 from cytosyn_aug.offline_recipes import NormalizeRecipe, SampleRecipe
@@ -24,6 +25,8 @@ from cytosyn_aug.plans import Tiles
 from cytosyn_aug.ray_actors import Death, RayCluster, on_actors
 from cytosyn_aug.run_folder import open_run
 from cytosyn_aug.running import cut_units
+from cytosyn_aug.slide_recipe import SlideRecipe
+from cytosyn_aug.slide_runs import plan_slides
 from cytosyn_aug.unit_work import UnitWorker, software
 
 MARK = "CYTOSYN_AUG_TEST_MARK"
@@ -160,7 +163,14 @@ def test_every_command_can_be_done_elsewhere(ray, tree, tmp_path, small, laborat
         recipe = SampleRecipe(steps=2, seed=3)
         yield plans.plan_sample(out / "sampled", small, 7, conditions, recipe, "webp", 3)
         yield plans.plan_cache(tiles, out / "cache", small, ["moments", "features"])
+        lab = StainReference.fit(small, laboratories[0])
+        yield plan_slides(slides, out / "slides", small, lab, "cytosyn", SlideRecipe())
 
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    for k in range(2):
+        pixels = synthetic_tiles(1, seed=k, size=896)[0].permute(1, 2, 0).numpy()
+        write_slide(slides / f"{k}.svs", pixels, mpp="0.5", power="20")
     one, many = list(runs(tmp_path / "one")), list(runs(tmp_path / "many"))
     for run in one:
         assert running.do_run(run, QUIET).is_complete
@@ -170,10 +180,10 @@ def test_every_command_can_be_done_elsewhere(ray, tree, tmp_path, small, laborat
         ) as folder:
             folder.prepare()
     make = partial(AllUnits, many)
-    assert dict(on_actors(make, range(4), RayCluster(actors=1))) == dict.fromkeys(range(4))
+    assert dict(on_actors(make, range(5), RayCluster(actors=1))) == dict.fromkeys(range(5))
     for run in many:
         assert running.do_run(run, QUIET).is_complete  # writes the manifest
-    for name in ("normalised0", "normalised1", "sampled"):
+    for name in ("normalised0", "normalised1", "sampled", "slides"):
         assert digest(tmp_path / "many" / name) == digest(tmp_path / "one" / name)
     manifests = [pq.read_table(run.folder / "manifest.parquet") for run in (one[3], many[3])]
     assert manifests[0].equals(manifests[1], check_metadata=True)

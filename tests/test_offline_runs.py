@@ -292,10 +292,10 @@ def test_slurm_prints_an_array_of_shards(capsys):
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
     assert main(["slurm", "--shards", "3", "--", *words, "--shard", "0/2"]) == 2
     assert main(["slurm", "--shards", "3", "--", "info"]) == 2
-    slides = ["normalize", "slides", "out", "--reference", "lab", "--format", "slide"]
     capsys.readouterr()
-    assert main(["slurm", "--shards", "3", "--", *slides]) == 2
-    assert "--format slide takes no --shard" in capsys.readouterr().err
+    slides = ["normalize", "slides", "out", "--reference", "lab", "--format", "slide"]
+    assert main(["slurm", "--shards", "3", "--", *slides]) == 0
+    assert f'cytosyn-aug {" ".join(slides)} --shard "$SLURM_' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wrong", [["--steps", "0"], ["--guidance-scale", "nan"]])

@@ -1,0 +1,106 @@
+"""How a slide is normalised and written, and what became of it: frozen records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from cytosyn_aug.config import Method, Preserve
+from cytosyn_aug.editing import EditRecipe
+from cytosyn_aug.slide_view import Region
+from cytosyn_aug.slide_writer import Codec, Compression
+from cytosyn_aug.tile_sets import MAX_TILES
+
+SLIDES_COMMAND = "normalize-slide"  # as a run of slides names itself in `run.json`
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlideRecipe:
+    """How a slide is normalised and written.
+
+    Attributes:
+        strength: 1 goes to the reference, 0 stays.
+        preserve: "color"; slides cannot be drawn anew.
+        region: x, y, width and height in level-0 pixels, for trying; None for the whole slide.
+            The stain is that of the whole slide all the same.
+        mpp: Scale of the result; None for the slide's own.
+        slide_mpp: Scale of the slide, where it states none or a wrong one.
+        max_tiles: Tiles that the slide's stain is measured on.
+        compression: "jpeg", or "deflate" without loss.
+        quality: Of JPEG.
+        keeps_thumbnail: Keep the scanner's small picture of the slide, recoloured; a thumbnail may
+            show pen marks and what was written on the glass.
+        allows_damage: Leave blocks that cannot be decoded black and name them, instead of giving
+            the slide up.
+        edit: How the model reads stain.
+    """
+
+    strength: float = 1.0
+    preserve: Preserve = "color"
+    region: Region | None = None
+    mpp: float | None = None
+    slide_mpp: float | None = None
+    max_tiles: int = MAX_TILES
+    compression: Compression = "jpeg"
+    quality: int = 90
+    keeps_thumbnail: bool = False
+    allows_damage: bool = False
+    edit: EditRecipe = field(default_factory=EditRecipe)
+
+    def __post_init__(self) -> None:
+        if self.preserve != "color":
+            raise ValueError(
+                f"preserve is {self.preserve!r}, and slides are normalised with 'color' only: "
+                "pixels drawn anew would differ at the borders of tiles; normalise tiles instead"
+            )
+        if not 0 <= self.strength <= 1:
+            raise ValueError(f"strength is {self.strength:g}, expected 0 to 1")
+        if self.max_tiles < 1:
+            raise ValueError(f"max_tiles is {self.max_tiles}, expected at least 1")
+        Codec(compression=self.compression, quality=self.quality)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlideReport:
+    """What became of a slide.
+
+    Attributes:
+        out: The file that was written.
+        status: "normalized", or "no_tissue": written with its own colours.
+        method: What was asked for.
+        width_px: Width of the finest level.
+        height_px: Height of the finest level.
+        mpp: Its scale.
+        num_levels: Levels of the pyramid.
+        num_tiles: Tiles of the finest level.
+        num_bytes: Size of the file.
+        tissue: Share of tissue, 0 to 1.
+        seam_ratio: Of the result's tiles, see `cytosyn_aug.seams`; None where too little is tissue.
+        seam_ratio_before: The same of the slide's own colours.
+        damaged: Corners, in level-0 pixels, of blocks that could not be decoded and are black.
+        notes: Remarks on the slide.
+        source_digest: OpenSlide's hash of the slide, "" where there is none.
+        change_digest: Of the change of colour.
+        pixels_digest: Of the pixels of the finest level, before compression.
+        seconds: Wall-clock time.
+    """
+
+    out: Path
+    status: Literal["normalized", "no_tissue"]
+    method: Method
+    width_px: int
+    height_px: int
+    mpp: float
+    num_levels: int
+    num_tiles: int
+    num_bytes: int
+    tissue: float
+    seam_ratio: float | None
+    seam_ratio_before: float | None
+    damaged: tuple[tuple[int, int], ...]
+    notes: tuple[str, ...]
+    source_digest: str
+    change_digest: str
+    pixels_digest: str
+    seconds: float

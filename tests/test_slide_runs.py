@@ -1,0 +1,257 @@
+"""Slides to slides as a run: what comes out, and how it resumes, is shared and is reported."""
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import synthetic_tiles, write_slide
+from test_offline import QUIET, digest, rows
+from test_page import check_page
+
+from cytosyn_aug import DensityReference, StainReference, normalize_slide, offline, slide_runs
+from cytosyn_aug.cli import main
+from cytosyn_aug.run_folder import open_run
+from cytosyn_aug.running import cut_units
+from cytosyn_aug.slide_blocks import BlockMaker
+from cytosyn_aug.slide_recipe import SlideRecipe
+from cytosyn_aug.unit_work import software
+
+pytestmark = pytest.mark.usefixtures("remembered_tables")
+SIDE = 112
+
+
+def picture(seed):
+    """Return 6 x 6 tiles of tissue in a frame of glass."""
+    whole = synthetic_tiles(1, seed=seed, size=8 * SIDE)[0].permute(1, 2, 0).numpy().copy()
+    for edge in (whole[:SIDE], whole[-SIDE:], whole[:, :SIDE], whole[:, -SIDE:]):
+        edge[:] = 243
+    return whole
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory):
+    """A folder of three slides of two classes, and one that cannot be read."""
+    folder = tmp_path_factory.mktemp("slides")
+    for k, name in enumerate(["tumour/a.svs", "tumour/b.svs", "normal/c.svs"]):
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_slide(folder / name, picture(k), mpp="0.5", power="20")
+    (folder / "normal" / "broken.svs").write_text("no slide")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return DensityReference.fit(255 - synthetic_tiles(6, seed=7) // 2)
+
+
+@pytest.fixture(scope="module")
+def normalised(slides, reference, tmp_path_factory):
+    """The folder of an undisturbed run."""
+    out = tmp_path_factory.mktemp("normalised") / "out"
+    normalize(slides, out, reference)
+    return out
+
+
+def normalize(slides, out, reference, **changes):
+    settings = {"reference": reference, "method": "transport", "work": QUIET}
+    return offline.normalize_slides(slides, out, **settings | changes)
+
+
+def test_every_slide_is_what_normalize_slide_makes_and_has_a_row(
+    slides, reference, normalised, tmp_path
+):
+    found = {row["source"]: row for row in rows(normalised)}
+    assert list(found) == ["normal/broken.svs", "normal/c.svs", "tumour/a.svs", "tumour/b.svs"]
+    broken = found.pop("normal/broken.svs")
+    assert (broken["status"], broken["output"]) == ("failed", None)
+    assert broken["reason"].startswith("(8 bytes) is of a format OpenSlide does not read")
+    for source, row in found.items():
+        assert row["output"] == source.replace(".svs", ".ome.tif")
+        assert (row["status"], row["label"]) == ("edited", source.partition("/")[0])
+        alone = normalize_slide(slides / source, tmp_path / f"{row['unit']}.tif", reference)
+        assert (normalised / row["output"]).read_bytes() == alone.out.read_bytes()
+        assert row["key"] == alone.source_digest
+    files = set(digest(normalised)) - {"run.json", "manifest.parquet"}
+    assert files == {row["output"] for row in found.values()}
+
+
+def test_a_rerun_does_nothing_and_another_recipe_is_refused(
+    slides, reference, normalised, monkeypatch
+):
+    before = digest(normalised)
+    monkeypatch.setattr(BlockMaker, "make", None)
+    summary = normalize(slides, normalised, reference)  # tries what failed
+    assert summary.counts == {"edited": 3, "failed": 1}
+    assert [name for name, _ in summary.failed] == ["normal/broken.svs"]
+    with pytest.raises(ValueError, match=r"holds another run.*\n  recipe.strength: 1.0 -> 0.5"):
+        normalize(slides, normalised, reference, recipe=SlideRecipe(strength=0.5))
+    assert digest(normalised) == before
+
+
+def test_shards_together_are_the_whole(slides, reference, normalised, tmp_path):
+    out = tmp_path / "out"
+    first = normalize(slides, out, reference, work=replace(QUIET, shard=(0, 2)))
+    assert not first.is_complete
+    assert normalize(slides, out, reference, work=replace(QUIET, shard=(1, 2))).is_complete
+    assert digest(out) == digest(normalised)
+
+
+def test_stopped_in_a_slide_it_goes_on_from_there(
+    slides, reference, normalised, tmp_path, monkeypatch
+):
+    out, made = tmp_path / "out", []
+
+    def stop(maker, position, make=BlockMaker.make):
+        made.append(position)
+        if len(made) == 6:  # of 4 blocks a slide
+            raise KeyboardInterrupt
+        return make(maker, position)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockMaker, "make", stop)
+        with pytest.raises(KeyboardInterrupt):
+            normalize(slides, out, reference, work=replace(QUIET, readers=1))
+    assert [f.name for f in out.rglob("*.ome.tif")] == ["c.ome.tif"]
+    finished = (out / "normal" / "c.ome.tif").stat().st_mtime_ns
+    normalize(slides, out, reference)
+    assert digest(out) == digest(normalised)
+    assert (out / "normal" / "c.ome.tif").stat().st_mtime_ns == finished
+
+
+def test_a_slide_that_another_process_holds_is_left_to_it(
+    slides, reference, normalised, tmp_path, monkeypatch
+):
+    run = slide_runs.plan_slides(
+        slides, tmp_path / "out", None, reference, "transport", SlideRecipe()
+    )
+    units = cut_units(run.listing, 1)
+    with open_run(run.folder, run.identity, software(), overwrite=False) as folder:
+        folder.prepare()
+        with folder.claim(units[2]):
+            summary = normalize(slides, run.folder, reference)
+    assert not summary.is_complete
+    assert not (run.folder / "tumour" / "a.ome.tif").exists()
+    assert normalize(slides, run.folder, reference).is_complete
+    assert set(digest(run.folder)) == set(digest(normalised))
+
+
+def test_a_dry_run_tells_bytes_and_hours(slides, reference, normalised, tmp_path):
+    work = replace(QUIET, dry_run=True)
+    told = normalize(slides, tmp_path / "out", reference, work=work).estimate
+    assert not (tmp_path / "out").exists()
+    assert (told["units"], told["slides_to_do"], told["unusable"]) == (4, 4, 1)
+    assert told["problems"][0].startswith("normal/broken.svs (8 bytes) is of a format")
+    written = sum(f.stat().st_size for f in normalised.rglob("*.ome.tif"))
+    assert told["output_bytes"] == pytest.approx(written, rel=0.25)
+    assert told["hours"] >= 0
+    told = normalize(slides, normalised, reference, work=work).estimate
+    assert (told["units_to_do"], told["unusable"], told["output_bytes"]) == (1, 1, 0)
+
+
+def test_a_table_gives_each_slide_its_scale_and_label(reference, tmp_path):
+    for name, mpp in (("bare.svs", None), ("wrong.svs", "0.25")):
+        write_slide(tmp_path / name, picture(0), mpp=mpp, power=None)
+    with (tmp_path / "slides.csv").open("w") as stream:
+        table = csv.writer(stream)
+        table.writerows([["path", "label", "mpp"], ["bare.svs", "x", 0.5], ["wrong.svs", "y", 0.5]])
+    out = tmp_path / "out"
+    assert normalize(tmp_path / "slides.csv", out, reference).counts == {"edited": 2}
+    assert [row["label"] for row in rows(out)] == ["x", "y"]
+    assert (out / "bare.ome.tif").read_bytes() != (out / "wrong.ome.tif").read_bytes()  # digests
+    summary = normalize(tmp_path / "bare.svs", tmp_path / "one", reference)
+    assert "states neither" in summary.failed[0][1]
+
+
+def test_links_that_lead_out_are_refused(slides, reference, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    out = tmp_path / "out"
+    normalize(slides, out, reference, work=replace(QUIET, shard=(0, 4)))
+    shutil.rmtree(out / "normal")
+    (out / "normal").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="leads out of"):
+        normalize(slides, out, reference)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_the_model_is_part_of_the_run(slides, small, tmp_path):
+    lab = StainReference.fit(small, 255 - synthetic_tiles(6, seed=7) // 2)
+    out, same = tmp_path / "out", tmp_path / "same"
+    tumour = slides / "tumour"
+    summary = offline.normalize(tumour, out, small, reference=lab, format="slide", work=QUIET)
+    assert summary.counts == {"edited": 2}
+    assert {row["model"] for row in rows(out)} == {small.digest}
+    alone = normalize_slide(tumour / "a.svs", tmp_path / "a.tif", lab, generator=small)
+    assert (out / "a.ome.tif").read_bytes() == alone.out.read_bytes()
+    work = replace(QUIET, readers=1)
+    offline.normalize_slides(tumour, same, small, reference=lab, work=work)
+    assert digest(same) == digest(out)
+
+
+def test_the_commands_are_one_run(slides, reference, normalised, tmp_path, capsys):
+    reference.save(tmp_path / "lab.json")
+    words = ["--reference", str(tmp_path / "lab.json"), "--method", "transport", "--quiet"]
+    out = str(tmp_path / "out")
+    assert main(["normalize-slide", str(slides), out, *words]) == 1
+    said = capsys.readouterr()
+    assert said.out == f"{out}: 3 edited, 1 failed\n"
+    assert "failed: normal/broken.svs (8 bytes) is of a format" in said.err
+    made = digest(tmp_path / "out")
+    same = ["normalize", str(slides), out, *words, "--format", "slide"]
+    assert main([*same, "--dry-run"]) == 1
+    assert json.loads(capsys.readouterr().out)["units_to_do"] == 1
+    assert main([*same, "--readers", "1"]) == 1
+    assert digest(tmp_path / "out") == made
+    for name in set(made) - {"run.json", "manifest.parquet"}:
+        assert (tmp_path / "out" / name).read_bytes() == (normalised / name).read_bytes()
+    assert main([*same, "--stain-source", "slide", "--unit-tiles", "3"]) == 2
+    assert "--stain-source, --unit-tiles mean nothing" in capsys.readouterr().err
+    assert main([*same, "--overwrite", "--strength", "0.5"]) == 1
+    assert {row["strength"] for row in rows(tmp_path / "out")} == {0.5}
+
+
+def test_one_slide_to_one_file_is_not_shared(slides, reference, tmp_path, capsys):
+    reference.save(tmp_path / "lab.json")
+    words = ["--reference", str(tmp_path / "lab.json"), "--method", "transport", "--quiet"]
+    one = ["normalize-slide", str(slides / "tumour" / "a.svs"), str(tmp_path / "a.tif"), *words]
+    assert main([*one, "--shard", "0/2"]) == 2
+    assert "is one file, and one slide is not shared" in capsys.readouterr().err
+    assert main(["slurm", "--shards", "2", "--", *one]) == 2
+    assert "is one file, and one slide is not shared" in capsys.readouterr().err
+    assert main(["normalize-slide", str(slides), str(tmp_path / "a.tif"), *words]) == 2
+    assert "is a folder, and" in capsys.readouterr().err
+    assert main([*one, "--dry-run"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert not (tmp_path / "a.tif").exists()
+    assert main(one) == 0
+    assert "a.tif: normalized, 896x896 px at 0.5 microns/pixel, " in capsys.readouterr().out
+    written = (tmp_path / "a.tif").stat().st_size
+    assert told["output_bytes"] == pytest.approx(written, rel=0.25)
+    assert main(one) == 0
+    assert "is made already" in capsys.readouterr().out
+
+
+def test_the_report_of_a_run_shows_slides_and_names_what_failed(
+    slides, reference, normalised, tmp_path, monkeypatch
+):
+    text = check_page(offline.report(normalised, out=tmp_path / "a.html").read_text()).whole_text
+    assert "normal/broken.svs failed: (8 bytes) is of a format" in text
+    assert "not compared" not in text  # where the slides lay is known
+    monkeypatch.setattr("cytosyn_aug.slide_report._MAX_SHOWN", 2)
+    found = check_page(offline.report(normalised, out=tmp_path / "b.html").read_text())
+    assert "2 of 3 slides are shown" in found.whole_text
+    assert found.whole_text.count("What the file says of itself") == 2
+    normalize(slides, tmp_path / "out", reference, work=replace(QUIET, shard=(1, 4)))
+    part = offline.report(tmp_path / "out", out=tmp_path / "c.html")
+    assert "The run is not finished" in check_page(part.read_text()).whole_text
+
+
+def test_the_manifest_has_the_columns_of_all_others(normalised, tree, tmp_path, small):
+    lab = StainReference.fit(small, synthetic_tiles(6, seed=7))
+    offline.normalize(tree, tmp_path / "tiles", small, reference=lab, work=QUIET)
+    of_slides, of_tiles = (
+        pq.read_schema(out / "manifest.parquet") for out in (normalised, tmp_path / "tiles")
+    )
+    assert of_slides.equals(of_tiles)
