@@ -126,7 +126,7 @@ def tissue_pixels(image: np.ndarray, config: TissueConfig) -> np.ndarray:
         bool [H, W].
     """
     green, blue = image[..., 1], image[..., 2]
-    value = image.max(-1).astype(np.int16)
+    value = image.max(-1).astype(np.int32)  # 255 * 255 would not fit into 16 bits
     saturated = (value - image.min(-1)) * 255 > config.min_saturation * value
     pen = _spread(pen_pixels(image), config.pen_margin_px)
     stained = saturated & (blue >= green) & (value >= 60)  # no hue from red over yellow to cyan

@@ -32,6 +32,9 @@ def patch(colour, side=40, glass=30):
         ((120, 70, 150), True),  # haematoxylin
         ((220, 130, 180), True),  # eosin
         ((235, 222, 232), True),  # pale, fatty
+        ((242, 112, 233), True),  # strong eosin
+        ((160, 20, 150), True),  # strong both
+        ((255, 0, 255), True),  # as much as can be
         ((243, 243, 243), False),  # glass
         ((120, 120, 120), False),  # dust, tissue folds' shadow
         ((20, 20, 25), False),  # black pen
