@@ -307,6 +307,12 @@ class Slide:
         try:
             return openslide.OpenSlide(self.file)
         except openslide.OpenSlideError as error:  # "unsupported" is also what truncation gives
+            companion = self.file.with_suffix("")
+            if self.file.suffix == ".mrxs" and not (companion / "Slidedat.ini").is_file():
+                raise SlideError(
+                    f"{self.file.name} cannot be opened: the folder {companion.name} with "
+                    "Slidedat.ini is not beside it, which holds the pixels of an MRXS; copy both"
+                ) from error
             raise SlideError(
                 f"{self.file.name} ({num_bytes:,} bytes) is of a format OpenSlide "
                 f"does not read, truncated or damaged: {error}; compare its size and MD5 with "
