@@ -10,6 +10,7 @@ from PIL import Image, ImageCms
 from test_image_files import DEEP, png
 
 from cytosyn_aug import offline
+from cytosyn_aug.cli import main
 from cytosyn_aug.running import Work
 
 QUIET = Work(progress=False)
@@ -122,3 +123,28 @@ def test_a_table_carries_masks_from_anywhere(tmp_path, small, laboratories):
         "failed",
         "cannot be opened: No such file or directory",
     )
+
+
+@pytest.mark.parametrize("name", ["cut.png", "deep.png", "cmyk.jpg"])
+@pytest.mark.parametrize("method", ["cytosyn", "macenko"])
+def test_a_bad_image_in_a_folder_of_references_ends_a_command_by_name(
+    tmp_path, tree, model_folder, capsys, name, method
+):
+    content, reason = BAD[name]
+    laboratory, out = tmp_path / "laboratory", tmp_path / "out"
+    for k, tile in enumerate(synthetic_tiles(2)):
+        save_tile(laboratory / f"{k}.png", tile)
+    (laboratory / name).write_bytes(content)
+    common = [str(tree), str(out), "--model", str(model_folder)]
+    commands = [["normalize", *common, "--method", method, "--reference", str(laboratory)]]
+    if method == "cytosyn":
+        commands.append(["augment", *common, "--references", str(laboratory)])
+    for words in commands:
+        assert main(words) == 2
+        lines = capsys.readouterr().err.splitlines()  # the first may be the model's licence
+        (said,) = (line for line in lines if line.startswith(f"cytosyn-aug {words[0]}: "))
+        assert lines[-1] == said
+        assert str(laboratory / name) in said
+        assert reason in said
+        assert "take it out of the folder" in said
+        assert not out.exists()
