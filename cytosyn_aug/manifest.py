@@ -8,6 +8,7 @@ reader never keeps a run from ending.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +16,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cytosyn_aug.run_folder import (
+from cytosyn_aug.run_folder import RECEIPTS_NAME, RUN_NAME, WORK_NAME, parse_run
+from cytosyn_aug.unit_rows import (
     MANIFEST_NAME,
-    RECEIPTS_NAME,
     ROW_SCHEMA,
-    RUN_NAME,
-    WORK_NAME,
-    parse_run,
+    DamagedError,
+    damage_named,
+    manifest_damage,
 )
 
 _BATCH_ROWS = 32_768
@@ -62,23 +63,33 @@ class Manifest(NamedTuple):
     def parts(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         """Yield all rows, some ten thousand at a time.
 
+        A damaged receipt counts as absent: its unit is done again.
+
         Args:
             columns: Which of `ROW_SCHEMA`; coded ones come as strings.
 
         Raises:
             FileNotFoundError: The run went on meanwhile; open it again.
+            ValueError: The manifest is damaged.
         """
         fresh = pa.array([int(file.stem) for file in self.receipts], pa.int32())
         wanted = list(dict.fromkeys([*columns, "unit"]))
-        if (self.folder / MANIFEST_NAME).is_file():
-            with pq.ParquetFile(self.folder / MANIFEST_NAME) as file:
+        manifest = self.folder / MANIFEST_NAME
+        if manifest.is_file():
+            advice = manifest_damage(self.folder)
+            with damage_named(manifest, advice), pq.ParquetFile(manifest) as file:
                 for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
                     table = _plain(pa.Table.from_batches([batch]))
                     if len(fresh):
                         table = table.filter(pc.invert(pc.is_in(table["unit"], fresh)))
                     yield table.select(list(columns))
         for receipt in self.receipts:
-            yield _plain(pq.ParquetFile(receipt).read(columns=wanted)).select(list(columns))
+            with (
+                suppress(DamagedError),
+                damage_named(receipt, "its unit is done again"),
+                pq.ParquetFile(receipt) as file,
+            ):
+                yield _plain(file.read(columns=wanted)).select(list(columns))
 
 
 def open_manifest(folder: Path | str) -> Manifest:

@@ -7,7 +7,8 @@
 Work is cut into units of a fixed number of tiles, the same ones for every process. A process takes
 a unit by locking it, which the system undoes however the process ends; its receipt, the rows of the
 manifest, is written after everything it vouches for. Units with failed tiles are tried again by the
-next run, and so are those whose files have changed. No torch here.
+next run, and so are those whose files have changed, or whose results or receipts are gone or, of
+receipts, damaged. No torch here.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import shutil
 import time
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -26,42 +28,24 @@ from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from cytosyn_aug.files import atomic_file, remove_leftovers, write_atomically
+from cytosyn_aug.files import remove_leftovers, write_atomically
+from cytosyn_aug.unit_rows import (
+    MANIFEST_NAME,
+    DamagedError,
+    Results,
+    UnitManifest,
+    read_receipt,
+    write_manifest,
+    write_receipt,
+)
 
 FORMAT_VERSION = 1
 RUN_NAME = "run.json"
-MANIFEST_NAME = "manifest.parquet"
 WORK_NAME = ".work"
 RECEIPTS_NAME = "receipts"
 _KIND = "cytosyn_aug run"
 _NOTHING: Mapping[str, Any] = MappingProxyType({})  # Any: JSON
-_CODED = pa.dictionary(pa.int32(), pa.string())
-ROW_SCHEMA = pa.schema(
-    [
-        ("source", pa.string()),
-        ("variant", pa.int32()),
-        ("status", _CODED),  # edited, blank, rejected or failed
-        ("reason", pa.string()),
-        ("label", _CODED),
-        ("slide", _CODED),
-        ("x", pa.int64()),
-        ("y", pa.int64()),
-        ("output", pa.string()),
-        ("mask", pa.string()),
-        ("key", pa.string()),  # SHA-256 of the source's pixels
-        ("seed", pa.int64()),
-        ("reference", _CODED),
-        ("strength", pa.float32()),
-        ("similarity", pa.float32()),  # cosine of CLS features
-        ("colour_distance", pa.float32()),  # mean distance in CIE Lab, over tissue
-        ("recipe", _CODED),
-        ("model", _CODED),
-        ("unit", pa.int32()),
-    ]
-)
-_GROUP_ROWS = 65_536
 
 
 class Unit(NamedTuple):
@@ -87,12 +71,26 @@ class RunFolder:
         self._began = time.time_ns()
 
     @cached_property
-    def _manifest(self) -> _Manifest:
-        return _Manifest(self.folder / MANIFEST_NAME)  # large, and workers have no use for it
+    def _manifest(self) -> UnitManifest:
+        return UnitManifest(self.folder / MANIFEST_NAME)  # large, and workers have no use for it
 
     def to_do(self, units: Sequence[Unit]) -> list[Unit]:
-        """Return the units that are not there, or not whole, in their order."""
-        return [unit for unit in units if not self._is_whole(unit)]
+        """Return the units that are not there, or not whole, in their order.
+
+        Warns of those that were there and are not whole any more.
+
+        Raises:
+            ValueError: The manifest is damaged.
+        """
+        results = Results(self.folder)
+        faults = [self._fault(unit, results) for unit in units]
+        told = [fault for fault in faults if fault]
+        if told:
+            which = "1 unit is" if len(told) == 1 else f"{len(told)} units are"
+            warnings.warn(
+                f"{self.folder}: {which} done again that was finished: {told[0]}", stacklevel=2
+            )
+        return [unit for unit, fault in zip(units, faults, strict=True) if fault is not None]
 
     def prepare(self) -> None:
         """Make the folders that units need.
@@ -113,10 +111,7 @@ class RunFolder:
 
     def write_receipt(self, unit: Unit, rows: Sequence[Mapping[str, Any]]) -> None:
         """Record that a unit is done, with its rows in order."""
-        schema = ROW_SCHEMA.with_metadata({"digest": unit.digest})
-        table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
-        with atomic_file(self._receipt(unit)) as stream:
-            pq.write_table(table, stream)
+        write_receipt(self._receipt(unit), unit.digest, rows)
 
     def finish(self, units: Sequence[Unit]) -> bool:
         """Write the manifest if every unit is there and no process is at work.
@@ -129,7 +124,8 @@ class RunFolder:
         if any(self._table(unit) is None for unit in units):
             return False
         if self.work.exists():
-            self._write_manifest(units)
+            digests = {unit.number: unit.digest for unit in units}
+            write_manifest(self.folder / MANIFEST_NAME, self.rows(units), digests)
             shutil.rmtree(self.work)
             remove_leftovers(self.folder)
         return True
@@ -145,19 +141,28 @@ class RunFolder:
         return self.work / RECEIPTS_NAME / f"{unit.number:07d}.parquet"
 
     def _table(self, unit: Unit) -> pa.Table | None:
-        """Return the rows of a unit as it is now; a receipt of this round before the manifest."""
+        """Return the rows of a unit as it is now, None if it is not there."""
         file = self._receipt(unit)
-        if file.is_file():
-            table = pq.read_table(file)
-            if (table.schema.metadata or {}).get(b"digest") == unit.digest.encode():
-                return table.replace_schema_metadata(None)
-        return self._manifest.rows(unit)
+        if not file.is_file():
+            return self._manifest.rows(unit.number, unit.digest)
+        try:  # of this round, so that it alone decides
+            return read_receipt(file, unit.digest)
+        except DamagedError:
+            return None
 
-    def _is_whole(self, unit: Unit) -> bool:
-        if not self._receipt(unit).is_file():
-            return self._manifest.vouches_for(unit) and unit.number not in self._manifest.failed
-        table = self._table(unit)
-        return table is not None and "failed" not in table["status"].to_pylist()
+    def _fault(self, unit: Unit, results: Results) -> str | None:
+        """Return None if a unit is whole, or why not, "" if that needs no saying."""
+        file = self._receipt(unit)
+        if not file.is_file():
+            return self._manifest.fault(unit.number, unit.digest)
+        try:
+            table = read_receipt(file, unit.digest)
+        except DamagedError as error:
+            return str(error)
+        if table is None or "failed" in table["status"].to_pylist():
+            return ""
+        gone = results.gone(table["output"].to_pylist() + table["mask"].to_pylist())
+        return f"{gone} is gone" if gone else None
 
     def _is_new(self, unit: Unit) -> bool:
         """Return whether a receipt was written since this process began."""
@@ -165,22 +170,7 @@ class RunFolder:
             is_new = self._receipt(unit).stat().st_mtime_ns > self._began
         except FileNotFoundError:
             return False
-        return is_new or self._is_whole(unit)
-
-    def _write_manifest(self, units: Sequence[Unit]) -> None:
-        digests = {str(unit.number): unit.digest for unit in units}
-        schema = ROW_SCHEMA.with_metadata({"units": json.dumps(digests)})
-        with (
-            atomic_file(self.folder / MANIFEST_NAME) as stream,
-            pq.ParquetWriter(stream, schema) as writer,
-        ):
-            waiting: list[pa.Table] = []
-            for table in self.rows(units):
-                waiting.append(table)
-                if sum(map(len, waiting)) >= _GROUP_ROWS:
-                    writer.write_table(_joined(waiting, schema))
-                    waiting = []
-            writer.write_table(_joined(waiting, schema))
+        return is_new or self._fault(unit, Results(self.folder)) is None
 
 
 @contextmanager
@@ -339,45 +329,3 @@ def _lock(stream: BinaryIO, how: int) -> bool:
             str(stream.name),
         ) from error
     return True
-
-
-class _Manifest:
-    """The manifest of an earlier round, by unit.
-
-    Attributes:
-        failed: Units with failed tiles.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._table: pa.Table | None = None
-        self._digests: dict[str, str] = {}
-        self._ranges: dict[int, tuple[int, int]] = {}
-        self.failed: set[int] = set()
-        if not file.is_file():
-            return
-        table = pq.read_table(file, columns=["unit", "status"])
-        self._digests = json.loads((table.schema.metadata or {}).get(b"units", b"{}"))
-        rows = zip(table["unit"].to_pylist(), table["status"].to_pylist(), strict=True)
-        for row, (number, status) in enumerate(rows):
-            start, _ = self._ranges.get(number, (row, row))
-            self._ranges[number] = (start, row + 1)
-            if status == "failed":
-                self.failed.add(number)
-
-    def vouches_for(self, unit: Unit) -> bool:
-        return self._digests.get(str(unit.number)) == unit.digest
-
-    def rows(self, unit: Unit) -> pa.Table | None:
-        if not self.vouches_for(unit):
-            return None
-        if self._table is None:  # large, and most reruns have no use for it
-            self._table = pq.read_table(self._file).replace_schema_metadata(None)
-        start, stop = self._ranges[unit.number]
-        return self._table.slice(start, stop - start)
-
-
-def _joined(tables: Sequence[pa.Table], schema: pa.Schema) -> pa.Table:
-    joined = pa.concat_tables(tables) if tables else ROW_SCHEMA.empty_table()
-    joined = joined.unify_dictionaries().combine_chunks()
-    return joined.replace_schema_metadata(schema.metadata)

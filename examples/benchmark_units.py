@@ -23,8 +23,9 @@ from typing import TypeVar
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.inputs import list_inputs
 from cytosyn_aug.listing import Listing
-from cytosyn_aug.run_folder import MANIFEST_NAME, RunFolder, Unit, open_run
+from cytosyn_aug.run_folder import RunFolder, Unit, open_run
 from cytosyn_aug.running import cut_units
+from cytosyn_aug.unit_rows import MANIFEST_NAME
 
 T = TypeVar("T")
 
@@ -45,6 +46,7 @@ def main() -> None:
         units = timed("cut units", "tile", args.tiles, lambda: cut_units(listing, args.unit_tiles))
         with open_run(folder / "out", {}, {}, overwrite=False) as run:
             run.prepare()
+            write_empty(folder / "out", args.tiles, "_v0")
             timed("write receipts", "unit", len(units), lambda: write_receipts(run, listing, units))
             left = timed("look what is done", "unit", len(units), lambda: run.to_do(units))
             assert not left
@@ -60,10 +62,10 @@ def main() -> None:
         print(f", {tracemalloc.get_traced_memory()[1] / args.tiles:.0f} of Python's while made")
 
 
-def write_empty(folder: Path, count: int) -> None:
-    """Write empty tiles of 4,000 a slide."""
+def write_empty(folder: Path, count: int, end: str = "") -> None:
+    """Write empty tiles of 4,000 a slide, whose names end so."""
     for k in range(count):
-        file = folder / f"slide{k // 4000:05d}" / f"{k * 448}_{k * 7}.webp"
+        file = folder / f"slide{k // 4000:05d}" / f"{k * 448}_{k * 7}{end}.webp"
         if k % 4000 == 0:
             file.parent.mkdir(parents=True)
         file.touch()

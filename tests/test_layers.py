@@ -22,7 +22,7 @@ ROWS = [
         "ray_actors",
     },
     {"seams", "slide_writer", "threads", "plots", "pace"},
-    {"draws", "json_files", "facts", "tensor_files", "cache_spec"},
+    {"draws", "json_files", "facts", "tensor_files", "cache_spec", "unit_rows"},
     {"tar_files", "image_files", "listing", "run_folder"},
     {"manifest"},
     {"tallies"},

@@ -50,6 +50,20 @@ def test_a_rerun_does_nothing_and_changes_nothing(tree, tmp_path, small, laborat
     assert {f: f.stat().st_mtime_ns for f in out.rglob("*") if f.is_file()} == before
 
 
+@pytest.mark.parametrize(("format", "gone"), [("png", "tumour"), ("tar", "shard-000001.tar")])
+def test_results_that_somebody_removed_are_made_again(
+    tree, tmp_path, small, laboratories, format, gone
+):
+    out = tmp_path / "out"
+    augment(tree, out, small, laboratories, format=format)
+    before = digest(out)
+    (out / gone).rename(tmp_path / "gone")
+    with pytest.warns(UserWarning, match=f"done again that w.* finished: {gone}.* is gone"):
+        summary = augment(tree, out, small, laboratories, format=format)
+    assert summary.is_complete
+    assert digest(out) == before
+
+
 def test_dry_run_writes_nothing_and_counts(tree, tmp_path, small, laboratories):
     out = tmp_path / "out"
     work = replace(QUIET, dry_run=True)

@@ -21,8 +21,8 @@ from cytosyn_aug import offline, run_facts
 from cytosyn_aug.cli import main
 from cytosyn_aug.manifest import open_manifest
 from cytosyn_aug.run_facts import gather
-from cytosyn_aug.run_folder import ROW_SCHEMA
 from cytosyn_aug.run_pictures import RunPictures
+from cytosyn_aug.unit_rows import ROW_SCHEMA
 
 SECTIONS = [
     "Before and after",
@@ -205,6 +205,23 @@ def test_sources_that_moved_or_changed_are_not_shown_as_they_were(
     _, found = page_of(out, source=moved)
     assert "has changed since" in found.whole_text
     assert num_pictures(found) < whole
+
+
+def test_damaged_rows_are_left_out_of_a_run_at_work_and_named_of_a_finished_one(
+    tree, tmp_path, small, laboratories
+):
+    out = tmp_path / "out"
+    augment(tree, out, small, laboratories, work=replace(QUIET, shard=(0, 2)))
+    receipts = sorted((out / ".work" / "receipts").iterdir())
+    rows = pq.read_metadata(receipts[1]).num_rows
+    receipts[0].write_bytes(receipts[0].read_bytes()[:-20])
+    assert f"Not finished: {rows} rows so far" in page_of(out)[1].whole_text
+    with pytest.warns(UserWarning, match="is damaged; its unit is done again"):
+        augment(tree, out, small, laboratories)
+    manifest = out / "manifest.parquet"
+    manifest.write_bytes(manifest.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"manifest\.parquet is damaged; restore it"):
+        offline.report(out)
 
 
 def test_an_unfinished_run_says_how_far_it_came(tree, tmp_path, small, laboratories):

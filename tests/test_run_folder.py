@@ -8,8 +8,8 @@ from cytosyn_aug.run_folder import RUN_NAME, Unit, open_run
 UNITS = [Unit(0, 0, 2, "aa"), Unit(1, 2, 4, "bb")]
 
 
-def row(unit, status="edited"):
-    return {"source": f"{unit}.png", "status": status, "unit": unit}
+def row(unit, status="edited", **cells):
+    return {"source": f"{unit}.png", "status": status, "unit": unit} | cells
 
 
 def run(folder, identity=None, **settings):
@@ -85,3 +85,76 @@ def test_a_run_at_work_is_not_overwritten(tmp_path):
     out, reason = tmp_path / "out", "being written by another process"
     with run(out), pytest.raises(BlockingIOError, match=reason), run(out, overwrite=True):
         pass
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+@pytest.mark.parametrize("gone", ["a/0.png", "a/0_mask.png", "shard-000001.tar", "a"])
+def test_a_unit_whose_results_are_gone_is_done_again(tmp_path, gone, is_finished):
+    out = tmp_path / "out"
+    with run(out) as first:
+        first.prepare()
+        (out / "a").mkdir()
+        for name in ("a/0.png", "a/0_mask.png", "shard-000001.tar"):
+            (out / name).touch()
+        first.write_receipt(UNITS[0], [row(0, output="a/0.png", mask="a/0_mask.png")])
+        first.write_receipt(UNITS[1], [row(1, output="shard-000001.tar/b/1.png"), row(1)])
+        assert first.to_do(UNITS) == []
+        assert not is_finished or first.finish(UNITS)
+    (out / gone).rename(tmp_path / "elsewhere")
+    unit = UNITS[gone.endswith("tar")]
+    with run(out) as second:
+        with pytest.warns(UserWarning, match=f"1 unit is done again .*{gone}.* is gone"):
+            assert second.to_do(UNITS) == [unit]
+        second.prepare()
+        with second.claim(unit) as has:
+            assert has
+
+
+def test_a_damaged_receipt_is_one_that_is_not_there(tmp_path):
+    out = tmp_path / "out"
+    with run(out) as first:
+        first.prepare()
+        for unit in UNITS:
+            first.write_receipt(unit, [row(unit.number)])
+        receipt = out / ".work" / "receipts" / "0000001.parquet"
+        content = receipt.read_bytes()
+    for damaged in (b"", content[:100], content[:-1], content[:8] + bytes(400) + content[408:]):
+        receipt.write_bytes(damaged)
+        with run(out) as second:
+            with pytest.warns(UserWarning, match="0000001.parquet is damaged; its unit is done"):
+                assert second.to_do(UNITS) == [UNITS[1]]
+            assert not second.finish(UNITS)
+    with run(out) as third:
+        third.write_receipt(UNITS[1], [row(1)])
+        assert third.finish(UNITS)
+
+
+def test_a_damaged_manifest_says_what_to_do_and_is_not_written_over(tmp_path):
+    out = tmp_path / "out"
+    with run(out) as first:
+        first.prepare()
+        for unit in UNITS:
+            first.write_receipt(unit, [row(unit.number)])
+        assert first.finish(UNITS)
+    manifest = out / "manifest.parquet"
+    manifest.write_bytes(manifest.read_bytes()[:-9])
+    said = r"manifest.parquet is damaged; restore it from a copy; or remove it, and .* all units"
+    with run(out) as second, pytest.raises(ValueError, match=said):
+        second.to_do(UNITS)
+    manifest.unlink()
+    with run(out) as third:
+        assert third.to_do(UNITS) == UNITS
+
+
+def test_a_receipt_of_other_files_hides_what_was_before(tmp_path):
+    out = tmp_path / "out"
+    with run(out) as first:
+        first.prepare()
+        for unit in UNITS:
+            first.write_receipt(unit, [row(unit.number)])
+        assert first.finish(UNITS)
+    with run(out) as second:  # of changed files, and killed; its results are those of now
+        second.prepare()
+        second.write_receipt(UNITS[0]._replace(digest="cc"), [row(0)])
+    with run(out) as third:
+        assert third.to_do(UNITS) == [UNITS[0]]

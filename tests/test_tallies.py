@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from cytosyn_aug.manifest import open_manifest
-from cytosyn_aug.run_folder import ROW_SCHEMA, RUN_NAME
+from cytosyn_aug.run_folder import RUN_NAME
 from cytosyn_aug.tallies import MAX_NAMED, SAMPLE_ROWS, Histogram, tally_rows
+from cytosyn_aug.unit_rows import ROW_SCHEMA
 
 UNIT = 100
 
