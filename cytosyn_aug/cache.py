@@ -35,6 +35,7 @@ from cytosyn_aug.cache_spec import (
     CACHE_NAME,
     KEY_BYTES,
     CacheSpec,
+    check_equal,
     create_cache,
     read_spec,
 )
@@ -117,7 +118,7 @@ class LatentCache:
             create_cache(folder, spec)
         found = read_spec(folder)
         if spec is not None:
-            _check_equal(folder, found, spec)
+            check_equal(folder, found, spec)
         return cls(folder, found, max_pending_bytes)
 
     def __len__(self) -> int:
@@ -254,7 +255,7 @@ class LatentCache:
                 f"{folder} is not here, or no longer a cache, as it was where this handle of it "
                 "was pickled; make it reachable under the same path, or open it by yours"
             ) from error
-        _check_equal(folder, found, spec)
+        check_equal(folder, found, spec)
         self.__init__(folder, spec, state["max_pending_bytes"])  # type: ignore[misc]
 
     def _tags(self, keys: Sequence[str], variants: Sequence[int] | None) -> list[Tag]:
@@ -339,12 +340,3 @@ class LatentCache:
         if not self._damaged:  # one warning a handle; `faults` has the rest
             warnings.warn(sentence, stacklevel=2)
         self._damaged.setdefault((shard, row), sentence)
-
-
-def _check_equal(folder: Path, found: CacheSpec, spec: CacheSpec) -> None:
-    if found != spec:
-        raise ValueError(
-            f"{folder} is a cache of digest {found.digest} for model {found.model_digest}, "
-            f"asked for is {spec.digest} for model {spec.model_digest}: "
-            f"{'; '.join(spec.differences(found))}; use another folder, or remove this one"
-        )

@@ -208,3 +208,13 @@ def read_spec(folder: Path) -> CacheSpec:
             f"{file} is damaged or of another version ({error}); fill a new cache"
         ) from error
     return spec
+
+
+def check_equal(folder: Path, found: CacheSpec, spec: CacheSpec) -> None:
+    """Raise `ValueError`, with the differences, if a cache holds something else than asked for."""
+    if found != spec:
+        raise ValueError(
+            f"{folder} is a cache of digest {found.digest} for model {found.model_digest}, "
+            f"asked for is {spec.digest} for model {spec.model_digest}: "
+            f"{'; '.join(spec.differences(found))}; use another folder, or remove this one"
+        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -58,6 +58,16 @@ def write_atomically(file: Path, content: bytes) -> None:
     """Write a whole file through `atomic_file`."""
     with atomic_file(file) as stream:
         stream.write(content)
+
+
+def refuse_links(folders: Iterable[Path]) -> None:
+    """Raise `ValueError` where a link stands in a folder's place: what is written stays inside."""
+    for folder in folders:
+        if folder.is_symlink():
+            raise ValueError(
+                f"{folder} is a link, to {folder.resolve()}, expected a folder; remove it, or make "
+                "a link of the whole output folder instead"
+            )
 
 
 def remove_leftovers(folder: Path, pattern: str = ".*.tmp") -> list[Path]:

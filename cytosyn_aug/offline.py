@@ -220,8 +220,13 @@ def cache(
         work: Shard, threads and the like.
 
     Raises:
-        ValueError, OSError: See `augment`.
+        ValueError, OSError: See `augment`; also with `Work.overwrite`.
     """
+    if work is not None and work.overwrite:
+        raise ValueError(
+            f"{folder} may hold records of other sets of tiles, so overwrite does not remove it; "
+            "remove the folder yourself, or use another"
+        )
     tiles = Tiles(source=source, kind=input, mpp=mpp, unit_tiles=unit_tiles)
     summary = do_run(plan_cache(tiles, folder, generator, contents), work or Work())
     if compact and summary.is_complete:

@@ -167,7 +167,7 @@ def _add_cache(add: AddCommand) -> None:
     _add_input(cache)
     add_model(cache)
     add_tile_work(cache)
-    add_work(cache)
+    add_work(cache, "refused, since CACHE may hold other sets of tiles; remove it yourself")
 
 
 def _add_sample(add: AddCommand) -> None:

@@ -18,8 +18,14 @@ import torch
 from torch import Tensor
 
 from cytosyn_aug.cache import LatentCache
-from cytosyn_aug.cache_spec import CacheSpec
-from cytosyn_aug.files import atomic_file, check_inside, flush_folder
+from cytosyn_aug.cache_spec import (
+    CACHE_NAME,
+    SHARD_FOLDER,
+    CacheSpec,
+    check_equal,
+    read_spec,
+)
+from cytosyn_aug.files import atomic_file, check_inside, flush_folder, refuse_links
 from cytosyn_aug.image_files import encode_png, encode_webp
 from cytosyn_aug.listing import Item
 from cytosyn_aug.run_folder import RunFolder
@@ -254,8 +260,25 @@ def make_output(
     return TreeOutput(out, folder.work / "files", format, name)
 
 
+def check_cache(cache: Path, spec: CacheSpec, run: Path) -> None:
+    """Refuse a cache that a run cannot add to, before anything is written.
+
+    Args:
+        cache: Its folder, which may not exist yet.
+        spec: What the run's records are.
+        run: Folder of the run, below that of the cache.
+
+    Raises:
+        ValueError: It holds something else, is damaged, or links lead out of it.
+    """
+    refuse_links([cache / SHARD_FOLDER, run.parent, run])
+    if (cache / CACHE_NAME).is_file():
+        check_equal(cache, read_spec(cache), spec)
+
+
 def make_cache(out: Path, spec: CacheSpec, folder: RunFolder) -> Output:
     """Return a cache that takes records, opened or made."""
+    refuse_links([out / SHARD_FOLDER])
     return CacheOutput(LatentCache.open(out, spec))
 
 

@@ -39,6 +39,7 @@ from cytosyn_aug.outputs import (
     ENCODERS,
     Format,
     Output,
+    check_cache,
     make_cache,
     make_output,
     same_name,
@@ -199,7 +200,8 @@ def plan_cache(
     spec = encodings_spec(generator, contents)
     identity = _identity("cache", {"contents": list(contents)}, listing, generator, tiles)
     # A cache holds many sets of tiles; each has a run of its own beside the records.
-    name = settings_digest(identity)
+    folder = Path(cache) / "runs" / settings_digest(identity)
+    check_cache(Path(cache), spec, folder)
     task = TileTask(
         generator=generator,
         listing=listing,
@@ -213,7 +215,7 @@ def plan_cache(
         encode=None,
     )
     return Run(
-        folder=Path(cache) / "runs" / name,
+        folder=folder,
         identity=identity,
         context=_context(tiles, generator),
         listing=listing,

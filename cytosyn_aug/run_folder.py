@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 
-from cytosyn_aug.files import remove_leftovers, write_atomically
+from cytosyn_aug.files import refuse_links, remove_leftovers, write_atomically
 from cytosyn_aug.unit_rows import (
     MANIFEST_NAME,
     DamagedError,
@@ -98,10 +98,10 @@ class RunFolder:
         Raises:
             ValueError: A link stands where unfinished files go.
         """
-        if self.work.is_symlink():
-            raise ValueError(f"{self.work} is a link, expected a folder of this run; remove it")
-        for name in (RECEIPTS_NAME, "locks", "files"):
-            (self.work / name).mkdir(parents=True, exist_ok=True)
+        folders = [self.work / name for name in (RECEIPTS_NAME, "locks", "files")]
+        refuse_links([self.work, *folders])
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
     def claim(self, unit: Unit) -> Iterator[bool]:

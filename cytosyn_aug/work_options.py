@@ -34,11 +34,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch-size", type=int, default=16, help="tiles in the networks at once")
 
 
-def add_work(parser: argparse.ArgumentParser) -> None:
-    """Add the options of how a run is worked on, here or by Ray."""
+def add_work(
+    parser: argparse.ArgumentParser, overwrite: str = "remove what OUT holds, first"
+) -> None:
+    """Add the options of how a run is worked on, here or by Ray; `overwrite` is help on that."""
     group = parser.add_argument_group("work")
     group.add_argument("--dry-run", action="store_true", help="say what would be done, as JSON")
-    group.add_argument("--overwrite", action="store_true", help="remove what OUT holds, first")
+    group.add_argument("--overwrite", action="store_true", help=overwrite)
     group.add_argument(
         "--shard", type=_shard, default=(0, 1), metavar="I/N", help="do the I-th of N parts, from 0"
     )

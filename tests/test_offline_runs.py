@@ -253,6 +253,60 @@ def test_links_that_lead_out_are_refused(tree, tmp_path, small, laboratories):
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
+@pytest.mark.parametrize("name", [".work/receipts", ".work/locks", ".work/files", "shards"])
+def test_links_in_place_of_a_runs_own_folders_are_refused(
+    tree, tmp_path, small, laboratories, name
+):
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    settings = {"format": "latents"}
+    augment(tree, out, small, laboratories, work=replace(QUIET, shard=(0, 4)), **settings)
+    (out / name).rename(elsewhere)
+    before = digest(elsewhere)
+    (out / name).symlink_to(elsewhere)
+    with pytest.raises(ValueError, match=f"{name} is a link, to {elsewhere}"):
+        augment(tree, out, small, laboratories, **settings)
+    assert digest(elsewhere) == before
+    (out / name).unlink()
+    elsewhere.rename(out / name)
+    (tmp_path / "link").symlink_to(out)  # of the whole folder is fine
+    assert augment(tree, tmp_path / "link", small, laboratories, **settings).is_complete
+
+
+@pytest.mark.parametrize("name", ["shards", "runs"])
+def test_links_in_a_cache_are_refused_before_it_is_made(tree, tmp_path, small, name):
+    cache, elsewhere = tmp_path / "cache", tmp_path / "elsewhere"
+    cache.mkdir()
+    elsewhere.mkdir()
+    (cache / name).symlink_to(elsewhere)
+    with pytest.raises(ValueError, match=f"{name} is a link, to {elsewhere}"):
+        offline.cache(tree, cache, small, work=QUIET)
+    assert [f.name for f in tmp_path.glob("*/*")].count(name) == len(list(cache.iterdir())) == 1
+
+
+def test_a_tar_file_that_is_a_link_is_replaced_and_not_written_through(
+    tree, tmp_path, small, laboratories
+):
+    out, other = tmp_path / "out", tmp_path / "other.tar"
+    other.write_bytes(b"mine")
+    augment(tree, out, small, laboratories, format="tar", work=replace(QUIET, shard=(0, 4)))
+    (out / "shard-000001.tar").symlink_to(other)
+    augment(tree, out, small, laboratories, format="tar")
+    assert other.read_bytes() == b"mine"
+    assert not (out / "shard-000001.tar").is_symlink()
+
+
+def test_a_cache_of_something_else_is_left_as_it_was_and_never_overwritten(tree, tmp_path, small):
+    cache = tmp_path / "cache"
+    offline.cache(tree, cache, small, contents=["features"], work=QUIET)
+    before = digest(cache)
+    with pytest.raises(ValueError, match="use another folder"):
+        offline.cache(tree, cache, small, contents=["moments"], work=QUIET)
+    with pytest.raises(ValueError, match="overwrite does not remove it"):
+        offline.cache(tree, cache, small, work=replace(QUIET, overwrite=True))
+    assert digest(cache) == before
+    assert len(list((cache / "runs").iterdir())) == 1
+
+
 def test_results_among_their_sources_are_refused(tree, small, laboratories):
     for out in (tree, tree / "out", tree.parent):
         with pytest.raises(ValueError, match="lie in each other"):
