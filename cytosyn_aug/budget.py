@@ -55,7 +55,7 @@ class Volume:
 
     def __post_init__(self) -> None:
         counts = (self.slides, self.tiles, self.variants, self.unit_tiles)
-        if min(counts) < 1 or self.tile_bytes <= 0:
+        if min(counts) < 1 or not 0 < self.tile_bytes < math.inf:
             raise ValueError(
                 f"slides, tiles, variants and unit_tiles are {counts}, a tile has "
                 f"{self.tile_bytes:g} bytes, expected at least 1 of each"
@@ -91,11 +91,14 @@ class Fleet:
     task_hours: float = 4.0
 
     def __post_init__(self) -> None:
-        if min(self.tiles_per_s, self.workers, self.task_hours) <= 0 or self.price < 0:
+        amounts = (self.tiles_per_s, self.workers, self.task_hours)
+        if not all(0 < amount < math.inf for amount in amounts):
             raise ValueError(
                 f"rate, workers and hours of a task are {self.tiles_per_s:g}, {self.workers} and "
-                f"{self.task_hours:g}, expected more than 0, and a price of at least 0"
+                f"{self.task_hours:g}, expected finite numbers of more than 0"
             )
+        if not 0 <= self.price < math.inf:
+            raise ValueError(f"price is {self.price:g}, expected a finite one of at least 0")
 
 
 def storage(volume: Volume) -> dict[str, dict[str, int]]:

@@ -49,7 +49,18 @@ def test_labour_by_hand():
     ("words", "said"),
     [
         (["--slides", "10", "--tiles", "0"], "expected at least 1"),
-        (["--slides", "10", "--tiles", "9", "--tiles-per-s", "0"], "expected more than 0"),
+        *(
+            (["--slides", "10", "--tiles", "9", *words], said)
+            for words, said in [
+                (["--tile-bytes", "nan"], "a tile has nan bytes"),
+                (["--tiles-per-s", "0"], "expected finite numbers of more than 0"),
+                (["--tiles-per-s", "nan"], "a task are nan, 1"),
+                (["--tiles-per-s", "inf"], "a task are inf, 1"),
+                (["--tiles-per-s", "9", "--task-hours", "nan"], "and nan, expected finite"),
+                (["--tiles-per-s", "9", "--price", "nan"], "price is nan"),
+                (["--tiles-per-s", "9", "--price", "-1"], "price is -1"),
+            ]
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(words, said, capsys):
