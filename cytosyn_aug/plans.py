@@ -48,7 +48,7 @@ from cytosyn_aug.outputs import (
 from cytosyn_aug.reading import Loaded, Reader
 from cytosyn_aug.record_edits import moments_edit, variants_to_records
 from cytosyn_aug.run_folder import RunFolder
-from cytosyn_aug.slide_sources import SlideSources
+from cytosyn_aug.slide_sources import SlideSources, note_slides
 from cytosyn_aug.slide_stain import fit_reference
 from cytosyn_aug.unit_work import Run, TileTask
 
@@ -162,6 +162,8 @@ def plan_normalize(
     check_apart(tiles.source, out)
     laboratories, identities = open_references(references, generator, recipe.method)
     listing = _list(tiles, generator)
+    if recipe.source == "slide":
+        listing = note_slides(listing)
     recipe = replace(recipe, mpp=_scale(tiles, listing, generator))
     more = {"references": identities, "format": format}
     identity = _identity("normalize", recipe, listing, generator, tiles) | more

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Generic, TypeVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -26,6 +29,26 @@ _MAX_SLIDES = 256  # kept at a time; a run meets them one after the other
 
 
 Fitted = TypeVar("Fitted")
+
+
+def note_slides(listing: Listing) -> Listing:
+    """Return a listing that notes how many of its tiles do not say their slide.
+
+    Raises:
+        ValueError: None of them does.
+    """
+    is_usable = pc.equal(listing.table["error"].cast(pa.string()), "")
+    slides = listing.table.filter(is_usable)["slide"].cast(pa.string())
+    without = pc.sum(pc.equal(slides, "")).as_py() or 0
+    if not without:
+        return listing
+    if without == len(slides):
+        raise ValueError(
+            "no tile says its slide, whose stain is to be changed; name tiles SLIDE/X_Y.png or "
+            "SLIDE_X_Y.png, give a table with a column slide, or use stain source tile"
+        )
+    note = f"{without:,} of {len(slides):,} tiles do not say their slide; their own stain is used"
+    return replace(listing, notes=(*listing.notes, note))
 
 
 class SlideSources(Generic[Fitted]):

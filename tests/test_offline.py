@@ -102,13 +102,24 @@ def test_a_slide_is_changed_by_its_own_statistics(tree, tmp_path, small, laborat
     from cytosyn_aug import StainNormalize, StainReference
 
     out = tmp_path / "out"
-    offline.normalize(tree, out, small, reference=laboratories[0], stain_source="slide", work=QUIET)
+    settings = {"reference": laboratories[0], "stain_source": "slide", "work": QUIET}
+    summary = offline.normalize(tree, out, small, **settings)
+    assert summary.notes == ("1 of 10 tiles do not say their slide; their own stain is used",)
     reference = StainReference.fit(small, laboratories[0])
     of_slide = [r for r in rows(out) if r["slide"] == "slide1"]
     tiles = torch.stack([read(tree / r["source"]) for r in of_slide])
     transform = StainNormalize(small, reference, source=StainReference.fit(small, tiles))
     for row, expected in zip(of_slide, transform(tiles).int(), strict=True):
         assert (read(out / row["output"]).int() - expected).abs().max() <= 1
+
+
+def test_the_stain_of_slides_that_no_tile_names_is_refused(tmp_path, small, laboratories):
+    save(tmp_path / "in" / "tumour" / "one.png", synthetic_tiles(1)[0])
+    (tmp_path / "in" / "slide_1_2_mask.png").touch()  # of no tile, and so says nothing
+    settings = {"reference": laboratories[0], "stain_source": "slide", "work": QUIET}
+    with pytest.raises(ValueError, match="no tile says its slide"):
+        offline.normalize(tmp_path / "in", tmp_path / "out", small, **settings)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("method", ["macenko", "reinhard", "transport"])
