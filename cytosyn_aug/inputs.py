@@ -2,7 +2,7 @@
 
     tree     folders of images; the first folder is the label, as torchvision's ImageFolder has it
     table    .csv or .parquet: path, and any of label, slide, x, y, mask, mpp; see `table_inputs`
-    shards   tar files as WebDataset reads them: key.png, key.cls (label), key.mask.png
+    shards   tar files as WebDataset reads them; see `shard_inputs`
     slides   cut at the model's scale, where the tissue rules of training find tissue
 
 A mask lies beside its tile: `a/tile.png` and `a/tile_mask.png`. No image is opened here but slides,
@@ -19,11 +19,19 @@ from pathlib import Path
 
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.image_files import MASK_END, TILE_SUFFIXES
-from cytosyn_aug.listing import InputKind, Item, Listing, corner, make_listing, output_stem
+from cytosyn_aug.listing import (
+    InputKind,
+    Item,
+    Listing,
+    corner,
+    left_out,
+    make_listing,
+    output_stem,
+)
+from cytosyn_aug.shard_inputs import list_shards
 from cytosyn_aug.slide_tiles import candidate_positions, slide_mask
 from cytosyn_aug.slides import SLIDE_SUFFIXES, Slide
 from cytosyn_aug.table_inputs import EITHER_SUFFIXES, list_slide_table, list_table
-from cytosyn_aug.tar_files import Member, list_members
 from cytosyn_aug.tissue import TissueConfig
 
 TABLE_SUFFIXES = (".csv", ".parquet")
@@ -53,7 +61,7 @@ def list_inputs(
     elif kind == "table":
         listing = list_table(source)
     elif kind == "shards":
-        listing = list_shards(source)
+        listing = list_shards(source, [name for name, _ in _files(source, (".tar",))])
     else:
         listing = list_slides(source, tile, mpp)
     if not len(listing):
@@ -109,19 +117,7 @@ def list_tree(folder: Path) -> Listing:
     """List the images of a folder and of the folders in it."""
     others: Counter[str] = Counter()
     listing = make_listing("tree", folder, _tree_items(folder, others))
-    return replace(listing, notes=_left_out(others))
-
-
-def list_shards(source: Path) -> Listing:
-    """List the images in a tar file, or in all tar files of a folder."""
-    folder = source if source.is_dir() else source.parent
-    names = [source.name]
-    if source.is_dir():
-        names = [name for name, _ in walk(source) if name.lower().endswith(".tar")]
-    others: Counter[str] = Counter()
-    items = (item for name in names for item in _shard_items(folder, name, others))
-    listing = make_listing("shards", folder, items)
-    return replace(listing, notes=_left_out(others))
+    return replace(listing, notes=left_out(others))
 
 
 def list_slides(source: Path, tile: TileSpec, mpp: float | None = None) -> Listing:
@@ -130,12 +126,9 @@ def list_slides(source: Path, tile: TileSpec, mpp: float | None = None) -> Listi
     A slide that cannot be read is one row with an error.
     """
     folder = source if source.is_dir() else source.parent
-    names = [source.name]
-    if source.is_dir():
-        names = [name for name, _ in walk(source) if name.lower().endswith(SLIDE_SUFFIXES)]
     items: list[Item] = []
     notes: list[str] = []
-    for name in names:
+    for name, _ in _files(source, SLIDE_SUFFIXES):
         whole = Item(name, label=_label(name), file=name)
         items += _slide_items(folder, whole, tile, mpp, notes)
     return make_listing("slides", folder, items, tuple(notes))
@@ -159,17 +152,25 @@ def list_whole_slides(source: Path | str, *, mpp: float | None = None) -> Listin
     if source.is_file() and source.suffix.lower() in TABLE_SUFFIXES:
         listing = list_slide_table(source, mpp)
     else:
-        folder = source if source.is_dir() else source.parent
-        files = walk(source) if source.is_dir() else [(source.name, source.stat().st_size)]
-        items = [
+        items = (
             Item(name, label=_label(name), slide=output_stem(name), file=name, size=size, mpp=mpp)
-            for name, size in files
-            if source.is_file() or name.lower().endswith(SLIDE_SUFFIXES)
-        ]
+            for name, size in _files(source, SLIDE_SUFFIXES)
+        )
+        folder = source if source.is_dir() else source.parent
         listing = make_listing("slides", folder, items)
     if not len(listing):
         raise ValueError(f"{source} holds no slides; expected {', '.join(SLIDE_SUFFIXES)}")
     return listing
+
+
+def _files(source: Path, endings: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    """Yield names and sizes of files with such names in a folder, or of the one file given."""
+    if source.is_file():
+        yield source.name, source.stat().st_size
+        return
+    for name, size in walk(source):
+        if name.lower().endswith(endings):
+            yield name, size
 
 
 def _label(name: str) -> str:
@@ -228,61 +229,6 @@ def _tree_items(folder: Path, others: Counter[str]) -> Iterator[Item]:
             yield Item(name, error="is named as the mask of a tile that is not there")
         elif not stem.endswith(MASK_END) and suffix.lower() not in TILE_SUFFIXES:
             others[suffix] += 1
-
-
-def _left_out(others: Counter[str]) -> tuple[str, ...]:
-    if not others:
-        return ()
-    shown = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in sorted(others.items()))
-    return (f"left out files that are no tiles: {shown}",)
-
-
-def _shard_items(folder: Path, shard: str, others: Counter[str]) -> Iterator[Item]:
-    """Yield the images of a tar file, with what lies beside them under the same key."""
-    found: dict[str, dict[str, Member]] = {}
-    error = ""
-    try:
-        for member in list_members(folder / shard):
-            key, kind = _key(member.name)
-            found.setdefault(key, {})[kind] = member
-    except ValueError as damage:  # what was listed before it is still good
-        error = str(damage)
-    for key, kinds in found.items():
-        images = [kind for kind in kinds if f".{kind}" in TILE_SUFFIXES]
-        others.update(f".{k}" for k in kinds if k not in images and k not in ("cls", "mask.png"))
-        if not images:
-            continue
-        image, mask = kinds[images[0]], kinds.get("mask.png")
-        label = _text(folder / shard, kinds["cls"]) if "cls" in kinds else ""
-        slide, x, y = corner(key)
-        item = Item(
-            f"{shard}/{image.name}", key, label, slide, x, y, shard, image.offset, image.size
-        )
-        if len(images) > 1:
-            item = item._replace(error=f"has {len(images)} images under one key, expected one")
-        if mask is not None:
-            item = item._replace(mask=mask.name, mask_offset=mask.offset, mask_size=mask.size)
-        yield item
-    if error:
-        yield Item(shard, error=error)
-
-
-def _key(name: str) -> tuple[str, str]:
-    """Split a member's name as WebDataset does, at the first dot; extra dots stay in the key."""
-    folder, slash, last = name.rpartition("/")
-    key, _, kind = last.partition(".")
-    kind = kind.lower()
-    if kind not in ("cls", "json", "mask.png") and f".{kind}" not in TILE_SUFFIXES:
-        stem, suffix = os.path.splitext(last)
-        if suffix.lower() in TILE_SUFFIXES:
-            key, kind = stem, suffix.lower()[1:]
-    return f"{folder}{slash}{key}", kind
-
-
-def _text(file: Path, member: Member) -> str:
-    with file.open("rb") as stream:
-        stream.seek(member.offset)
-        return stream.read(min(member.size, 4096)).decode("utf-8", "backslashreplace").strip()
 
 
 def _slide_items(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -35,12 +35,15 @@ SCHEMA = pa.schema(
         ("mask", pa.string()),
         ("mask_offset", pa.int64()),
         ("mask_size", pa.int64()),
+        ("json_offset", pa.int64()),
+        ("json_size", pa.int64()),
         ("error", _CODED),
     ]
 )
 # What makes an input the same one: not where it lies, and not what its files hold.
 _IDENTITY = ("name", "label", "slide", "x", "y", "mpp", "mask")
 _BLOCK_ROWS = 65_536
+_MAX_SHOWN = 20
 _MAX_NAME_BYTES = 235  # of 255 that file systems allow: variant and suffix are added
 _CORNER = re.compile(r"(?:(?P<slide>.+)_)?(?P<x>\d{1,9})_(?P<y>\d{1,9})")
 
@@ -61,6 +64,8 @@ class Item(NamedTuple):
         mask: Path of the mask beside it, "" for none.
         mask_offset: Of the mask's bytes in a tar file, else -1.
         mask_size: The mask's bytes.
+        json_offset: Of the bytes of a .json beside it in a tar file, else -1.
+        json_size: Those bytes.
         mpp: Microns per pixel, of the slide if there is one; None for what it states.
         error: Why it cannot be used, "" if it can.
     """
@@ -77,6 +82,8 @@ class Item(NamedTuple):
     mask: str = ""
     mask_offset: int = -1
     mask_size: int = -1
+    json_offset: int = -1
+    json_size: int = -1
     mpp: float | None = None
     error: str = ""
 
@@ -205,6 +212,16 @@ def corner(name: str) -> tuple[str, int | None, int | None]:
         return "", None, None
     slide = match["slide"] or folder.rpartition("/")[2]
     return slide, int(match["x"]), int(match["y"])
+
+
+def left_out(others: Mapping[str, int]) -> tuple[str, ...]:
+    """Return the note on files that are not used, from how many there are of each suffix."""
+    if not others:
+        return ()
+    shown = [f"{n} {printable(kind) or 'without suffix'}" for kind, n in sorted(others.items())]
+    if len(shown) > _MAX_SHOWN:
+        shown[_MAX_SHOWN:] = [f"and {len(shown) - _MAX_SHOWN} more kinds"]
+    return (f"left out files that are no tiles: {', '.join(shown)}",)
 
 
 def printable(name: str) -> str:

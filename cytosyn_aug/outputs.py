@@ -57,12 +57,14 @@ class Result(NamedTuple):
         mask: Bytes of the mask's file, None for none.
         key: Of the source tile.
         fields: Fields of a cache's record but for images, without batch dimension.
+        json: Of the source tile, as it stands; None for none.
     """
 
     pixels: np.ndarray
     mask: bytes | None
     key: str
     fields: Mapping[str, Tensor]
+    json: bytes | None = None
 
 
 class Written(NamedTuple):
@@ -172,11 +174,13 @@ class TarOutput:
         self._lock = threading.Lock()
 
     def write(self, place: Place, item: Item, result: Result) -> Written:
-        """Keep an encoded image, with label and mask under the same key, until its unit is done."""
+        """Keep an encoded image until its unit is done; its key has label, .json and mask, too."""
         key = self._name(item.stem, place.variant).replace(".", "%2E")  # a key ends at a dot
         members = [(f"{key}.webp", encode_webp(result.pixels))]
         if item.label:
             members.append((f"{key}.cls", item.label.encode()))
+        if result.json is not None:
+            members.append((f"{key}.json", result.json))
         if result.mask is not None:
             members.append((f"{key}.mask{PurePosixPath(item.mask).suffix}", result.mask))
         with self._lock:

@@ -260,7 +260,7 @@ def _write(
             rows.append((row, variant, cells | {"status": "rejected", "reason": refusal}))
             continue
         own = {name: value[k] for name, value in fields.items()}
-        result = Result(pixels[k], tile.mask, tile.key, own)
+        result = Result(pixels[k], tile.mask, tile.key, own, tile.json)
         written = job.output.write(place, tile.item, result)
         cells |= {
             "status": job.done if is_tissue[k] else "blank",

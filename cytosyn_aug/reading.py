@@ -34,6 +34,7 @@ class Loaded(NamedTuple):
         key: `cytosyn_aug.images.tile_key` of the pixels, or of the name where there are none.
         mask: Bytes of the file with its mask, None for none.
         notes: Remarks for the manifest.
+        json: Bytes of a .json beside it in a tar file, None for none.
         rejected: Why a tile cut from a slide is left out, "" if it is not.
     """
 
@@ -42,6 +43,7 @@ class Loaded(NamedTuple):
     key: str
     mask: bytes | None = None
     notes: tuple[str, ...] = ()
+    json: bytes | None = None
     rejected: str = ""
 
 
@@ -89,7 +91,10 @@ class Reader:
         pixels, notes = read_picture(content)
         self.check(*pixels.shape[:2])
         mask = self._mask(item, notes)
-        return Loaded(item, pixels, pixels_key(pixels), mask, notes)
+        json = None
+        if item.json_offset >= 0:
+            json = _bytes_at(source, item.json_offset, item.json_size)
+        return Loaded(item, pixels, pixels_key(pixels), mask, notes, json)
 
     def _check_scale(self, item: Item) -> None:
         """Refuse a tile whose row states another scale than the one all tiles are edited at."""

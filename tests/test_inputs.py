@@ -146,26 +146,86 @@ def add(tar, name, content):
     tar.addfile(info, io.BytesIO(content))
 
 
+def shard(file, *names, **contents):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w") as tar:
+        for name in names:
+            add(tar, name, png() if name.endswith("png") else contents.get(name[-3:], b"text"))
+    return file
+
+
 def test_shards_are_read_as_webdataset_reads_them(tmp_path):
     first, second = png(), png()
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        add(tar, "s/1_2.png", first)
-        add(tar, "s/1_2.cls", b"tumour\n")
-        add(tar, "s/1_2.mask.png", b"mask")
+        add(tar, "./s/1_2.png", first)
+        add(tar, "./s/1_2.cls", b"tumour\n")
+        add(tar, "./s/1_2.mask.TIF", b"mask")
+        add(tar, "./s/._1_2.png", b"what macOS adds")
         add(tar, "dotted.name.png", second)
         add(tar, "s/1_2.json", b"{}")
+        add(tar, "s/1_2.txt", b"text")
     listing = list_inputs(tmp_path, TILE)
     found = listing.items(0, len(listing))
     assert [(i.name, i.stem, i.label, i.slide) for i in found] == [
-        ("0.tar/s/1_2.png", "s/1_2", "tumour", "s"),
-        ("0.tar/dotted.name.png", "dotted.name", "", ""),
+        ("0.tar/./s/1_2.png", "0/s/1_2", "tumour", "s"),
+        ("0.tar/dotted.name.png", "0/dotted.name", "", ""),
+    ]
+    assert [note.partition(";")[0] for note in listing.notes] == [
+        "left out files that are no tiles: 1 .txt",
+        "1 .json beside tiles go along with --format tar only",
+        "took 1 images with dots in their names for tiles, such as 0.tar/dotted.name",
     ]
     reader = Reader(listing, TILE, lambda height, width: None)
     loaded = reader.read(found[0])
-    assert loaded.mask == b"mask"
+    assert (loaded.mask, loaded.json) == (b"mask", b"{}")
     assert np.array_equal(loaded.pixels, np.asarray(Image.open(io.BytesIO(first))))
     assert np.array_equal(reader.read(found[1]).pixels, np.asarray(Image.open(io.BytesIO(second))))
-    assert len(items(tmp_path / "0.tar")) == 2
+    assert [i.stem for i in items(tmp_path / "0.tar")] == ["s/1_2", "dotted.name"]
+
+
+def test_keys_need_be_unique_in_their_shard_only(tmp_path):
+    for name in ("train/0.tar", "train/1.tar", "test/0.tar"):
+        shard(tmp_path / name, "000.png", "001.png")
+    found = items(tmp_path)
+    assert [i.stem for i in found[:3]] == ["test/0/000", "test/0/001", "train/0/000"]
+    assert len({i.stem for i in found}) == 6
+    assert not errors(tmp_path)
+    shard(tmp_path / "train" / "0.tar", "000.png", "000.png")  # as `tar -r` writes an update
+    assert errors(tmp_path) == {"train/0.tar/000.png": "has 2 images under one key, expected one"}
+
+
+def test_an_image_of_another_kind_is_no_tile(tmp_path):
+    file = shard(tmp_path / "0.tar", "x.png", "x.seg.png", "a.b.png", "a.c.png", "y.txt", "z")
+    assert [i.stem for i in items(file)] == ["x", "a.b", "a.c"]
+    notes = list_inputs(file, TILE).notes
+    assert notes[0] == "left out files that are no tiles: 1 without suffix, 1 .seg.png, 1 .txt"
+    assert notes[1].startswith(
+        "took 2 images with dots in their names for tiles, such as 0.tar/a.b"
+    )
+
+
+def test_masks_of_shards_belong_to_one_tile(tmp_path):
+    file = shard(tmp_path / "0.tar", "a.b.png", "a.b.mask.npy", "m.mask.png", "n.png", "n.mask.png")
+    with tarfile.open(file, "a") as tar:
+        add(tar, "n.mask.tif", b"mask")
+    assert [i.mask for i in items(file)] == ["a.b.mask.npy", "", ""]
+    assert errors(file) == {
+        "0.tar/m.mask.png": "is named as the mask of a tile that is not there",
+        "0.tar/n.png": "has 2 masks under one key, expected one",
+    }
+
+
+@pytest.mark.parametrize("label", [b"3", b"03\n", "Gewebe \u00fc".encode(), b" two words\r\n", b""])
+def test_labels_of_shards_stay_as_they_stand(tmp_path, label):
+    assert items(shard(tmp_path / "0.tar", "x.png", "x.cls", cls=label))[0].label == (
+        label.decode().strip()
+    )
+
+
+@pytest.mark.parametrize("label", [b"\xff", b"x" * 5000])
+def test_a_label_that_cannot_be_kept_is_an_error(tmp_path, label):
+    file = shard(tmp_path / "0.tar", "x.png", "x.cls", cls=label)
+    assert "has a label that is no short UTF-8 text" in errors(file)["0.tar/x.png"]
 
 
 def test_a_truncated_shard_gives_what_it_has_and_is_named(tmp_path):

@@ -35,7 +35,7 @@ ROWS = [
     {"structure"},
     {"slides", "tissue", "drawing", "batching"},
     {"slide_tiles"},
-    {"reading", "table_inputs"},
+    {"reading", "table_inputs", "shard_inputs"},
     {"inputs", "run_pictures"},
     {"tile_sets", "colour_table", "slide_view"},
     {"slide_blocks"},

@@ -1,6 +1,8 @@
 """Whole data sets: what comes out, how a run resumes and is shared, and how it ends."""
 
 import hashlib
+import io
+import tarfile
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -177,8 +179,6 @@ def test_formats_hold_the_same_pixels(tree, tmp_path, small, laboratories, forma
         if format == "images":
             found = LatentCache.open(out).get([key], [row["variant"]]).fields["images"][0]
         elif format == "tar":
-            import tarfile
-
             shard, member = row["output"].split("/", 1)
             with tarfile.open(out / shard) as tar:
                 found = read(tar.extractfile(member))
@@ -190,6 +190,34 @@ def test_formats_hold_the_same_pixels(tree, tmp_path, small, laboratories, forma
             assert row["output"].endswith(format)
             found = read(out / row["output"])
         assert torch.equal(found, expected[key])
+
+
+def test_tar_shards_come_back_with_all_that_lay_beside_their_tiles(
+    tree, tmp_path, small, laboratories
+):
+    def members(folder):
+        found = {}
+        for file in sorted(folder.glob("*.tar")):
+            with tarfile.open(file) as tar:
+                found |= {m.name: tar.extractfile(m).read() for m in tar}
+        return {name: found[name] for name in found if not name.endswith((".webp", ".png"))}
+
+    image = sorted((tree / "tumour").glob("*_1.png"))[0]
+    source = tmp_path / "0.tar"
+    with tarfile.open(source, "w") as tar:
+        for ending in ("png", "cls", "mask.npy", "json"):
+            content = image.read_bytes() if ending == "png" else ending.encode()
+            info = tarfile.TarInfo(f"case.1_10_1.{ending}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    first, second = tmp_path / "first", tmp_path / "second"
+    settings = {"reference": laboratories[0], "format": "tar", "work": QUIET}
+    offline.normalize(source, first, small, **settings)
+    expected = {f"case%2E1_10_1.{kind}": kind.encode() for kind in ("cls", "json", "mask.npy")}
+    assert members(first) == expected
+    offline.normalize(first / "shard-000000.tar", second, small, **settings)
+    assert members(second) == expected
+    assert [row["slide"] for row in rows(second)] == ["case.1"]
 
 
 def test_cached_latents_are_read_by_cached_variants(tree, tmp_path, small, laboratories):
