@@ -17,6 +17,8 @@ from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
+from cytosyn_aug.image_files import MASK_END
+
 InputKind = Literal["tree", "table", "shards", "slides", "numbers"]
 
 _CODED = pa.dictionary(pa.int32(), pa.string())
@@ -175,6 +177,8 @@ def _distinct(items: Iterable[Item]) -> Iterator[Item]:
         elif any(part.startswith(".") for part in stem.split("/")):
             error = error or "has a hidden name; rename it, or its folder"
         error = error or _claim(first, stem, name)
+        if item.mask:
+            error = error or _claim(first, f"{stem}{MASK_END}", f"the mask of {name}")
         yield item._replace(
             name=name,
             stem=stem,
@@ -188,7 +192,8 @@ def _distinct(items: Iterable[Item]) -> Iterator[Item]:
 
 def _claim(first: dict[bytes, str], stem: str, name: str) -> str:
     """Note who writes under a stem; return what is wrong with a second one."""
-    other = first.setdefault(hashlib.blake2b(stem.encode(), digest_size=16).digest(), name)
+    key = stem.replace("%2E", ".")  # the same in tar shards, see `cytosyn_aug.outputs.TarOutput`
+    other = first.setdefault(hashlib.blake2b(key.encode(), digest_size=16).digest(), name)
     if other is name:
         return ""
     if other == name:

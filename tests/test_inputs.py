@@ -114,6 +114,23 @@ def test_a_table_keeps_its_order_and_its_texts(tmp_path, suffix):
     assert found[4].stem == "out of"  # inside of OUT, whatever the path
 
 
+def test_no_tile_is_written_over_the_mask_of_another(tmp_path):
+    write(tmp_path, "a.png", "b.png", "a_mask.png", "b_mask.png")
+    file = tmp_path / "table.csv"
+    file.write_text("path,mask\na.png,b_mask.png\na_mask.png,\nb_mask.png,\nb.png,a_mask.png\n")
+    assert errors(file) == {
+        "a_mask.png": "would be written under the same name as the mask of a.png; rename one",
+        "b.png": "would be written under the same name as b_mask.png; rename one",
+    }
+
+
+def test_names_that_are_one_in_tar_shards_are_kept_apart(tmp_path):
+    write(tmp_path, "a%2Eb.png", "a.b.png")
+    assert errors(tmp_path) == {
+        "a.b.png": "would be written under the same name as a%2Eb.png; rename one"
+    }
+
+
 def test_absolute_paths_go_by_what_follows_their_common_folder(tmp_path):
     write(tmp_path, "data/a/1.png", "data/b/2.png")
     file = tmp_path / "lists" / "table.csv"
