@@ -1,6 +1,7 @@
 """What IN is: a tree of tiles, a table of paths, tar shards or slides; each becomes a listing.
 
-    tree     folders of images; the first folder is the label, as torchvision's ImageFolder has it
+    tree     folders of images; the first folder is the label, as torchvision's ImageFolder has it,
+             but for those that name a split: `train/tumour/1.png` has the label "tumour"
     table    .csv or .parquet: path, and any of label, slide, x, y, mask, mpp; see `table_inputs`
     shards   tar files as WebDataset reads them; see `shard_inputs`
     slides   cut at the model's scale, where the tissue rules of training find tissue
@@ -35,6 +36,7 @@ from cytosyn_aug.table_inputs import EITHER_SUFFIXES, list_slide_table, list_tab
 from cytosyn_aug.tissue import TissueConfig
 
 TABLE_SUFFIXES = (".csv", ".parquet")
+SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
 
 
 def list_inputs(
@@ -138,8 +140,8 @@ def list_whole_slides(source: Path | str, *, mpp: float | None = None) -> Listin
     """List slides, one item a slide: its path from `root`, its size in bytes, and no x and y.
 
     Args:
-        source: Slide, folder of slides (the first folder is the label), or table with a path a row
-            and any of label, slide, mpp.
+        source: Slide, folder of slides (labelled as tiles are), or table with a path a row and any
+            of label, slide, mpp.
         mpp: Scale in microns per pixel, instead of what slides state; a table's own wins.
 
     Raises:
@@ -174,8 +176,8 @@ def _files(source: Path, endings: tuple[str, ...]) -> Iterator[tuple[str, int]]:
 
 
 def _label(name: str) -> str:
-    """Return the label that a path says: its first folder, "" for none."""
-    return name.partition("/")[0] if "/" in name else ""
+    """Return the label that a path says: its first folder that names no split, "" for none."""
+    return next((f for f in name.split("/")[:-1] if f.lower() not in SPLITS), "")
 
 
 def _kind_of(suffix: str) -> InputKind | None:

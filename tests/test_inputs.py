@@ -61,6 +61,19 @@ def test_a_tree_gives_labels_corners_and_masks(tmp_path):
     assert listing.notes == ("left out files that are no tiles: 1 .txt",)
 
 
+def test_a_folder_that_names_a_split_is_no_label(tmp_path):
+    write(tmp_path, "train/tumour/1.png", "Val/tumour/a/1.png", "tumour/test/1.png", "test/1.png")
+    labels = {i.name: i.label for i in items(tmp_path)}
+    assert labels == {
+        "Val/tumour/a/1.png": "tumour",
+        "test/1.png": "",
+        "train/tumour/1.png": "tumour",
+        "tumour/test/1.png": "tumour",
+    }
+    write(tmp_path / "slides", "train/lab/1.svs")
+    assert [i.label for i in slides(tmp_path / "slides")] == ["lab"]
+
+
 def test_names_that_cannot_be_kept_apart_or_written_are_errors(tmp_path):
     long = "n" * 240
     write(tmp_path, "t.png", "t.tif", f"{long}.png", "lonely_mask.png", "m.png", "m_mask.png")
