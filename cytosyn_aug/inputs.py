@@ -32,7 +32,7 @@ from cytosyn_aug.listing import (
 from cytosyn_aug.shard_inputs import list_shards
 from cytosyn_aug.slide_tiles import candidate_positions, slide_mask
 from cytosyn_aug.slides import SLIDE_SUFFIXES, Slide
-from cytosyn_aug.table_inputs import EITHER_SUFFIXES, list_slide_table, list_table
+from cytosyn_aug.table_inputs import EITHER_SUFFIXES, list_slide_table, list_table, looks_like_slide
 from cytosyn_aug.tissue import TissueConfig
 
 TABLE_SUFFIXES = (".csv", ".parquet")
@@ -74,11 +74,11 @@ def list_inputs(
 def find_kind(source: Path) -> InputKind:
     """Return what an input is, from its suffix or from the files in it.
 
-    .tif files in a folder count as slides beside other slides, and else as tiles; say
-    `kind="slides"` if they are slides.
+    .tif files in a folder count as slides beside other slides, and else as tiles, unless the first
+    of them is a slide by its look.
 
     Raises:
-        ValueError: Files of several kinds, or none that is known.
+        ValueError: Files of several kinds, none that is known, or .tif files that may be slides.
     """
     if source.is_file():
         found = _kind_of(source.suffix.lower())
@@ -90,7 +90,13 @@ def find_kind(source: Path) -> InputKind:
                 f"slide ({', '.join(SLIDE_SUFFIXES)}); give a folder of tiles as a folder"
             )
         return found
-    suffixes = Counter(Path(name).suffix.lower() for name, _ in walk(source))
+    suffixes: Counter[str] = Counter()
+    first_tiff = ""
+    for name, _ in walk(source):
+        suffix = Path(name).suffix.lower()
+        suffixes[suffix] += 1
+        if suffix in EITHER_SUFFIXES:
+            first_tiff = first_tiff or name
     kinds: Counter[InputKind] = Counter()
     for suffix, number in suffixes.items():
         kind = _kind_of(suffix)
@@ -104,6 +110,11 @@ def find_kind(source: Path) -> InputKind:
         raise ValueError(f"{source} holds files of several kinds ({shown}); say which with --input")
     if not kinds:
         raise ValueError(f"{source} holds no tiles, tar files or slides; see --help for IN")
+    if kinds["tree"] and first_tiff and looks_like_slide(source / first_tiff):
+        raise ValueError(
+            f"{source} holds .tif files, the first of which is a slide by its look ({first_tiff}); "
+            "say --input slides to cut tiles from them, or --input tree if each is one tile"
+        )
     return next(iter(kinds))
 
 

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from cytosyn_aug.image_files import TILE_SUFFIXES
+from cytosyn_aug.image_files import MAX_PIXELS, TILE_SUFFIXES
 from cytosyn_aug.listing import Item, Listing, corner, make_listing, output_stem
 from cytosyn_aug.slides import SLIDE_SUFFIXES
 
@@ -165,6 +165,18 @@ def is_slide(file: Path, *, has_place: bool) -> bool:
         return suffix in SLIDE_SUFFIXES
     # OpenSlide takes any TIFF for a slide that is stored in tiles.
     return has_place and openslide.OpenSlide.detect_format(file) is not None
+
+
+def looks_like_slide(file: Path) -> bool:
+    """Return whether a TIFF is stored in tiles, and larger than a tile may be."""
+    if openslide.OpenSlide.detect_format(file) is None:
+        return False
+    try:
+        with openslide.OpenSlide(file) as slide:
+            width, height = slide.dimensions
+    except openslide.OpenSlideError:
+        return False
+    return width * height > MAX_PIXELS
 
 
 def _size(file: Path) -> tuple[int, str]:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tifffile
 from conftest import damage_tile
 from PIL import Image
 
@@ -434,6 +435,18 @@ def test_the_kind_is_seen_or_must_be_said(tmp_path):
         find_kind(tmp_path / "tree" / "a" / "1.png")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         items(tmp_path / "absent")
+
+
+def test_a_folder_of_tiff_slides_is_not_taken_for_tiles(tmp_path, synthetic_slide):
+    folder = synthetic_slide("1.tif", grid="#", side=300).parent  # tiled, and small
+    Image.new("RGB", (64, 64)).save(folder / "2.tif")
+    assert find_kind(folder) == "tree"
+    glass = np.full((4096, 4112), 255, np.uint8)
+    tifffile.imwrite(folder / "0.tiff", glass, tile=(256, 256), compression="adobe_deflate")
+    with pytest.raises(ValueError, match=r"by its look \(0.tiff\); say --input slides .* tree"):
+        find_kind(folder)
+    write(folder, "b/1.svs")
+    assert find_kind(folder) == "slides"
 
 
 def test_a_listing_knows_its_names_and_its_units_their_files(tmp_path):
