@@ -27,6 +27,7 @@ CUT_S = 6e-6  # a tile
 LOOK_S = 1.9e-3  # a finished unit
 MANIFEST_S = 11e-6  # a row
 MANIFEST_BYTES = 125  # a row
+LATENT_BYTES = 0.13  # a pixel of a tile, with its features
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +72,8 @@ class Volume:
     @property
     def result_bytes(self) -> float:
         """Bytes of a result; a bound that the space on a disk is compared with, too."""
-        return BYTES_PER_PIXEL[self.format] * self.tile.size_px**2
+        per_pixel = LATENT_BYTES if self.format == "latents" else BYTES_PER_PIXEL[self.format]
+        return per_pixel * self.tile.size_px**2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
