@@ -6,11 +6,14 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 from conftest import save_tile as save
 from conftest import synthetic_tiles
 from PIL import Image
@@ -179,6 +182,50 @@ def test_two_processes_share_one_run(tree, tmp_path, model_folder, laboratories)
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
     assert digest(out) == digest(tmp_path / "whole")
+
+
+PLAIN_PROCESSOR = {
+    "ATEN_CPU_CAPABILITY": "default",
+    "DNNL_MAX_CPU_ISA": "SSE41",
+    "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+}
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT",
+    reason="this processor has nothing to leave away: another kind of machine is not verified",
+)
+def test_another_kind_of_machine_differs_by_one_grey_level(
+    tree, tmp_path, model_folder, laboratories
+):
+    """Without vector instructions kernels add up in another order, as those of others do."""
+    (tree / "tumour" / "slide1_10_1_mask.png").unlink()
+    words = {
+        "stain": command(tree, "", model_folder, laboratories, "--strength", "0.5", "1"),
+        "resample": [
+            *("augment", str(tree), "", "--model", str(model_folder)),
+            *("--mode", "resample", "--variants", "2", "--steps", "2"),
+        ],
+    }
+    there = "import json, sys, torch; from cytosyn_aug.cli import main\n"
+    there += "assert torch.backends.cpu.get_cpu_capability() == 'DEFAULT'\n"
+    there += "assert not any([main(words) for words in json.loads(sys.argv[1])])"
+    for mode, line in words.items():
+        assert main([*line[:2], str(tmp_path / "here" / mode), *line[3:]]) == 0
+    lines = [[*w[:2], str(tmp_path / "there" / mode), *w[3:]] for mode, w in words.items()]
+    environment = os.environ | PLAIN_PROCESSOR
+    subprocess.run([sys.executable, "-c", there, json.dumps(lines)], env=environment, check=True)
+    for mode in words:
+        here, other = rows(tmp_path / "here" / mode), rows(tmp_path / "there" / mode)
+        for row, same in zip(here, other, strict=True):
+            images = (
+                np.asarray(Image.open(tmp_path / name / mode / row["output"]), np.int16)
+                for name in ("here", "there")
+            )
+            assert np.abs(np.subtract(*images)).max() <= 1
+            for name in ("similarity", "colour_distance"):
+                assert row.pop(name) == pytest.approx(same.pop(name), abs=1e-3)
+            assert row == same
 
 
 def test_a_full_disk_ends_the_run_and_the_next_goes_on(
