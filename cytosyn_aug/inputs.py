@@ -35,7 +35,7 @@ from cytosyn_aug.slides import SLIDE_SUFFIXES, Slide
 from cytosyn_aug.table_inputs import EITHER_SUFFIXES, list_slide_table, list_table, looks_like_slide
 from cytosyn_aug.tissue import TissueConfig
 
-TABLE_SUFFIXES = (".csv", ".parquet")
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
 
 
@@ -134,17 +134,16 @@ def list_tree(folder: Path) -> Listing:
 
 
 def list_slides(source: Path, tile: TileSpec, mpp: float | None = None) -> Listing:
-    """List the tiles with tissue of a slide, or of all slides in a folder.
+    """List the tiles with tissue of slides, given as for `list_whole_slides`.
 
     A slide that cannot be read is one row with an error.
     """
-    folder = source if source.is_dir() else source.parent
+    slides = list_whole_slides(source, mpp=mpp)
     items: list[Item] = []
-    notes: list[str] = []
-    for name, _ in _files(source, SLIDE_SUFFIXES):
-        whole = Item(name, label=_label(name), file=name)
-        items += _slide_items(folder, whole, tile, mpp, notes)
-    return make_listing("slides", folder, items, tuple(notes))
+    notes = list(slides.notes)
+    for whole in slides.items(0, len(slides)):
+        items += _slide_items(slides.root, whole, tile, notes)
+    return make_listing("slides", slides.root, items, tuple(notes))
 
 
 def list_whole_slides(source: Path | str, *, mpp: float | None = None) -> Listing:
@@ -244,24 +243,22 @@ def _tree_items(folder: Path, others: Counter[str]) -> Iterator[Item]:
             others[suffix] += 1
 
 
-def _slide_items(
-    folder: Path, whole: Item, tile: TileSpec, mpp: float | None, notes: list[str]
-) -> Iterator[Item]:
-    slide_name = os.path.splitext(whole.name)[0]
+def _slide_items(folder: Path, whole: Item, tile: TileSpec, notes: list[str]) -> Iterator[Item]:
+    if whole.error:
+        yield whole
+        return
     config = TissueConfig()
     try:
-        with Slide(folder / whole.file, mpp) as slide:
+        with Slide(folder / whole.file, whole.mpp) as slide:
             reading = slide.plan(tile)
             mask = slide_mask(slide, None, config)
             positions = candidate_positions(slide, reading, mask, config)[0].tolist()
             notes += [f"{whole.name}: {note}" for note in slide.scale.notes]
     except (ValueError, MemoryError) as error:
         reason = str(error).removeprefix(f"{Path(whole.file).name} ") or type(error).__name__
-        yield whole._replace(slide=slide_name, error=reason)
+        yield whole._replace(error=reason)
         return
     if not positions:
         notes.append(f"{whole.name}: no tissue was found")
-    size = (folder / whole.file).stat().st_size
     for x, y in positions:
-        stem = f"{slide_name}/{x}_{y}"
-        yield whole._replace(stem=stem, slide=slide_name, x=x, y=y, size=size)
+        yield whole._replace(stem=f"{whole.stem}/{x}_{y}", x=x, y=y)

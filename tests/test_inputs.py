@@ -166,9 +166,56 @@ def test_a_table_without_paths_or_with_damage_is_refused(tmp_path):
     file.write_text("path,label,path\na.png,x,b.png\n")
     with pytest.raises(ValueError, match="has several columns path"):
         items(file)
-    file.write_text("path,x,y\na.png,left,1\n")
-    with pytest.raises(ValueError, match="cannot be read as a table"):
-        items(file)
+    for cell in ("left", "1.5"):
+        file.write_text(f"path,x,y\na.png,{cell},1\n")
+        with pytest.raises(ValueError, match=f"has a bad cell in column x.*{cell}"):
+            items(file)
+    for row, reason in (
+        ("", "is a folder, or its row has no path"),
+        ("b\\a.png", "write / for its"),
+    ):
+        file.write_text(f"path,x\n{row},1\n")
+        assert reason in errors(file)[row]
+
+
+def test_an_empty_cell_says_nothing(tmp_path):
+    write(tmp_path, "s_1_2.png")
+    file = tmp_path / "table.csv"
+    for missing in ("", "NA", " nan", "null"):
+        file.write_text(f"path,label,slide,x,y\ns_1_2.png,NA,,{missing},{missing}\n")
+        assert [(i.label, i.slide, i.x, i.y) for i in items(file)] == [("NA", "s", 1, 2)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Path; LABEL ;x;id\na.png;ab;5.0;7\n", "path\tlabel\tX\tid\na.png\tab\t5\t7\n"],
+)
+def test_tables_of_other_programs_are_read(tmp_path, text):
+    write(tmp_path, "a.png")
+    file = tmp_path / "table.tsv"
+    file.write_text(text)
+    assert [(i.name, i.label, i.x) for i in items(file)] == [("a.png", "ab", 5)]
+    notes = list_inputs(file, TILE).notes
+    assert notes == ("left out columns that have no meaning here: id",)
+
+
+def test_parquet_columns_of_other_types_are_read(tmp_path):
+    write(tmp_path, "a.png", "b.png")
+    columns = {
+        "path": pa.array(["a.png", "b.png"]).dictionary_encode(),
+        "label": pa.array(["x", None]).dictionary_encode(),
+        "x": [1.0, float("nan")],
+        "y": ["3", ""],
+        "mpp": pa.nulls(2),
+        "features": [[0.5] * 8] * 2,
+    }
+    pq.write_table(pa.table(columns), tmp_path / "table.parquet")
+    found = items(tmp_path / "table.parquet")
+    assert [(i.label, i.x, i.y, i.mpp) for i in found] == [
+        ("x", 1, 3, None),
+        ("", None, None, None),
+    ]
+    assert "features" in list_inputs(tmp_path / "table.parquet", TILE).notes[0]
 
 
 def add(tar, name, content):
@@ -307,7 +354,7 @@ def test_a_table_may_name_places_on_slides(tmp_path, synthetic_slide):
     found = listing.items(0, len(listing))
     assert [i.stem for i in found[:2]] == ["slides/slide/0_0", "slides/slide/512_256"]
     assert found[0].slide == "slides/slide"
-    assert found[4].error == "is a slide, and its row lacks x or y"
+    assert found[4].error.startswith("is a slide, and its row lacks x or y; give both, or --input")
     assert found[5].error == "cannot be opened: No such file or directory"
     reader = Reader(listing, TILE, lambda height, width: None)
     assert reader.read(found[0]).pixels.shape == (64, 64, 3)
@@ -315,6 +362,25 @@ def test_a_table_may_name_places_on_slides(tmp_path, synthetic_slide):
     for item in found[2:4]:
         with pytest.raises(ItemError, match="lies outside of the slide: 128 px from"):
             reader.read(item)
+
+
+def test_a_table_of_slides_is_cut_with_what_it_says_of_each(tmp_path, synthetic_slide):
+    synthetic_slide(grid="##..\n##..", side=256)
+    synthetic_slide("silent.tif", grid="##..\n##..", side=256, mpp=None, power=None)
+    file = tmp_path / "table.csv"
+    file.write_text(
+        "path,label,slide,mpp\nslides/slide.svs,a,A,\nslides/silent.tif,b,,0.5\nslides/slide.tif,,,\n"
+    )
+    found = items(file, kind="slides")
+    assert {(i.label, i.slide, i.stem) for i in found if (i.x, i.y) == (128, 128)} == {
+        ("a", "A", "slides/slide/128_128"),
+        ("b", "slides/silent", "slides/silent/128_128"),
+    }
+    assert {i.x for i in found if i.label == "a"} == set(range(0, 512, 128))  # at its own 0.25
+    assert {i.x for i in found if i.label == "b"} == set(range(0, 512, 64))
+    assert errors(file, kind="slides") == {
+        "slides/slide.tif": "cannot be opened: No such file or directory"
+    }
 
 
 def test_a_tiff_with_a_place_is_a_slide_if_it_is_tiled(tmp_path, synthetic_slide):
