@@ -27,6 +27,7 @@ from PIL import Image, ImageFile, ImageOps
 FORMATS = ("PNG", "WEBP", "JPEG", "TIFF", "BMP")
 TILE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 MASK_END = "_mask"  # of the stem: a/tile_mask.png lies beside a/tile.png
+_MASK_ENDS = (MASK_END, ".mask")  # the second is what unpacked tar shards have
 MAX_PIXELS = 4096 * 4096  # of a tile; decoded it takes 50 MB
 _ORIENTATION = 0x0112
 # What Pillow's readers raise on damaged files, beside OSError and ValueError.
@@ -59,6 +60,12 @@ class Picture(NamedTuple):
 
     pixels: np.ndarray
     notes: tuple[str, ...]
+
+
+def masked_stem(stem: str) -> str | None:
+    """Return the stem of the tile whose mask has this stem, None if it is no mask's."""
+    end = next((end for end in _MASK_ENDS if stem.lower().endswith(end)), None)
+    return None if end is None else stem[: -len(end)]
 
 
 def read_picture(source: Path | bytes) -> Picture:

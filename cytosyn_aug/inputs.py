@@ -6,20 +6,22 @@
     shards   tar files as WebDataset reads them; see `shard_inputs`
     slides   cut at the model's scale, where the tissue rules of training find tissue
 
-A mask lies beside its tile: `a/tile.png` and `a/tile_mask.png`. No image is opened here but slides,
-for which `cytosyn_aug.slide_tiles` says what is tissue. No torch here.
+A mask lies beside its tile: `a/tile.png` and `a/tile_mask.png`, or `a/tile.mask.png` as in unpacked
+shards. No image is opened here but slides, for which `cytosyn_aug.slide_tiles` says what is tissue.
+No torch here.
 """
 
 from __future__ import annotations
 
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.image_files import MASK_END, TILE_SUFFIXES
+from cytosyn_aug.image_files import TILE_SUFFIXES, masked_stem
 from cytosyn_aug.listing import (
     InputKind,
     Item,
@@ -59,6 +61,8 @@ def list_inputs(
         raise FileNotFoundError(f"{source} does not exist; give a folder, table, tar file or slide")
     kind = kind or find_kind(source)
     if kind == "tree":
+        if source.is_file():
+            raise ValueError(f"{source} is a file, expected a folder of tiles; give its folder")
         listing = list_tree(source)
     elif kind == "table":
         listing = list_table(source)
@@ -86,7 +90,7 @@ def find_kind(source: Path) -> InputKind:
             found = "slides"
         if found in (None, "tree"):
             raise ValueError(
-                f"{source} is neither a table ({', '.join(TABLE_SUFFIXES)}), a tar file nor a "
+                f"{source} is neither a table ({', '.join(TABLE_SUFFIXES)}), a plain .tar nor a "
                 f"slide ({', '.join(SLIDE_SUFFIXES)}); give a folder of tiles as a folder"
             )
         return found
@@ -109,7 +113,10 @@ def find_kind(source: Path) -> InputKind:
         shown = ", ".join(f"{n} of {kind}" for kind, n in sorted(kinds.items()))
         raise ValueError(f"{source} holds files of several kinds ({shown}); say which with --input")
     if not kinds:
-        raise ValueError(f"{source} holds no tiles, tar files or slides; see --help for IN")
+        raise ValueError(
+            f"{source} holds no tiles, plain tar files or slides "
+            f"({''.join(left_out(suffixes)) or 'it is empty'}); see --help for IN"
+        )
     if kinds["tree"] and first_tiff and looks_like_slide(source / first_tiff):
         raise ValueError(
             f"{source} holds .tif files, the first of which is a slide by its look ({first_tiff}); "
@@ -207,14 +214,16 @@ def _walk(folder: str, path: str, above: tuple[tuple[int, int], ...]) -> Iterato
     with os.scandir(folder) as found:
         entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
     for entry in entries:
-        if entry.is_dir():
+        try:
+            found_here = entry.stat()
+        except OSError:  # a link to nothing, or to itself: reading it will say so
+            yield f"{path}{entry.name}", -1
+            continue
+        if stat.S_ISDIR(found_here.st_mode):
             below = (*above, (here.st_dev, here.st_ino))
             yield from _walk(entry.path, f"{path}{entry.name}/", below)
-        else:
-            try:
-                yield f"{path}{entry.name}", entry.stat().st_size
-            except OSError:  # a link to nothing: reading it will say so
-                yield f"{path}{entry.name}", -1
+        elif stat.S_ISREG(found_here.st_mode):  # no pipe, which one would wait at
+            yield f"{path}{entry.name}", found_here.st_size
 
 
 def _tree_items(folder: Path, others: Counter[str]) -> Iterator[Item]:
@@ -222,12 +231,13 @@ def _tree_items(folder: Path, others: Counter[str]) -> Iterator[Item]:
     masks: dict[str, list[str]] = {}
     for name in files:
         stem = os.path.splitext(name)[0]
-        if stem.endswith(MASK_END):
-            masks.setdefault(stem.removesuffix(MASK_END), []).append(name)
+        tile = masked_stem(stem)
+        if tile is not None:
+            masks.setdefault(tile, []).append(name)
     used = set()
     for name, size in files.items():
         stem, suffix = os.path.splitext(name)
-        if suffix.lower() not in TILE_SUFFIXES or stem.endswith(MASK_END):
+        if suffix.lower() not in TILE_SUFFIXES or masked_stem(stem) is not None:
             continue
         own = masks.get(stem, [])
         used.update(own)
@@ -237,9 +247,10 @@ def _tree_items(folder: Path, others: Counter[str]) -> Iterator[Item]:
         yield Item(name, "", _label(name), slide, x, y, "", -1, size, mask, error=error)
     for name in files:
         stem, suffix = os.path.splitext(name)
-        if stem.endswith(MASK_END) and suffix.lower() in TILE_SUFFIXES and name not in used:
+        is_mask, is_image = masked_stem(stem) is not None, suffix.lower() in TILE_SUFFIXES
+        if is_mask and is_image and name not in used:
             yield Item(name, error="is named as the mask of a tile that is not there")
-        elif not stem.endswith(MASK_END) and suffix.lower() not in TILE_SUFFIXES:
+        elif name not in used and not is_image:
             others[suffix] += 1
 
 

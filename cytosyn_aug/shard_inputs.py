@@ -66,7 +66,7 @@ def list_shards(source: Path, names: Iterable[str]) -> Listing:
     folder = source if source.is_dir() else source.parent
     seen = _Seen()
     items = (
-        item._replace(stem=f"{output_stem(name)}/{item.stem}") if source.is_dir() else item
+        item._replace(stem=f"{output_stem(name)}/{item.stem}" if source.is_dir() else item.stem)
         for name in names
         for item in _shard_items(folder, name, seen)
     )
@@ -102,7 +102,7 @@ def _shard_items(folder: Path, shard: str, seen: _Seen) -> Iterator[Item]:
                 ending = f"{key[len(_first_dot(key)) :]}.{kind}".rstrip(".")
                 seen.others[ending] += len(members)
     if damage:
-        yield Item(shard, error=damage)
+        yield Item(shard, "damaged", error=damage)
 
 
 def _tile(folder: Path, shard: str, key: str, kinds: dict[str, list[Member]]) -> Item:

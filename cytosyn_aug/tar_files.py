@@ -68,19 +68,25 @@ class Member(NamedTuple):
 
 
 def list_members(file: Path) -> Iterator[Member]:
-    """Yield the regular files of an uncompressed tar file, reading only its headers.
+    """Yield the files of an uncompressed tar file, reading only its headers.
+
+    A hard link is the file it is to, which tar stores once. Symbolic links are left out.
 
     Raises:
         ValueError: Not a tar file, compressed, or truncated; after the members before the damage.
     """
     try:
         size = file.stat().st_size
+        places: dict[str, tuple[int, int]] = {}
         with tarfile.open(file, "r:") as tar:
             for info in tar:
+                if info.islnk() and info.linkname in places:
+                    yield Member(info.name, *places[info.linkname])
                 if not info.isreg():
                     continue
                 if info.offset_data + info.size > size:
                     raise ValueError(f"{file} ends inside {info.name!r}; copy it again")
+                places[info.name] = (info.offset_data, info.size)
                 yield Member(info.name, info.offset_data, info.size)
             if size < tar.offset + 2 * tarfile.BLOCKSIZE and size % tarfile.BLOCKSIZE:
                 raise ValueError(f"{file} ends inside a member; copy it again")

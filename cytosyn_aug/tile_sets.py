@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.image_files import MASK_END, TILE_SUFFIXES, ItemError, read_picture
+from cytosyn_aug.image_files import TILE_SUFFIXES, ItemError, masked_stem, read_picture
 from cytosyn_aug.slides import Slide, SlideError, grid_positions
 from cytosyn_aug.tissue import (
     TissueConfig,
@@ -153,7 +153,7 @@ def _read_folder(folder: Path, max_tiles: int) -> Tensor:
 
 
 def _is_tile(file: Path) -> bool:
-    is_mask = file.stem.endswith(MASK_END)
+    is_mask = masked_stem(file.stem) is not None
     return file.suffix.lower() in TILE_SUFFIXES and not is_mask and not file.name.startswith(".")
 
 

@@ -62,6 +62,18 @@ def test_a_tree_gives_labels_corners_and_masks(tmp_path):
     assert listing.notes == ("left out files that are no tiles: 1 .txt",)
 
 
+def test_masks_in_a_tree_are_known_by_either_end(tmp_path):
+    write(
+        tmp_path, "a.png", "a.mask.png", "b.png", "b_MASK.tif", "c.png", "c_mask.png", "c.mask.tif"
+    )
+    assert {i.name: i.mask for i in items(tmp_path)} == {
+        "a.png": "a.mask.png",
+        "b.png": "b_MASK.tif",
+        "c.png": "",
+    }
+    assert errors(tmp_path) == {"c.png": "has 2 masks, expected one: c.mask.tif, c_mask.png"}
+
+
 def test_a_folder_that_names_a_split_is_no_label(tmp_path):
     write(tmp_path, "train/tumour/1.png", "Val/tumour/a/1.png", "tumour/test/1.png", "test/1.png")
     labels = {i.name: i.label for i in items(tmp_path)}
@@ -95,9 +107,12 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "in" / "b").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "in" / "a" / "up").symlink_to(tmp_path / "in")
     (tmp_path / "in" / "a" / "gone.png").symlink_to(tmp_path / "absent.png")
+    (tmp_path / "in" / "a" / "self.png").symlink_to(tmp_path / "in" / "a" / "self.png")
+    os.mkfifo(tmp_path / "in" / "a" / "pipe.png")
     names = [i.name for i in items(tmp_path / "in")]
     assert "b/2.png" in names
-    assert "a/gone.png" in names  # reading it fails and names it
+    assert {"a/gone.png", "a/self.png"} < set(names)  # reading them fails and names them
+    assert "a/pipe.png" not in names
     assert len(names) < 10
 
 
@@ -242,11 +257,15 @@ def test_shards_are_read_as_webdataset_reads_them(tmp_path):
         add(tar, "dotted.name.png", second)
         add(tar, "s/1_2.json", b"{}")
         add(tar, "s/1_2.txt", b"text")
+        link = tarfile.TarInfo("linked.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "dotted.name.png"
+        tar.addfile(link)
     listing = list_inputs(tmp_path, TILE)
     found = listing.items(0, len(listing))
     assert [(i.name, i.stem, i.label, i.slide) for i in found] == [
         ("0.tar/./s/1_2.png", "0/s/1_2", "tumour", "s"),
         ("0.tar/dotted.name.png", "0/dotted.name", "", ""),
+        ("0.tar/linked.png", "0/linked", "", ""),
     ]
     assert [note.partition(";")[0] for note in listing.notes] == [
         "left out files that are no tiles: 1 .txt",
@@ -257,8 +276,9 @@ def test_shards_are_read_as_webdataset_reads_them(tmp_path):
     loaded = reader.read(found[0])
     assert (loaded.mask, loaded.json) == (b"mask", b"{}")
     assert np.array_equal(loaded.pixels, np.asarray(Image.open(io.BytesIO(first))))
-    assert np.array_equal(reader.read(found[1]).pixels, np.asarray(Image.open(io.BytesIO(second))))
-    assert [i.stem for i in items(tmp_path / "0.tar")] == ["s/1_2", "dotted.name"]
+    for item in found[1:]:
+        assert np.array_equal(reader.read(item).pixels, np.asarray(Image.open(io.BytesIO(second))))
+    assert [i.stem for i in items(tmp_path / "0.tar")] == ["s/1_2", "dotted.name", "linked"]
 
 
 def test_keys_need_be_unique_in_their_shard_only(tmp_path):
@@ -495,10 +515,12 @@ def test_the_kind_is_seen_or_must_be_said(tmp_path):
     assert find_kind(write(tmp_path / "shards", "1.tar")) == "shards"
     with pytest.raises(ValueError, match="several kinds"):
         find_kind(write(tmp_path / "mixed", "1.svs", "1.png"))
-    with pytest.raises(ValueError, match="holds no tiles"):
+    with pytest.raises(ValueError, match=r"holds no tiles, .*1 \.txt"):
         find_kind(write(tmp_path / "none", "1.txt"))
     with pytest.raises(ValueError, match="neither a table"):
         find_kind(tmp_path / "tree" / "a" / "1.png")
+    with pytest.raises(ValueError, match="is a file, expected a folder"):
+        items(tmp_path / "tree" / "a" / "1.png", kind="tree")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         items(tmp_path / "absent")
 
