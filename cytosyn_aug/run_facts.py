@@ -153,12 +153,12 @@ def _matrix(manifest: Manifest, tally: Tally) -> list[dict[str, Row]]:
     first = {row["key"]: row for row in reversed(of_reference)}
     contents = sorted(first.values(), key=lambda row: row["key"])
     contents = spread(contents, _CANDIDATES, lambda row: row["slide"] or row["label"])
-    wanted = pa.array([row["source"] for row in contents], pa.string())
-    found: dict[str, dict[str, Row]] = {row["source"]: {} for row in contents}
+    wanted = pa.array([row["key"] for row in contents], pa.string())
+    found: dict[str, dict[str, Row]] = {row["key"]: {} for row in contents}
     for part in manifest.parts(_COLUMNS) if contents else ():
-        for row in part.filter(pc.is_in(part["source"], wanted)).to_pylist():
+        for row in part.filter(pc.is_in(part["key"], wanted)).to_pylist():
             if row["reference"] and row["output"] is not None:
-                found[row["source"]].setdefault(row["reference"], row)
+                found[row["key"]].setdefault(row["reference"], row)
     fullest = sorted(found.values(), key=len, reverse=True)  # stable: the spread stays
     return [cells for cells in fullest[:NUM_CONTENTS] if cells]
 

@@ -21,7 +21,7 @@ from cytosyn_aug.page import (
 )
 from cytosyn_aug.run_facts import NUM_PAIRS, Facts, spread
 from cytosyn_aug.run_pictures import Picture
-from cytosyn_aug.tallies import MAX_NAMED, NUM_WORST, Group, Row
+from cytosyn_aug.tallies import MAX_NAMED, NUM_WORST, Group, Row, tile_name
 
 _MAX_GROUPS = 20
 _MAX_REASONS = 10
@@ -53,8 +53,8 @@ def content_by_reference(facts: Facts) -> Html:
     table_rows = [[Html(), *(_reference_cell(facts, name) for name in names)]]
     for cells in facts.matrix:
         row = next(iter(cells.values()))
-        source = _shown(facts.pictures.before(row), f"source {row['source']}")
-        title = Html(f"<small>{shortened(row['source'], 28)}</small>")
+        source = _shown(facts.pictures.before(row), f"source {_tile(row)}")
+        title = Html(f"<small>{shortened(_tile(row), 28)}</small>")
         results = (_matrix_cell(facts, cells.get(name), name) for name in names)
         table_rows.append([joined([source, title]), *results])
     if len(names) == 1:  # one column would be mostly empty paper
@@ -162,13 +162,13 @@ def _pairs(
 
 
 def _pair(facts: Facts, row: Row, score: float | None) -> Html:
-    before = _shown(facts.pictures.before(row), f"source {row['source']}")
-    after = _shown(facts.pictures.after(row), f"result of {row['source']}")
+    before = _shown(facts.pictures.before(row), f"source {_tile(row)}")
+    after = _shown(facts.pictures.after(row), f"result of {_tile(row)}")
     return figure(group([before, after], "pair"), _caption(row, score))
 
 
 def _single(facts: Facts, row: Row) -> Html:
-    return figure(_shown(facts.pictures.after(row), f"result {row['source']}"), _caption(row))
+    return figure(_shown(facts.pictures.after(row), f"result {_tile(row)}"), _caption(row))
 
 
 def _shown(found: Picture, alt: str) -> Html:
@@ -182,7 +182,7 @@ def _caption(row: Row, score: float | None = None) -> Html:
     told += _numbers(row)
     if score is not None:
         told.append(f"structure {score:.3f}")
-    return joined([Html(f"<b>{shortened(row['source'])}</b><br>"), ", ".join(told)])
+    return joined([Html(f"<b>{shortened(_tile(row))}</b><br>"), ", ".join(told)])
 
 
 def _numbers(row: Row) -> list[str]:
@@ -205,7 +205,7 @@ def _reference_cell(facts: Facts, name: str) -> Html:
 def _matrix_cell(facts: Facts, row: Row | None, name: str) -> Html:
     if row is None:
         return missing("no variant of this tile went here")
-    alt = f"{row['source']} restained to {name}"
+    alt = f"{_tile(row)} restained to {name}"
     text = Html(f"<small>{escaped(', '.join(_numbers(row)))}</small>")
     return joined([_shown(facts.pictures.after(row), alt), text])
 
@@ -232,6 +232,10 @@ def _distinct(rows: Iterable[Row], most: int) -> list[Row]:
     for row in rows:
         first.setdefault(_place(row), row)
     return list(first.values())[:most]
+
+
+def _tile(row: Row) -> str:
+    return tile_name(row["source"], row["x"], row["y"])
 
 
 def _place(row: Row) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cytosyn_aug.listing import corner
 from cytosyn_aug.manifest import Manifest
 
 SAMPLE_ROWS = 1024
@@ -113,7 +114,7 @@ class Tally:
     Attributes:
         statuses: Rows by status.
         reasons: Rows by status and reason, at most a thousand of the latter.
-        named: By status, source and reason of the first hundred rows that were not edited.
+        named: By status, name and reason of the first hundred rows that were not edited.
         similarity: Of results that were kept.
         rejected_similarity: Of those that were not.
         distance: Distance in CIE Lab of results from their sources.
@@ -191,6 +192,18 @@ def tally_rows(manifest: Manifest) -> Tally:
     return tally
 
 
+def tile_name(source: str, x: int | None, y: int | None) -> str:
+    """Return what tells a tile from others: its source, and its place where that does not say it.
+
+    Args:
+        source: Its path, or that of its slide.
+        x: Column of its corner, None if not known.
+        y: Row of its corner.
+    """
+    is_said = x is None or corner(source)[1:] == (x, y)
+    return source if is_said else f"{source} at {x}, {y}"
+
+
 def _count(tally: Tally, part: pa.Table) -> None:
     for pair in pc.value_counts(part["status"]).to_pylist():
         tally.statuses[pair["values"]] += pair["counts"]
@@ -229,10 +242,11 @@ def _group(groups: dict[str, Group], done: pa.Table, column: str) -> None:
 
 def _name(tally: Tally, others: pa.Table) -> None:
     """Note who was not edited and why."""
-    columns = (others[name].to_pylist() for name in ("status", "source", "reason", "variant"))
-    for status, source, reason, variant in zip(*columns, strict=True):
+    wanted = ["status", "source", "x", "y", "reason", "variant"]
+    columns = (others[name].to_pylist() for name in wanted)
+    for status, source, x, y, reason, variant in zip(*columns, strict=True):
         named = tally.named.setdefault(status, [])
         if len(named) < MAX_NAMED and not variant:  # each tile once
-            named.append((source, reason or ""))
+            named.append((tile_name(source, x, y), reason or ""))
         if (status, reason) in tally.reasons or len(tally.reasons) < _MAX_REASONS:
             tally.reasons[status, reason or ""] += 1

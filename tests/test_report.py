@@ -189,6 +189,22 @@ def test_sources_of_every_kind_are_found_again(
         assert pictures.before(row).problem == ""
 
 
+def test_tiles_of_a_slide_are_told_apart(tmp_path, small, laboratories, synthetic_slide):
+    source = synthetic_slide(grid="###\n###", side=256).parent
+    out = tmp_path / "out"
+    augment(source, out, small, laboratories)
+    made = all_rows(out)
+    named = {f"slide.svs at {row['x']}, {row['y']}" for row in made}
+    assert len(named) > 2
+    text = page_of(out)[0]
+    assert named == set(re.findall(r"slide\.svs at \d+, \d+", text))
+    matrix = gather(out, source=None, num_tiles=9).matrix
+    assert len(matrix) == len(named)  # a row is a tile, with a cell a reference
+    for cells in matrix:
+        assert len(cells) == 2
+        assert len({row["key"] for row in cells.values()}) == 1
+
+
 def test_sources_that_moved_or_changed_are_not_shown_as_they_were(
     tree, tmp_path, small, laboratories
 ):

@@ -71,6 +71,9 @@ def test_counts_and_groups_are_those_of_the_rows(tmp_path):
     assert tally.reasons["failed", "is damaged"] == 200
     assert len(tally.named["failed"]) == MAX_NAMED
     assert tally.named["failed"][:2] == [("0.png", "is damaged"), ("20.png", "is damaged")]
+    placed = [make_row(0, x=1, y=2), make_row(20, source="s_3_4.png", x=3, y=4)]
+    names = tally_rows(open_manifest(write_run(tmp_path / "placed", placed))).named["failed"]
+    assert [name for name, _ in names] == ["0.png at 1, 2", "s_3_4.png"]
     edited = [row for row in ROWS if row["status"] == "edited"]
     of_b = [row for row in edited if row["reference"] == "b"]
     assert tally.references["b"].num_results == len(of_b)
