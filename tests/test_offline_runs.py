@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from python_process import start_python
 from test_offline import QUIET, augment, digest, rows
 
 from cytosyn_aug import offline
+from cytosyn_aug.cache import LatentCache
 from cytosyn_aug.cli import main
 from cytosyn_aug.running import Work
 
@@ -124,22 +126,52 @@ def test_a_folder_of_something_else_is_refused(tree, tmp_path, small, laboratori
             augment(tree, out, small, laboratories, work=work)
 
 
-def test_killed_anywhere_and_run_again_it_is_the_same(tree, tmp_path, model_folder, laboratories):
-    assert main(command(tree, tmp_path / "whole", model_folder, laboratories)) == 0
-    out = tmp_path / "out"
-    words = command(tree, out, model_folder, laboratories)
-    draw = random.Random(os.getpid())
-    for _ in range(2):
-        before = len(list(out.rglob("*")))
-        process = start_python("-m", "cytosyn_aug.cli", *words, folder=tmp_path)
-        while len(list(out.rglob("*"))) == before and process.is_alive():
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.3))
-        process.kill()
-        process.join()
-    assert main(words) == 0
-    assert digest(out) == digest(tmp_path / "whole")
-    assert not (out / ".work").exists()
+def kill(words, out, folder):
+    """Start a command and kill it at some moment after it began to write."""
+    before = len(list(out.rglob("*")))
+    process = start_python("-m", "cytosyn_aug.cli", *words, folder=folder)
+    while len(list(out.rglob("*"))) == before and process.is_alive():
+        time.sleep(0.01)
+    time.sleep(random.Random(process.pid).uniform(0, 0.5))
+    process.kill()
+    process.join()
+
+
+def all_records(folder, run):
+    """Return every record that a run vouches for, and fail if one is not there."""
+    cells = [(r["key"], r["variant"]) for r in rows(run) if r["status"] in ("edited", "cached")]
+    found = LatentCache.open(folder).get(*map(list, zip(*cells, strict=True)))
+    assert found.is_found.all()
+    return {name: field.tolist() for name, field in found.fields.items()}
+
+
+@pytest.mark.parametrize("kind", ["png", "tar", "latents", "cache", "sample"])
+def test_killed_anywhere_and_run_again_it_is_the_same(
+    tree, tmp_path, model_folder, laboratories, kind
+):
+    def words(out):
+        if kind in ("png", "tar", "latents"):
+            return command(tree, out, model_folder, laboratories, "--format", kind)
+        model = ("--model", str(model_folder), "--batch-size", "2", "--unit-tiles", "3")
+        if kind == "cache":
+            return ["cache", str(tree), str(out), *model]
+        return ["sample", str(out), "--n", "10", "--steps", "2", *model]
+
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert main(words(whole)) == 0
+    for _ in range(2 if kind == "png" else 1):
+        kill(words(out), out, tmp_path)
+    assert main(words(out)) == 0
+    assert not list(out.rglob(".work"))
+    made, expected = digest(out), digest(whole)
+    if kind in ("latents", "cache"):  # shards are named by the time, and may hold records twice
+        runs = [next(folder.rglob("manifest.parquet")).parent for folder in (out, whole)]
+        assert all_records(out, runs[0]) == all_records(whole, runs[1])
+        made, expected = (
+            {name: sha for name, sha in files.items() if not name.startswith("shards/")}
+            for files in (made, expected)
+        )
+    assert made == expected
 
 
 class Killed(BaseException):
@@ -169,18 +201,58 @@ def test_ended_at_any_write_and_run_again_it_is_the_same(
     assert digest(out) == digest(tmp_path / "whole")
 
 
-def test_two_processes_share_one_run(tree, tmp_path, model_folder, laboratories):
+# Holds its first unit until another process holds one too, and notes the units that it did.
+SHARING = """
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from cytosyn_aug.cli import main
+from cytosyn_aug.run_folder import RunFolder
+
+mine, others = Path("units"), Path(sys.argv[1]) / "units"
+real_claim, real_receipt = RunFolder.claim, RunFolder.write_receipt
+
+@contextmanager
+def claim(self, unit):
+    with real_claim(self, unit) as is_mine:
+        if is_mine:
+            mine.touch()
+            end = time.monotonic() + 60
+            while not others.exists() and time.monotonic() < end:
+                time.sleep(0.01)
+        yield is_mine
+
+def write_receipt(self, unit, rows):
+    with mine.open("a") as stream:
+        stream.write(f"{unit.number} ")
+    real_receipt(self, unit, rows)
+
+RunFolder.claim, RunFolder.write_receipt = claim, write_receipt
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_two_processes_share_one_run_and_do_each_unit_once(
+    tree, tmp_path, model_folder, laboratories
+):
     assert main(command(tree, tmp_path / "whole", model_folder, laboratories)) == 0
     out = tmp_path / "out"
     words = command(tree, out, model_folder, laboratories)
+    (tmp_path / "sharing.py").write_text(SHARING)
+    folders = tmp_path / "first", tmp_path / "second"
     processes = []
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-        command_line = ("-m", "cytosyn_aug.cli", *words)
-        processes.append(start_python(*command_line, folder=tmp_path / name))
+    for folder, other in zip(folders, folders[::-1], strict=True):
+        folder.mkdir()
+        line = (str(tmp_path / "sharing.py"), str(other), *words)
+        processes.append(start_python(*line, folder=folder))
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
+    first, second = ((folder / "units").read_text().split() for folder in folders)
+    assert first
+    assert second
+    assert sorted(first + second) == ["0", "1", "2", "3"]
     assert digest(out) == digest(tmp_path / "whole")
 
 
@@ -283,11 +355,10 @@ def test_a_disk_that_is_too_small_is_refused_before_work(
         augment(tree, tmp_path / "out", small, laboratories)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_closed_folder_is_named(tree, tmp_path, small, laboratories):
-    (tmp_path / "closed").mkdir(mode=0o500)
-    with pytest.raises(PermissionError, match="closed"):
-        augment(tree, tmp_path / "closed" / "out", small, laboratories)
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no folder is closed to root too")
+def test_a_closed_folder_is_named(tree, small, laboratories):
+    with pytest.raises(OSError, match=r"give a folder that can be made and written: '/proc/self/x"):
+        augment(tree, Path("/proc/self/x/out"), small, laboratories)
 
 
 def test_links_that_lead_out_are_refused(tree, tmp_path, small, laboratories):
