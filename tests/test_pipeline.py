@@ -1,8 +1,10 @@
 """The pipeline: bounded, in order, and ended by what ends it."""
 
+import statistics
 import threading
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -95,6 +97,39 @@ def test_tiles_that_wait_are_bounded_in_number_and_in_bytes(tmp_path, monkeypatc
     recorder = Recorder(side=64)
     run(job_of(recorder, names), tmp_path / "b", readers=2, read_ahead=64)
     assert recorder.most_waiting <= 5 + 4 + 2
+
+
+@dataclass
+class Slow(Recorder):
+    """Reads, edits and writes in 10, 40 and 10 ms, and notes when the device was at work."""
+
+    spans: list = field(default_factory=list)
+
+    def load(self, item):
+        time.sleep(0.01)
+        return super().load(item)
+
+    def edit(self, batch):
+        began = time.perf_counter()
+        time.sleep(0.04)
+        self.spans.append((began, time.perf_counter()))
+        yield from super().edit(batch)
+
+    def write(self, place, item, result):
+        time.sleep(0.01)
+        return super().write(place, item, result)
+
+
+def test_the_device_does_not_wait_for_reading_and_writing(tmp_path):
+    """Also not between units: a batch of four takes 40 ms to read, or to write, by one thread."""
+    names = [f"{k:03d}.png" for k in range(64)]
+    recorder = Slow()
+    run(job_of(recorder, names), tmp_path / "out", unit_tiles=8)
+    pauses = [later[0] - earlier[1] for earlier, later in pairwise(recorder.spans)]
+    assert len(pauses) == 15
+    # Waiting for four tiles to be read or written would take as long as the device does.
+    assert statistics.median(pauses) < 0.01
+    assert statistics.median(pauses[1::2]) < 0.01  # between units, of two batches each
 
 
 @pytest.mark.parametrize("where", ["edit", "write", "commit"])
