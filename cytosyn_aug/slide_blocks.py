@@ -111,7 +111,7 @@ class BlockMaker:
     def estimate_bytes(self) -> int:
         """Return about how many bytes a pyramid of all blocks takes, from some of them."""
         step = max(1, len(self.positions) // _TRIAL_BLOCKS)
-        read = [self._read(row, column) for row, column in self.positions[::step]]
+        read = (self._read(row, column) for row, column in self.positions[::step])
         sizes = [len(self.codec.encode_tile(pixels)) for pixels in read if pixels is not None]
         return int(sum(sizes) / max(1, len(sizes)) * len(self.positions) * PYRAMID)
 
