@@ -118,7 +118,12 @@ def open_manifest(folder: Path | str) -> Manifest:
 
 
 def _plain(table: pa.Table) -> pa.Table:
-    return table.cast(pa.schema([_PLAIN.field(name) for name in table.column_names]))
+    """Return plain columns, and empty ones that a run of an earlier version lacks."""
+    table = table.cast(pa.schema([_PLAIN.field(name) for name in table.column_names]))
+    for column in _PLAIN:
+        if column.name not in table.column_names:
+            table = table.append_column(column, pa.nulls(len(table), column.type))
+    return table
 
 
 def _runs_below(folder: Path) -> str:

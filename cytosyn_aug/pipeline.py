@@ -287,6 +287,7 @@ def _cells(job: Job, unit: Unit, item: Item) -> Row:
         "slide": item.slide,
         "x": item.x,
         "y": item.y,
+        "mpp": item.mpp,
         "unit": unit.number,
     }
 

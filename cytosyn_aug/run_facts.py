@@ -37,6 +37,7 @@ _COLUMNS = (
     "slide",
     "x",
     "y",
+    "mpp",
     "output",
     "key",
     "reference",

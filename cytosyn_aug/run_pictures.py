@@ -122,7 +122,7 @@ class RunPictures:
         if self._kind == "slides" or (
             self._kind == "table" and is_slide(self._root / name, has_place=has_place)
         ):
-            return self._reader.read(Item(name, x=x, y=y, file=name))
+            return self._reader.read(Item(name, x=x, y=y, mpp=row.get("mpp"), file=name))
         if self._kind != "shards":
             return self._reader.read(Item(name))
         shard, member = _split(self._root, name) or ("", "")

@@ -23,7 +23,7 @@ from cytosyn_aug.tallies import Row, Tally
 
 NUM_SLIDES = 4
 _WINDOW = 6  # tiles in each direction from the middle one
-_COLUMNS = ("source", "variant", "status", "slide", "x", "y", "output", "key")
+_COLUMNS = ("source", "variant", "status", "slide", "x", "y", "mpp", "output", "key")
 
 
 class SlideSeams(NamedTuple):

@@ -34,6 +34,7 @@ _COLUMNS = (
     "slide",
     "x",
     "y",
+    "mpp",
     "output",
     "key",
     "seed",

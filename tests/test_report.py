@@ -155,13 +155,17 @@ def table_of(tree, file):
 def test_a_tiff_in_a_table_is_found_again_as_slide_or_tile(
     tmp_path, small, laboratories, synthetic_slide
 ):
-    synthetic_slide("slide.tif", grid="##\n##", side=256, dpcm="20000", mpp=None, power=None)
+    synthetic_slide("slide.tif", grid="##\n##", side=256, mpp=None, power=None)
     save(tmp_path / "tile.tif", synthetic_tiles(1)[0])
     file = tmp_path / "places.csv"
-    file.write_text("path,x,y\nslides/slide.tif,128,0\ntile.tif,128,0\n")
+    file.write_text("path,x,y,mpp\nslides/slide.tif,128,0,0.25\ntile.tif,128,0,\n")
     out = tmp_path / "out"
     augment(file, out, small, laboratories)
     pictures = RunPictures(open_manifest(out))
+    assert {row["source"]: row["mpp"] for row in all_rows(out)} == {
+        "slides/slide.tif": 0.25,
+        "tile.tif": None,
+    }
     assert {row["source"]: pictures.before(row).problem for row in all_rows(out)} == {
         "slides/slide.tif": "",
         "tile.tif": "",

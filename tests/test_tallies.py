@@ -64,6 +64,16 @@ def write_run(folder, rows, num_tiles=None, receipts=()):
 ROWS = [make_row(number) for number in range(4000)]
 
 
+def test_rows_of_earlier_versions_count_although_they_lack_a_column(tmp_path):
+    run = write_run(tmp_path / "run", ROWS[:200], receipts=[1])
+    for file in run.rglob("*.parquet"):
+        pq.write_table(pq.read_table(file).drop_columns(["mpp"]), file)
+    assert tally_rows(open_manifest(run)).num_done == 180
+    assert [row["mpp"] for t in open_manifest(run).parts(["mpp"]) for row in t.to_pylist()] == (
+        [None] * 200
+    )
+
+
 def test_counts_and_groups_are_those_of_the_rows(tmp_path):
     tally = tally_rows(open_manifest(write_run(tmp_path / "run", ROWS)))
     assert dict(tally.statuses) == {"edited": 3600, "blank": 200, "failed": 200}
