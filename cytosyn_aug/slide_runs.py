@@ -256,6 +256,7 @@ class SlideJob:
             "source": item.name,
             "label": item.label,
             "slide": item.slide,
+            "mpp": item.mpp,
             "unit": unit.number,
         }
 
