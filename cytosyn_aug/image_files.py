@@ -64,8 +64,8 @@ class Picture(NamedTuple):
 
 def masked_stem(stem: str) -> str | None:
     """Return the stem of the tile whose mask has this stem, None if it is no mask's."""
-    end = next((end for end in _MASK_ENDS if stem.lower().endswith(end)), None)
-    return None if end is None else stem[: -len(end)]
+    num = len(MASK_END)  # of either
+    return stem[:-num] if stem[-num:].lower() in _MASK_ENDS else None
 
 
 def read_picture(source: Path | bytes) -> Picture:

@@ -30,7 +30,7 @@ ROW_SCHEMA = pa.schema(
         ("slide", _CODED),
         ("x", pa.int64()),
         ("y", pa.int64()),
-        ("mpp", pa.float64()),  # as a table states it
+        ("mpp", pa.float64()),  # as a table states it, and --mpp of slides
         ("output", pa.string()),
         ("mask", pa.string()),
         ("key", pa.string()),  # SHA-256 of the source's pixels
