@@ -99,6 +99,8 @@ def do_run(run: Run, work: Work) -> Summary:
     if work.dry_run:
         return Summary(run.folder, {}, (), False, run.listing.notes, estimate(run, units, work))
     everything = units if work.shard[1] == 1 else cut_units(run.listing, run.unit_items)
+    if not (run.folder / RUN_NAME).is_file():
+        _check_room(run, units)  # so that a refusal leaves no folder of this run behind
     with open_run(
         run.folder, run.identity, software(), overwrite=work.overwrite, context=run.context
     ) as folder:

@@ -353,10 +353,13 @@ def test_a_disk_that_is_too_small_is_refused_before_work(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(ValueError, match="has 1,000 bytes free"):
         augment(tree, tmp_path / "out", small, laboratories)
+    assert not (tmp_path / "out").exists()  # or it would refuse another format, as advised
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no folder is closed to root too")
-def test_a_closed_folder_is_named(tree, small, laboratories):
+def test_a_closed_folder_is_named(tree, tmp_path, small, laboratories, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)  # there is no room there either
     with pytest.raises(OSError, match=r"give a folder that can be made and written: '/proc/self/x"):
         augment(tree, Path("/proc/self/x/out"), small, laboratories)
 
