@@ -86,10 +86,8 @@ class RunFolder:
         faults = [self._fault(unit, results) for unit in units]
         told = [fault for fault in faults if fault]
         if told:
-            which = "1 unit is" if len(told) == 1 else f"{len(told)} units are"
-            warnings.warn(
-                f"{self.folder}: {which} done again that was finished: {told[0]}", stacklevel=2
-            )
+            which = "1 finished unit is" if len(told) == 1 else f"{len(told)} finished units are"
+            warnings.warn(f"{self.folder}: {which} done again, because {told[0]}", stacklevel=2)
         return [unit for unit, fault in zip(units, faults, strict=True) if fault is not None]
 
     def prepare(self) -> None:
@@ -157,8 +155,8 @@ class RunFolder:
             return self._manifest.fault(unit.number, unit.digest)
         try:
             table = read_receipt(file, unit.digest)
-        except DamagedError as error:
-            return str(error)
+        except DamagedError:
+            return f"{file.name} is damaged"
         if table is None or "failed" in table["status"].to_pylist():
             return ""
         gone = results.gone(table["output"].to_pylist() + table["mask"].to_pylist())

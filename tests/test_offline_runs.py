@@ -63,7 +63,7 @@ def test_results_that_somebody_removed_are_made_again(
     augment(tree, out, small, laboratories, format=format)
     before = digest(out)
     (out / gone).rename(tmp_path / "gone")
-    with pytest.warns(UserWarning, match=f"done again that w.* finished: {gone}.* is gone"):
+    with pytest.warns(UserWarning, match=f"done again, because {gone}.* is gone"):
         summary = augment(tree, out, small, laboratories, format=format)
     assert summary.is_complete
     assert digest(out) == before

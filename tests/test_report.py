@@ -236,7 +236,7 @@ def test_damaged_rows_are_left_out_of_a_run_at_work_and_named_of_a_finished_one(
     rows = pq.read_metadata(receipts[1]).num_rows
     receipts[0].write_bytes(receipts[0].read_bytes()[:-20])
     assert f"Not finished: {rows} rows so far" in page_of(out)[1].whole_text
-    with pytest.warns(UserWarning, match="is damaged; its unit is done again"):
+    with pytest.warns(UserWarning, match="is done again, because .*parquet is damaged"):
         augment(tree, out, small, laboratories)
     manifest = out / "manifest.parquet"
     manifest.write_bytes(manifest.read_bytes()[:-20])

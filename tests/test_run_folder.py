@@ -103,7 +103,9 @@ def test_a_unit_whose_results_are_gone_is_done_again(tmp_path, gone, is_finished
     (out / gone).rename(tmp_path / "elsewhere")
     unit = UNITS[gone.endswith("tar")]
     with run(out) as second:
-        with pytest.warns(UserWarning, match=f"1 unit is done again .*{gone}.* is gone"):
+        with pytest.warns(
+            UserWarning, match=f"1 finished unit is done again, because {gone}.* is gone"
+        ):
             assert second.to_do(UNITS) == [unit]
         second.prepare()
         with second.claim(unit) as has:
@@ -121,7 +123,9 @@ def test_a_damaged_receipt_is_one_that_is_not_there(tmp_path):
     for damaged in (b"", content[:100], content[:-1], content[:8] + bytes(400) + content[408:]):
         receipt.write_bytes(damaged)
         with run(out) as second:
-            with pytest.warns(UserWarning, match="0000001.parquet is damaged; its unit is done"):
+            with pytest.warns(
+                UserWarning, match="1 finished unit .*, because 0000001.parquet is damaged"
+            ):
                 assert second.to_do(UNITS) == [UNITS[1]]
             assert not second.finish(UNITS)
     with run(out) as third:
