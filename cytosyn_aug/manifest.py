@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from cytosyn_aug.run_folder import RECEIPTS_NAME, RUN_NAME, WORK_NAME, parse_run
 from cytosyn_aug.unit_rows import (
@@ -23,6 +22,7 @@ from cytosyn_aug.unit_rows import (
     DamagedError,
     damage_named,
     manifest_damage,
+    open_rows,
 )
 
 _BATCH_ROWS = 32_768
@@ -77,7 +77,7 @@ class Manifest(NamedTuple):
         manifest = self.folder / MANIFEST_NAME
         if manifest.is_file():
             advice = manifest_damage(self.folder)
-            with damage_named(manifest, advice), pq.ParquetFile(manifest) as file:
+            with damage_named(manifest, advice), open_rows(manifest) as file:
                 for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
                     table = _plain(pa.Table.from_batches([batch]))
                     if len(fresh):
@@ -87,7 +87,7 @@ class Manifest(NamedTuple):
             with (
                 suppress(DamagedError),
                 damage_named(receipt, "its unit is done again"),
-                pq.ParquetFile(receipt) as file,
+                open_rows(receipt) as file,
             ):
                 yield _plain(file.read(columns=wanted)).select(list(columns))
 

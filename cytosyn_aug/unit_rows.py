@@ -64,6 +64,11 @@ def damage_named(file: Path, advice: str) -> Iterator[None]:
         raise DamagedError(f"{file} is damaged; {advice}") from error
 
 
+def open_rows(file: Path) -> pq.ParquetFile:
+    """Open a file of rows; reading it finds bytes that are not what was written."""
+    return pq.ParquetFile(file, page_checksum_verification=True)
+
+
 def manifest_damage(folder: Path) -> str:
     """Return what to do about a damaged manifest in a run's folder."""
     return (
@@ -115,7 +120,7 @@ def write_receipt(file: Path, digest: str, rows: Sequence[Mapping[str, Any]]) ->
     schema = ROW_SCHEMA.with_metadata({"digest": digest})
     table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
     with atomic_file(file) as stream:
-        pq.write_table(table, stream)
+        pq.write_table(table, stream, write_page_checksum=True)
 
 
 def read_receipt(file: Path, digest: str) -> pa.Table | None:
@@ -126,7 +131,7 @@ def read_receipt(file: Path, digest: str) -> pa.Table | None:
         FileNotFoundError: There is none.
     """
     with damage_named(file, "its unit is done again"):
-        with pq.ParquetFile(file) as stream:
+        with open_rows(file) as stream:
             table = stream.read(ROW_SCHEMA.names)
         is_same = (table.schema.metadata or {}).get(b"digest") == digest.encode()
         return table.replace_schema_metadata(None) if is_same else None
@@ -164,14 +169,14 @@ class UnitManifest:
             return None
         if self._table is None:  # large, and most reruns have no use for it
             advice = manifest_damage(self._file.parent)
-            with damage_named(self._file, advice), pq.ParquetFile(self._file) as file:
+            with damage_named(self._file, advice), open_rows(self._file) as file:
                 self._table = file.read().replace_schema_metadata(None)
         start, stop = self._ranges[unit]
         return self._table.slice(start, stop - start)
 
     def _look_through(self) -> None:
         results = Results(self._file.parent)
-        with pq.ParquetFile(self._file) as file:
+        with open_rows(self._file) as file:
             metadata = file.schema_arrow.metadata or {}
             self._digests = json.loads(metadata.get(b"units", b"{}"))
             columns = ["unit", "status", "output", "mask"]
@@ -198,7 +203,10 @@ def write_manifest(file: Path, parts: Iterable[pa.Table], digests: Mapping[int, 
     """
     units = json.dumps({str(number): digest for number, digest in digests.items()})
     schema = ROW_SCHEMA.with_metadata({"units": units})
-    with atomic_file(file) as stream, pq.ParquetWriter(stream, schema) as writer:
+    with (
+        atomic_file(file) as stream,
+        pq.ParquetWriter(stream, schema, write_page_checksum=True) as writer,
+    ):
         waiting: list[pa.Table] = []
         for table in parts:
             waiting.append(table)

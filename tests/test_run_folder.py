@@ -120,7 +120,10 @@ def test_a_damaged_receipt_is_one_that_is_not_there(tmp_path):
             first.write_receipt(unit, [row(unit.number)])
         receipt = out / ".work" / "receipts" / "0000001.parquet"
         content = receipt.read_bytes()
-    for damaged in (b"", content[:100], content[:-1], content[:8] + bytes(400) + content[408:]):
+    bit = content.index(b"1.png")  # in a page; the footer is at the end
+    flipped = content[:bit] + b"0.png" + content[bit + 5 :]
+    zeros = content[:8] + bytes(400) + content[408:]
+    for damaged in (b"", content[:100], content[:-1], zeros, flipped):
         receipt.write_bytes(damaged)
         with run(out) as second:
             with pytest.warns(
