@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,8 @@ _DTYPES = ["float32", "bfloat16", "float16"]
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return 0 when done, 1 if a check or tile failed, 2 for bad input."""
     args = parse(arguments)
+    # Where in the code a warning arose says nothing to who typed a command.
+    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         return run(args)
