@@ -5,15 +5,16 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import synthetic_tiles, write_slide
+from conftest import damage_tile, synthetic_tiles, write_slide
 from test_offline import QUIET, digest, rows
 from test_page import check_page
 
 from cytosyn_aug import DensityReference, StainReference, normalize_slide, offline, slide_runs
 from cytosyn_aug.cli import main
-from cytosyn_aug.run_folder import open_run
+from cytosyn_aug.run_folder import RunFolder, open_run
 from cytosyn_aug.running import cut_units
 from cytosyn_aug.slide_blocks import BlockMaker
 from cytosyn_aug.slide_recipe import SlideRecipe
@@ -88,6 +89,8 @@ def test_a_rerun_does_nothing_and_another_recipe_is_refused(
     assert [name for name, _ in summary.failed] == ["normal/broken.svs"]
     with pytest.raises(ValueError, match=r"holds another run.*\n  recipe.strength: 1.0 -> 0.5"):
         normalize(slides, normalised, reference, recipe=SlideRecipe(strength=0.5))
+    with pytest.raises(ValueError, match=r"holds another run.*\n  references: "):
+        normalize(slides, normalised, DensityReference.fit(synthetic_tiles(2)))
     assert digest(normalised) == before
 
 
@@ -121,6 +124,56 @@ def test_stopped_in_a_slide_it_goes_on_from_there(
     assert (out / "normal" / "c.ome.tif").stat().st_mtime_ns == finished
 
 
+def test_killed_between_a_slide_and_its_receipt_it_goes_on(
+    slides, reference, normalised, tmp_path, monkeypatch
+):
+    def die(*_):
+        raise KeyboardInterrupt
+
+    out, shard = tmp_path / "out", replace(QUIET, shard=(1, 4))
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write_receipt", die)
+        with pytest.raises(KeyboardInterrupt):
+            normalize(slides, out, reference, work=shard)
+    assert (out / "normal" / "c.ome.tif").is_file()
+    normalize(slides, out, reference, work=shard)
+    same = normalised / "normal" / "c.ome.tif"
+    assert (out / "normal" / "c.ome.tif").read_bytes() == same.read_bytes()
+
+
+def test_what_is_found_on_a_slide_is_in_its_row(reference, tmp_path):
+    """Damage, glass, and a slide that was fine before and cannot be read now."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name in ("damaged", "fine"):
+        write_slide(folder / f"{name}.svs", picture(0), mpp="0.5", power="20")
+    damage_tile(folder / "damaged.svs", 0)
+    write_slide(folder / "glass.svs", np.full_like(picture(0), 243), mpp="0.5", power="20")
+    recipe = SlideRecipe(allows_damage=True)
+    normalize(folder, out, reference, recipe=recipe)
+    found = {row["slide"]: (row["status"], row["reason"]) for row in rows(out)}
+    assert found["damaged"] == ("edited", "damaged at x=0 y=0, left black")
+    assert found["fine"] == ("edited", "")
+    assert found["glass"][0] == "blank"
+    assert "no tissue was found" in found["glass"][1]
+    (folder / "fine.svs").write_text("no slide any more")
+    assert normalize(folder, out, reference, recipe=recipe).counts["failed"] == 1
+    assert {f.name for f in out.glob("*.tif")} == {"damaged.ome.tif", "glass.ome.tif"}
+
+
+def test_progress_adds_up_to_slides(slides, reference, tmp_path):
+    run = slide_runs.plan_slides(
+        slides, tmp_path / "out", None, reference, "transport", SlideRecipe()
+    )
+    units = cut_units(run.listing, 1)
+    with open_run(run.folder, run.identity, software(), overwrite=False) as folder:
+        folder.prepare()
+        parts = list(run.task.job(folder, 1, 1, is_shared=False).do(units, folder))
+    done = [sum(part for unit, part in parts if unit == each) for each in units]
+    assert done == pytest.approx([1, 1, 1, 1])
+    assert len(parts) > 3 * 4  # after each block
+
+
 def test_a_slide_that_another_process_holds_is_left_to_it(
     slides, reference, normalised, tmp_path, monkeypatch
 ):
@@ -138,7 +191,7 @@ def test_a_slide_that_another_process_holds_is_left_to_it(
     assert set(digest(run.folder)) == set(digest(normalised))
 
 
-def test_a_dry_run_tells_bytes_and_hours(slides, reference, normalised, tmp_path):
+def test_a_dry_run_tells_bytes_and_hours(slides, reference, normalised, tmp_path, monkeypatch):
     work = replace(QUIET, dry_run=True)
     told = normalize(slides, tmp_path / "out", reference, work=work).estimate
     assert not (tmp_path / "out").exists()
@@ -147,6 +200,9 @@ def test_a_dry_run_tells_bytes_and_hours(slides, reference, normalised, tmp_path
     written = sum(f.stat().st_size for f in normalised.rglob("*.ome.tif"))
     assert told["output_bytes"] == pytest.approx(written, rel=0.25)
     assert told["hours"] >= 0
+    monkeypatch.setattr(slide_runs, "_TRIAL_SLIDES", 1)
+    told = normalize(slides, tmp_path / "out", reference, work=work).estimate
+    assert told["output_bytes"] == pytest.approx(written, rel=0.5)  # of three by one
     told = normalize(slides, normalised, reference, work=work).estimate
     assert (told["units_to_do"], told["unusable"], told["output_bytes"]) == (1, 1, 0)
 
@@ -165,14 +221,16 @@ def test_a_table_gives_each_slide_its_scale_and_label(reference, tmp_path):
     assert "states neither" in summary.failed[0][1]
 
 
-def test_links_that_lead_out_are_refused(slides, reference, tmp_path):
+@pytest.mark.parametrize("shard", [0, 2])  # a slide that fails, and one that does not
+def test_links_that_lead_out_are_refused(slides, reference, tmp_path, shard):
     (tmp_path / "elsewhere").mkdir()
     out = tmp_path / "out"
-    normalize(slides, out, reference, work=replace(QUIET, shard=(0, 4)))
+    normalize(slides, out, reference, work=replace(QUIET, shard=(1, 4)))
     shutil.rmtree(out / "normal")
-    (out / "normal").symlink_to(tmp_path / "elsewhere")
+    for name in ("normal", "tumour"):
+        (out / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="leads out of"):
-        normalize(slides, out, reference)
+        normalize(slides, out, reference, work=replace(QUIET, shard=(shard, 4)))
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
@@ -188,6 +246,9 @@ def test_the_model_is_part_of_the_run(slides, small, tmp_path):
     work = replace(QUIET, readers=1)
     offline.normalize_slides(tumour, same, small, reference=lab, work=work)
     assert digest(same) == digest(out)
+    with small.batches.fixed():  # as workers of another engine have it
+        again = normalize_slide(tumour / "a.svs", tmp_path / "b.tif", lab, generator=small)
+    assert again.change_digest == alone.change_digest
 
 
 def test_the_commands_are_one_run(slides, reference, normalised, tmp_path, capsys):
