@@ -94,6 +94,10 @@ def test_several_folders_are_one_reference(tree, tmp_path, small, laboratories):
     assert {row["reference"] for row in found} == {"a+b"}
     for row, other in zip(found, expected, strict=True):
         assert torch.equal(read(outs[0] / row["output"]), read(outs[1] / other["output"]))
+    save(tmp_path / "b" / "0.png", synthetic_tiles(1)[0])
+    others = [laboratories[0], tmp_path / "b"]
+    with pytest.raises(ValueError, match=r"holds another run.*\n  references: "):
+        offline.normalize(tree, outs[0], small, reference=others, work=QUIET)
     fitted.save(tmp_path / "lab.json")
     several = [laboratories[0], tmp_path / "lab.json"]
     with pytest.raises(ValueError, match=r"lab\.json.*give a saved one alone"):
