@@ -55,7 +55,8 @@ class Item(NamedTuple):
 
     Attributes:
         name: What it is called in the manifest: its path in the input.
-        stem: Path of its results without suffix, relative to the output.
+        stem: Path of its results without suffix, relative to the output; in a listing "" for what
+            can have none of its own, so that nobody removes another's.
         label: Class, "" for none.
         slide: Slide, "" if not known.
         x: Column of its corner, as given; None if not known.
@@ -165,29 +166,33 @@ def make_listing(
 
 
 def _distinct(items: Iterable[Item]) -> Iterator[Item]:
-    """Give items their stems; what has no usable or no distinct one becomes an error."""
+    """Give items their stems; what has no usable or no distinct one becomes an error without."""
     first: dict[bytes, str] = {}
     for item in items:
-        name, error = printable(item.name), item.error
+        name = printable(item.name)
         stem = item.stem or output_stem(name)
-        if name != item.name:
-            error = error or "has a name that is not UTF-8; rename it"
-        elif max(len(part.encode()) for part in stem.split("/")) > _MAX_NAME_BYTES:
-            error = error or f"has a name of more than {_MAX_NAME_BYTES} bytes; shorten it"
-        elif any(part.startswith(".") for part in stem.split("/")):
-            error = error or "has a hidden name; rename it, or its folder"
-        error = error or _claim(first, stem, name)
+        problem = _name_problem(item.name, stem) or _claim(first, stem, name)
         if item.mask:
-            error = error or _claim(first, f"{stem}{MASK_END}", f"the mask of {name}")
+            problem = problem or _claim(first, f"{stem}{MASK_END}", f"the mask of {name}")
         yield item._replace(
             name=name,
-            stem=stem,
+            stem="" if problem else stem,
             label=printable(item.label),
             slide=printable(item.slide),
             file=printable(item.file),
             mask=printable(item.mask),
-            error=printable(error),
+            error=printable(item.error or problem),
         )
+
+
+def _name_problem(name: str, stem: str) -> str:
+    if printable(name) != name:
+        return "has a name that is not UTF-8; rename it"
+    if max(len(part.encode()) for part in stem.split("/")) > _MAX_NAME_BYTES:
+        return f"has a name of more than {_MAX_NAME_BYTES} bytes; shorten it"
+    if any(part.startswith(".") for part in stem.split("/")):
+        return "has a hidden name; rename it, or its folder"
+    return ""
 
 
 def _claim(first: dict[bytes, str], stem: str, name: str) -> str:

@@ -274,7 +274,7 @@ def _write(
 
 def _leave(job: Job, unit: Unit, row: int, item: Item, status: str, reason: str) -> list[Placed]:
     """Name a tile without results, and remove those of an earlier attempt."""
-    for variant in range(job.num_variants):
+    for variant in range(job.num_variants if item.stem else 0):
         job.output.discard(Place(unit.number, row, variant), item)
     cells = _cells(job, unit, item) | {"status": status, "reason": reason}
     return [(row, -1, cells)]

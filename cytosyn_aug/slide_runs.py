@@ -244,7 +244,7 @@ class SlideJob:
         """Name a slide as failed, and remove what an earlier run made of it."""
         item = self._task.item(unit)
         out = _result(folder, item)
-        if out.parent.is_dir():
+        if item.stem and out.parent.is_dir():
             check_inside(out.parent, folder.folder)
             out.unlink(missing_ok=True)
         failed = {"variant": -1, "status": "failed", "reason": reason}

@@ -480,7 +480,7 @@ def test_whole_slides_are_listed_one_an_item(tmp_path):
     assert [(i.name, i.stem, i.label, i.slide, i.mpp) for i in found] == [
         ("b.czi", "b", "", "b", 0.25),
         ("lab/a.SVS", "lab/a", "lab", "lab/a", 0.25),
-        ("lab/a.tif", "lab/a", "lab", "lab/a", 0.25),
+        ("lab/a.tif", "", "lab", "lab/a", 0.25),  # no name of its own, so that it takes no other's
     ]
     assert [i.size for i in found] == [(tmp_path / i.name).stat().st_size for i in found]
     assert found[2].error == "would be written under the same name as lab/a.SVS; rename one"

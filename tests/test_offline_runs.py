@@ -454,6 +454,25 @@ def test_a_changed_file_costs_its_unit_and_a_broken_one_loses_its_results(
     assert untouched  # of units whose files are as they were
 
 
+def test_what_has_no_name_of_its_own_leaves_the_results_of_others(
+    tree, tmp_path, small, laboratories
+):
+    first, other = "tumour/slide1_10_1.png", "tumour/slide1_10_1.bmp"
+    (tree / other).write_bytes((tree / first).read_bytes())
+    table, out = tree / "tiles.csv", tmp_path / "out"
+    absent = "stroma/slide0_60_6.jpg", f"{300 * 'n'}.png"  # found so before it has a name
+    names = [*absent, "stroma/slide0_60_6.png", first, other, first]
+    table.write_text("\n".join(["path", *names]))
+    for _ in range(2):  # the second time to try again what failed
+        summary = augment(table, out, small, laboratories, unit_tiles=1)
+        assert summary.counts["failed"] == 5
+        assert [row["output"] for row in rows(out) if row["source"] == first][:2] == [
+            "tumour/slide1_10_1_v0.png",
+            "tumour/slide1_10_1_v1.png",
+        ]
+        assert len(list(out.rglob("*.png"))) == 2
+
+
 def test_exit_codes_and_messages(tree, tmp_path, model_folder, laboratories, capsys):
     out = tmp_path / "out"
     words = command(tree, out, model_folder, laboratories)

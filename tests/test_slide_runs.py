@@ -94,6 +94,21 @@ def test_a_rerun_does_nothing_and_another_recipe_is_refused(
     assert digest(normalised) == before
 
 
+def test_a_slide_without_a_name_of_its_own_leaves_the_other_s_result(slides, reference, tmp_path):
+    for name in ("a.svs", "a.tif"):
+        shutil.copy(slides / "tumour" / "a.svs", tmp_path / name)
+    table, out = tmp_path / "slides.csv", tmp_path / "out"
+    table.write_text("path\na.svs\na.tif\na.svs\n")
+    for _ in range(2):  # the second time to try again what failed
+        summary = normalize(table, out, reference)
+        assert summary.counts == {"edited": 1, "failed": 2}
+        assert [reason for _, reason in summary.failed] == [
+            "would be written under the same name as a.svs; rename one",
+            "is listed twice",
+        ]
+        assert (out / "a.ome.tif").is_file()
+
+
 def test_shards_together_are_the_whole(slides, reference, normalised, tmp_path):
     out = tmp_path / "out"
     first = normalize(slides, out, reference, work=replace(QUIET, shard=(0, 2)))
