@@ -47,6 +47,8 @@ def plan_slides(
 ) -> Run:
     """Return the run that `cytosyn_aug.offline.normalize_slides` does."""
     check_apart(source, out)
+    if method != "cytosyn":
+        generator = None  # one that is given all the same makes no other run
     references, identities = open_references([reference], generator, method)
     listing = list_whole_slides(source, mpp=recipe.slide_mpp)
     settings: dict[str, Any] = {  # Any: JSON

@@ -266,6 +266,12 @@ def test_the_model_is_part_of_the_run(slides, small, tmp_path):
     assert again.change_digest == alone.change_digest
 
 
+def test_a_model_that_is_not_needed_makes_no_other_run(slides, reference, normalised, small):
+    settings = {"reference": reference, "method": "transport", "work": QUIET}
+    summary = offline.normalize(slides, normalised, small, format="slide", **settings)
+    assert summary.counts == {"edited": 3, "failed": 1}  # which the command, without one, has made
+
+
 def test_the_commands_are_one_run(slides, reference, normalised, tmp_path, capsys):
     reference.save(tmp_path / "lab.json")
     words = ["--reference", str(tmp_path / "lab.json"), "--method", "transport", "--quiet"]
