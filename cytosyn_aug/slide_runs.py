@@ -128,7 +128,7 @@ class SlideTask:
             except SlideError as error:
                 problems.append(f"{item.name} {_reason(error, item)}")
         num_bytes, seconds, tried = 0, 0.0, 0
-        for item in usable[:: max(1, len(usable) // _TRIAL_SLIDES)]:
+        for item in _spread(usable, _TRIAL_SLIDES):
             try:
                 found = try_slide(
                     self.file(item),
@@ -261,6 +261,12 @@ class SlideJob:
             "mpp": item.mpp,
             "unit": unit.number,
         }
+
+
+def _spread(items: Sequence[Item], number: int) -> list[Item]:
+    """Return so many items, or all there are, evenly spaced."""
+    number = min(number, len(items))
+    return [items[k * len(items) // number] for k in range(number)]
 
 
 def _result(folder: RunFolder, item: Item) -> Path:

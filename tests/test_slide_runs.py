@@ -222,6 +222,26 @@ def test_a_dry_run_tells_bytes_and_hours(slides, reference, normalised, tmp_path
     assert (told["units_to_do"], told["unusable"], told["output_bytes"]) == (1, 1, 0)
 
 
+@pytest.mark.parametrize("num_slides", [1, 5, 8])
+def test_a_dry_run_tries_three_slides_however_many_there_are(
+    reference, tmp_path, monkeypatch, num_slides
+):
+    (tmp_path / "slides").mkdir()
+    for k in range(num_slides):
+        write_slide(tmp_path / "slides" / f"{k}.svs", picture(0), mpp="0.5")
+    tried = []
+
+    def try_slide(file, *_, **__):
+        tried.append(file.stem)
+        return 1000, 3.6
+
+    monkeypatch.setattr(slide_runs, "try_slide", try_slide)
+    work = replace(QUIET, dry_run=True)
+    told = normalize(tmp_path / "slides", tmp_path / "out", reference, work=work).estimate
+    assert tried == {1: ["0"], 5: ["0", "1", "3"], 8: ["0", "2", "5"]}[num_slides]
+    assert told["output_bytes"] == 1000 * num_slides  # all are of one size
+
+
 def test_a_table_gives_each_slide_its_scale_and_label(reference, tmp_path):
     for name, mpp in (("bare.svs", None), ("wrong.svs", "0.25")):
         write_slide(tmp_path / name, picture(0), mpp=mpp, power=None)
