@@ -45,6 +45,11 @@ def findings(facts: Facts) -> list[Html]:
     notes: list[str] = []
     if tally.statuses["failed"]:
         bad.append(f"{tally.statuses['failed']:,} failed; they are named below with their reasons.")
+    rejected, num_done = tally.statuses["rejected"], tally.num_done
+    if tally.num_rows and not num_done:
+        bad.append("No tile was changed; what became of them is named below.")
+    elif rejected > num_done:
+        notes.append(f"More was rejected than kept: {rejected:,} of {rejected + num_done:,}.")
     if not manifest.is_finished:
         notes.append(
             f"Not finished: {tally.num_rows:,} rows so far, of {manifest.num_units:,} work units "

@@ -103,10 +103,13 @@ def left_out(facts: Facts) -> Html:
         ]
         if reasons and number > len(reasons) > 1:
             parts.append(table(["rows", "reason"], reasons[:_MAX_REASONS]))
-        rows = [(name, reason or "too little tissue") for name, reason in named]
+        rows = [(name, reason or "too little tissue") for name, reason in named.items()]
         parts.append(table(["tile", "reason"], rows))
-        if number > MAX_NAMED:
-            text = f"The first {len(named)} are named; all are in manifest.parquet."
+        if number > len(named):
+            which = (
+                f"The first {MAX_NAMED} tiles are" if len(named) == MAX_NAMED else "Each tile is"
+            )
+            text = f"{which} named, once for all variants; all rows are in manifest.parquet."
             parts.append(paragraph(text, "lead"))
     return joined(parts)
 

@@ -115,7 +115,8 @@ class Tally:
     Attributes:
         statuses: Rows by status.
         reasons: Rows by status and reason, at most a thousand of the latter.
-        named: By status, name and reason of the first hundred rows that were not edited.
+        named: By status, the first hundred tiles with a variant that was not edited, and the reason
+            of the first such variant.
         similarity: Of results that were kept.
         rejected_similarity: Of those that were not.
         distance: Distance in CIE Lab of results from their sources.
@@ -129,7 +130,7 @@ class Tally:
 
     statuses: Counter[str] = field(default_factory=Counter)
     reasons: Counter[tuple[str, str]] = field(default_factory=Counter)
-    named: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    named: dict[str, dict[str, str]] = field(default_factory=dict)
     similarity: Histogram = field(default_factory=lambda: Histogram(-1.0, 1.0, 400))
     rejected_similarity: Histogram = field(default_factory=lambda: Histogram(-1.0, 1.0, 400))
     distance: Histogram = field(default_factory=lambda: Histogram(0.0, 100.0, 1000))
@@ -243,11 +244,10 @@ def _group(groups: dict[str, Group], done: pa.Table, column: str) -> None:
 
 def _name(tally: Tally, others: pa.Table) -> None:
     """Note who was not edited and why."""
-    wanted = ["status", "source", "x", "y", "reason", "variant"]
-    columns = (others[name].to_pylist() for name in wanted)
-    for status, source, x, y, reason, variant in zip(*columns, strict=True):
-        named = tally.named.setdefault(status, [])
-        if len(named) < MAX_NAMED and not variant:  # each tile once
-            named.append((tile_name(source, x, y), reason or ""))
+    columns = (others[name].to_pylist() for name in ("status", "source", "x", "y", "reason"))
+    for status, source, x, y, reason in zip(*columns, strict=True):
+        named = tally.named.setdefault(status, {})
+        if len(named) < MAX_NAMED:
+            named.setdefault(tile_name(source, x, y), reason or "")
         if (status, reason) in tally.reasons or len(tally.reasons) < _MAX_REASONS:
             tally.reasons[status, reason or ""] += 1

@@ -303,6 +303,10 @@ def test_the_gate_is_drawn_into_the_similarities(tree, tmp_path, small, laborato
     assert f">max {high:g}<" in text
     assert f"the {rejected} results that it rejected" in found.whole_text
     assert f"{rejected} rejected" in found.whole_text
+    assert "Each tile is named, once for all variants" in found.whole_text
+    kept = sum(row["status"] == "edited" for row in all_rows(out))
+    said = f"More was rejected than kept: {rejected} of {rejected + kept}."
+    assert (said in found.whole_text) == (rejected > kept)
 
 
 def test_structure_and_colour_are_measured_on_the_pictures(tree, tmp_path, small, laboratories):
@@ -407,6 +411,17 @@ def test_a_run_without_results_has_a_report(tmp_path, small, laboratories):
     augment(tmp_path / "in", tmp_path / "out", small, laboratories)
     _, found = page_of(tmp_path / "out")
     assert "1 failed" in found.whole_text
+    assert "No tile was changed" in found.whole_text
+
+
+def test_a_run_of_glass_does_not_pass_for_one_where_nothing_stands_out(
+    tmp_path, small, laboratories
+):
+    save(tmp_path / "in" / "glass.png", torch.full((3, 224, 224), 243, dtype=torch.uint8))
+    augment(tmp_path / "in", tmp_path / "out", small, laboratories)
+    _, found = page_of(tmp_path / "out")
+    assert "No tile was changed" in found.whole_text
+    assert "Nothing stands out" not in found.whole_text
 
 
 def test_runs_of_earlier_versions_have_a_report(tree, tmp_path, small, laboratories):

@@ -80,10 +80,11 @@ def test_counts_and_groups_are_those_of_the_rows(tmp_path):
     assert tally.num_done == 3600
     assert tally.reasons["failed", "is damaged"] == 200
     assert len(tally.named["failed"]) == MAX_NAMED
-    assert tally.named["failed"][:2] == [("0.png", "is damaged"), ("20.png", "is damaged")]
+    assert list(tally.named["failed"])[:2] == ["0.png", "20.png"]
+    assert tally.named["failed"]["0.png"] == "is damaged"
     placed = [make_row(0, x=1, y=2), make_row(20, source="s_3_4.png", x=3, y=4)]
     names = tally_rows(open_manifest(write_run(tmp_path / "placed", placed))).named["failed"]
-    assert [name for name, _ in names] == ["0.png at 1, 2", "s_3_4.png"]
+    assert list(names) == ["0.png at 1, 2", "s_3_4.png"]
     edited = [row for row in ROWS if row["status"] == "edited"]
     of_b = [row for row in edited if row["reference"] == "b"]
     assert tally.references["b"].num_results == len(of_b)
@@ -93,6 +94,18 @@ def test_counts_and_groups_are_those_of_the_rows(tmp_path):
     assert tally.similarity.quantile(0.5) == pytest.approx(0.5, abs=0.01)
     assert [row["source"] for row in tally.least_similar[:2]] == ["1.png", "2.png"]
     assert {row["colour_distance"] for row in tally.most_changed} == {39.0}
+
+
+def test_a_tile_is_named_once_and_also_if_only_a_later_variant_was_rejected(tmp_path):
+    cells = [("a.png", 0, "edited"), ("a.png", 1, "rejected"), ("a.png", 2, "rejected")]
+    cells += [("b.png", 0, "rejected"), ("b.png", 1, "rejected")]
+    rows = [
+        make_row(1, source=source, variant=variant, status=status, reason=f"reason {variant}")
+        for source, variant, status in cells
+    ]
+    tally = tally_rows(open_manifest(write_run(tmp_path / "run", rows)))
+    assert tally.statuses["rejected"] == 4
+    assert tally.named["rejected"] == {"a.png": "reason 1", "b.png": "reason 0"}
 
 
 def test_finished_or_not_the_rows_are_the_same(tmp_path):
