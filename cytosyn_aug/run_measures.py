@@ -91,10 +91,9 @@ def measure_results(
         before, after = pictures.before(row), pictures.after(row)
         if pictures.has_sources and before.pixels is None:
             measures.problems[f"source: {before.problem}"] += 1
-        if after.pixels is None:
+        if pictures.has_results and after.pixels is None:
             measures.problems[f"result: {after.problem}"] += 1
-        else:
-            measures.num_read += 1
+        measures.num_read += after.pixels is not None
         reference = row["reference"] or ""
         for pixels, into in ((before.pixels, measures.before), (after.pixels, measures.after)):
             if pixels is not None:

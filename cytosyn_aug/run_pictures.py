@@ -49,6 +49,7 @@ class RunPictures:
     def __init__(self, manifest: Manifest, source: Path | str | None = None) -> None:
         self._folder = manifest.folder
         self._format = manifest.identity.get("format", "")
+        self._command = manifest.identity["command"]
         self._kind = manifest.identity["input"]["kind"]
         given = source if source is not None else manifest.context.get("input")
         self.source = None if given is None else Path(given)
@@ -66,6 +67,11 @@ class RunPictures:
     def has_sources(self) -> bool:
         """Whether results were made from tiles, rather than from numbers."""
         return self._kind != "numbers"
+
+    @property
+    def has_results(self) -> bool:
+        """Whether results are images, rather than numbers in a cache."""
+        return self._command != "cache" and self._format != "latents"
 
     def before(self, row: Mapping[str, Any]) -> Picture:
         """Return the tile a result was made from."""
@@ -85,8 +91,8 @@ class RunPictures:
 
     def after(self, row: Mapping[str, Any]) -> Picture:
         """Return a result."""
-        if self._format == "latents":
-            return Picture(None, "is in the cache as latents")
+        if not self.has_results:
+            return Picture(None, f"is in the cache as {self._format or 'encodings'}")
         try:
             if self._format == "images":
                 return self._cached(row)

@@ -32,6 +32,8 @@ def colour(facts: Facts) -> Html:
 
 def structure(facts: Facts) -> Html:
     """Return how well structure was kept."""
+    if not facts.pictures.has_results:
+        return Html()
     if not facts.keeps_structure:
         text = "Results are drawn anew: their structure is not that of their sources. Not scored."
         return paragraph(text, "lead") if facts.pictures.has_sources else Html()
@@ -65,7 +67,8 @@ def similarity(facts: Facts) -> Html:
     marks = [Mark(low, f"min {low:g}")] if low is not None else []
     marks += [Mark(high, f"max {high:g}")] if high is not None else []
     plots, numbers = [], []
-    lead = "Of all results. Delta E is the mean distance in CIE Lab over tissue. "
+    lead = "Of all results. Delta E is the mean distance in CIE Lab over tissue, pixel by pixel"
+    lead += ". " if facts.keeps_structure else ": most of it is structure that was drawn anew. "
     if kept.total + rejected.total:
         lead += "Similarity is the cosine of the encoder's features of source and result. "
         lead += "No gate was set." if not marks else "Dashed: the gate"

@@ -76,11 +76,14 @@ def worst_cases(facts: Facts) -> Html:
     scored = sorted(facts.measures.scored, key=lambda x: (x.structure, x.row["key"]))
     scores = {_name(x.row): x.structure for x in scored}
     of_all = f"of all {facts.tally.num_done:,} results"
+    largest = "Colour: the largest change"
+    if not facts.keeps_structure:
+        largest = "Delta E, of colour and of structure that was drawn anew: the largest"
     parts = []
     for title, rows in (
         (f"Structure: the least kept, of {len(scored)} measured", [x.row for x in scored]),
         (f"Similarity: the least, {of_all}", facts.tally.least_similar),
-        (f"Colour: the largest change, {of_all}", facts.tally.most_changed),
+        (f"{largest}, {of_all}", facts.tally.most_changed),
     ):
         if rows:
             worst = _distinct(rows, NUM_WORST)
@@ -136,6 +139,11 @@ def groups(facts: Facts) -> Html:
     for title, found in (("reference", facts.tally.references), ("slide", facts.tally.slides)):
         if found:
             parts.append(_group_table(title, found))
+            others = facts.tally.num_done - sum(group.num_results for group in found.values())
+            if others:
+                parts.append(
+                    paragraph(f"Results that do not say their {title}: {others:,}.", "lead")
+                )
     return joined(parts)
 
 

@@ -129,10 +129,15 @@ def test_latents_and_encodings_are_counted_and_not_drawn(tree, tmp_path, small, 
     augment(tree, out, small, laboratories, format="latents")
     _, found = page_of(out)
     assert "is in the cache as latents" in found.whole_text
+    assert "Nothing stands out" in found.whole_text
     assert num_pictures(found) > 9  # the sources, and tiles of the references
     summary = offline.cache(tree, tmp_path / "cache", small, work=QUIET)
     _, found = page_of(summary.out)
     assert "10cached" in found.whole_text
+    assert "is in the cache as encodings" in found.whole_text
+    assert "Nothing stands out" in found.whole_text
+    assert "drawn anew" not in found.whole_text
+    assert "Results that do not say their slide: 1." in found.whole_text
     with pytest.raises(FileNotFoundError, match=r"such as .*runs"):
         offline.report(tmp_path / "cache")
 
@@ -294,6 +299,10 @@ def test_the_gate_is_drawn_into_the_similarities(tree, tmp_path, small, laborato
     text, found = page_of(out)
     assert "No gate was set" in found.whole_text
     assert "Not scored" in found.whole_text
+    assert "pixel by pixel: most of it is structure that was drawn anew" in found.whole_text
+    assert "Delta E, of colour and of structure that was drawn anew: the largest" in (
+        found.whole_text
+    )
     values = sorted(row["similarity"] for row in all_rows(out) if row["status"] == "edited")
     low, high = (round(values[len(values) * k // 4], 2) for k in (1, 3))
     rejected = with_gate(out, low, high)
