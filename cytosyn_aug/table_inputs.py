@@ -58,7 +58,7 @@ def list_table(file: Path) -> Listing:
 
 
 def list_slide_table(file: Path, mpp: float | None = None) -> Listing:
-    """List the slides of a table, whole, in its order.
+    """List the slides of a table, whole, in its order; a mask is a tile's, and left out here.
 
     Args:
         file: Table with paths of slides, and any of label, slide, mpp.
@@ -67,7 +67,7 @@ def list_slide_table(file: Path, mpp: float | None = None) -> Listing:
     Raises:
         ValueError: It cannot be read, lacks a column of paths, or has places on slides.
     """
-    columns = _read_columns(file)
+    columns = _read_columns(file, texts=("label", "slide"))
     if "x" in columns.cells or "y" in columns.cells:
         raise ValueError(f"{file} has x and y, expected whole slides; leave those columns out")
     items = _whole_slides(file.parent, columns.cells, mpp)
@@ -126,8 +126,8 @@ def _slide_item(name: str, stem: str, cells: dict[str, Any], size: int, error: s
     return item._replace(stem=f"{stem}/{item.x}_{item.y}")
 
 
-def _read_columns(file: Path) -> _Columns:
-    """Return the columns that are known, and a note on the others.
+def _read_columns(file: Path, texts: tuple[str, ...] = _TEXTS) -> _Columns:
+    """Return the columns of paths, of these texts and of numbers, and a note on the others.
 
     Names of columns count without regard to case and to blanks around them.
     """
@@ -143,7 +143,7 @@ def _read_columns(file: Path) -> _Columns:
         raise ValueError(
             f"{file} has columns {', '.join(found)}, expected one of {', '.join(_PATH_COLUMNS)}"
         )
-    used = [name for name in (path, *_TEXTS, *_NUMBERS) if name in names]
+    used = [name for name in (path, *texts, *_NUMBERS) if name in names]
     twice = sorted({name for name in used if names.count(name) > 1})
     if twice:
         raise ValueError(f"{file} has several columns {', '.join(twice)}; leave one of each")

@@ -509,6 +509,19 @@ def test_a_table_of_whole_slides_says_what_is_known_of_each(tmp_path):
         slides(file)
 
 
+def test_a_slide_s_mask_is_not_taken_for_that_of_its_tiles(tmp_path, synthetic_slide):
+    synthetic_slide(grid="##..\n##..", side=256)
+    file = tmp_path / "table.csv"
+    file.write_text("path,mask\nslides/slide.svs,mask.png\n")
+    for listing in (
+        list_whole_slides(file),
+        list_inputs(file, TileSpec(size_px=64), kind="slides"),
+    ):
+        assert len(listing) > 0
+        assert listing.num_masks() == listing.num_errors() == 0
+        assert listing.notes == ("left out columns that have no meaning here: mask",)
+
+
 def test_the_kind_is_seen_or_must_be_said(tmp_path):
     assert find_kind(write(tmp_path / "tree", "a/1.png")) == "tree"
     assert find_kind(write(tmp_path / "slides", "1.svs")) == "slides"
