@@ -46,7 +46,7 @@ SCHEMA = pa.schema(
 _IDENTITY = ("name", "label", "slide", "x", "y", "mpp", "mask")
 _BLOCK_ROWS = 65_536
 _MAX_SHOWN = 20
-_MAX_NAME_BYTES = 235  # of 255 that file systems allow: variant and suffix are added
+_MAX_NAME_BYTES = 230  # of 255 that file systems allow: variant, process and suffix are added
 _CORNER = re.compile(r"(?:(?P<slide>.+)_)?(?P<x>\d{1,9})_(?P<y>\d{1,9})")
 
 

@@ -12,7 +12,14 @@ from conftest import damage_tile, synthetic_tiles, write_slide
 from test_offline import QUIET, digest, rows
 from test_page import check_page
 
-from cytosyn_aug import DensityReference, StainReference, normalize_slide, offline, slide_runs
+from cytosyn_aug import (
+    DensityReference,
+    StainReference,
+    listing,
+    normalize_slide,
+    offline,
+    slide_runs,
+)
 from cytosyn_aug.cli import main
 from cytosyn_aug.run_folder import RunFolder, open_run
 from cytosyn_aug.running import cut_units
@@ -107,6 +114,15 @@ def test_a_slide_without_a_name_of_its_own_leaves_the_other_s_result(slides, ref
             "is listed twice",
         ]
         assert (out / "a.ome.tif").is_file()
+
+
+def test_the_longest_name_leaves_room_for_that_of_an_unfinished_file(
+    slides, reference, tmp_path, monkeypatch
+):
+    slide = tmp_path / f"{listing._MAX_NAME_BYTES * 'n'}.svs"
+    slide.symlink_to(slides / "tumour" / "a.svs")
+    monkeypatch.setattr("os.getpid", lambda: 4_194_303)  # the largest of Linux
+    assert normalize(slide, tmp_path / "out", reference).counts == {"edited": 1}
 
 
 def test_shards_together_are_the_whole(slides, reference, normalised, tmp_path):
