@@ -6,8 +6,10 @@
                     strength=(0.5, 1.0))
     offline.report("augmented")  # augmented/report.html
 
-The same as the commands of the same names, with the same words; see `cytosyn-aug augment --help`.
-Every call resumes: killed at any moment and made again, it leaves what an undisturbed one does.
+The same as the commands of the same names (`normalize_slides` is `normalize-slide` of many), with
+the same words; see `cytosyn-aug augment --help`. How a run is worked on is a `Work`, with a
+`RayCluster` in it for `--engine ray`. Every call resumes: killed at any moment and made again, it
+leaves what an undisturbed one does.
 """
 
 from __future__ import annotations
@@ -39,12 +41,23 @@ from cytosyn_aug.plans import (
     plan_normalize,
     plan_sample,
 )
+from cytosyn_aug.ray_actors import RayCluster
 from cytosyn_aug.report import report
 from cytosyn_aug.running import Summary, Work, do_run
 from cytosyn_aug.slide_recipe import SlideRecipe
 from cytosyn_aug.slide_runs import plan_slides
 
-__all__ = ["Work", "augment", "cache", "normalize", "normalize_slides", "report", "sample"]
+__all__ = [
+    "RayCluster",
+    "SlideRecipe",
+    "Work",
+    "augment",
+    "cache",
+    "normalize",
+    "normalize_slides",
+    "report",
+    "sample",
+]
 
 
 def augment(
@@ -143,7 +156,9 @@ def normalize(
             `NormalizeRecipe`.
         strength: 1 goes to the reference, 0 stays.
         mpp: See `augment`, as for all that follow.
-        format: "png", "webp" or "tar"; or "slide", for what `normalize_slides` does by default.
+        format: "png", "webp" or "tar"; or "slide", for what `normalize_slides` does by default:
+            `mpp` is then the scale of slides instead of what they state, and `stain_source` and
+            `unit_tiles` mean nothing.
         input: What IN is.
         unit_tiles: Tiles of a work unit.
         work: Shard, threads and the like.
@@ -152,6 +167,12 @@ def normalize(
         ValueError, OSError: See `augment`.
     """
     if format == "slide":
+        is_usual = (stain_source, unit_tiles) == ("tile", UNIT_TILES)
+        if not is_usual or input not in (None, "slides", "table"):
+            raise ValueError(
+                "stain_source, unit_tiles and input are of tiles and mean nothing for format "
+                "'slide'; leave them out"
+            )
         slides = SlideRecipe(strength=strength, slide_mpp=mpp)
         return normalize_slides(
             source, out, generator, reference=reference, method=method, recipe=slides, work=work
@@ -214,7 +235,7 @@ def cache(
         generator: The model.
         contents: "moments" of the autoencoder, "features" of the encoder, or both.
         compact: Merge the shards in the end, one a work unit, into few large ones.
-        mpp: Scale of slides in microns per pixel, instead of what they state.
+        mpp: See `augment`.
         input: See `augment`.
         unit_tiles: Tiles of a work unit.
         work: Shard, threads and the like.

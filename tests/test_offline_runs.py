@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
+from inspect import Parameter, signature
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,9 @@ from PIL import Image
 from python_process import start_python
 from test_offline import QUIET, augment, digest, rows
 
-from cytosyn_aug import offline
+from cytosyn_aug import TileGenerator, offline
 from cytosyn_aug.cache import LatentCache
-from cytosyn_aug.cli import main
+from cytosyn_aug.cli import main, parse
 from cytosyn_aug.running import Work
 
 
@@ -207,7 +208,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from cytosyn_aug.cli import main
+from cytosyn_aug.cli import main, parse
 from cytosyn_aug.run_folder import RunFolder
 
 mine, others = Path("units"), Path(sys.argv[1]) / "units"
@@ -488,6 +489,38 @@ def test_exit_codes_and_messages(tree, tmp_path, model_folder, laboratories, cap
     assert json.loads(capsys.readouterr().out)["units_to_do"] == 1  # the failed one
     save(tree / "stroma" / "bro\nken.png", synthetic_tiles(1, seed=5)[0])
     assert main(words) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "function"),
+    [
+        ("augment IN OUT", offline.augment),
+        ("normalize IN OUT --reference R", offline.normalize),
+        ("normalize-slide IN OUT --reference R", offline.normalize_slides),
+        ("cache IN OUT", offline.cache),
+        ("sample OUT --n 1", offline.sample),
+        ("report OUT", offline.report),
+    ],
+)
+def test_python_has_the_options_of_the_commands_with_their_defaults(words, function):
+    called = {"quiet": "progress", "actor_cpus": "cpus", "actor_gpus": "gpus", "model": "source"}
+    called |= {"keep_thumbnail": "keeps_thumbnail", "allow_damage": "allows_damage"}
+    homes = [offline.RayCluster, TileGenerator.from_pretrained, offline.Work, function]
+    if function is offline.normalize_slides:
+        homes.append(offline.SlideRecipe)
+    known = {}
+    for home in homes:
+        known |= {name: p.default for name, p in signature(home).parameters.items()}
+    options = vars(parse(words.split()))
+    options["quiet"] = not options.get("quiet", False)  # shows progress
+    if "dtype" in options:
+        options["dtype"] = getattr(torch, options["dtype"])
+    for name in options.keys() - {"command", "run", "engine", "source"}:
+        value, expected = options[name], known[called.get(name, name)]
+        if isinstance(value, list):
+            value = value[0] if len(value) == 1 else tuple(value)
+        is_set = (name, function) != ("writers", offline.normalize_slides)  # not there
+        assert value == expected or expected is Parameter.empty or not is_set, name
 
 
 def test_slurm_prints_an_array_of_shards(capsys):

@@ -306,6 +306,9 @@ def test_a_model_that_is_not_needed_makes_no_other_run(slides, reference, normal
     settings = {"reference": reference, "method": "transport", "work": QUIET}
     summary = offline.normalize(slides, normalised, small, format="slide", **settings)
     assert summary.counts == {"edited": 3, "failed": 1}  # which the command, without one, has made
+    for changed in ({"unit_tiles": 3}, {"stain_source": "slide"}, {"input": "tree"}):
+        with pytest.raises(ValueError, match="mean nothing for format 'slide'"):
+            offline.normalize(slides, normalised, small, format="slide", **settings | changed)
 
 
 def test_the_commands_are_one_run(slides, reference, normalised, tmp_path, capsys):
