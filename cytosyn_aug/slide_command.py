@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 AddCommand = Callable[[str, Callable[..., int], str, str], argparse.ArgumentParser]
 FILE_SUFFIXES = (".tif", ".tiff")
+# Nobody means a folder by these.
+PICTURE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".czi", ".png", ".jpg", ".jpeg")
 
 
 def add_command(add: AddCommand) -> None:
@@ -94,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
     is_file = args.out.suffix.lower() in FILE_SUFFIXES
     if is_file:
         _check_one(args)
+    elif args.out.suffix.lower() in PICTURE_SUFFIXES and not args.out.is_dir():
+        raise ValueError(f"{args.out} would be a folder; end the name of a file in .ome.tif")
     generator = load_generator(args) if args.method == "cytosyn" else None
     return (_one if is_file else _many)(args, recipe, generator)
 

@@ -343,6 +343,9 @@ def test_one_slide_to_one_file_is_not_shared(slides, reference, tmp_path, capsys
     assert "is one file, and one slide is not shared" in capsys.readouterr().err
     assert main(["normalize-slide", str(slides), str(tmp_path / "a.tif"), *words]) == 2
     assert "is a folder, and" in capsys.readouterr().err
+    assert main([one[0], one[1], str(tmp_path / "a.svs"), *words]) == 2
+    assert "would be a folder; end the name of a file in .ome.tif" in capsys.readouterr().err
+    assert not (tmp_path / "a.svs").exists()
     assert main([*one, "--dry-run"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert not (tmp_path / "a.tif").exists()
