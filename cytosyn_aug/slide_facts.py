@@ -23,7 +23,7 @@ from cytosyn_aug.slide_tiles import candidate_positions, slide_mask
 from cytosyn_aug.slides import SLIDE_SUFFIXES, Slide, SlideError
 from cytosyn_aug.tissue import TissueConfig
 from cytosyn_aug.tissue_colours import ColourDistribution
-from cytosyn_aug.whole_slides import provenance_of
+from cytosyn_aug.whole_slides import open_written, provenance_of
 
 _WRITTEN = (".tif", ".tiff")
 _OVERVIEW_PX = 560
@@ -149,7 +149,7 @@ def describe_slide(file: Path) -> SlideFacts:
     Raises:
         SlideError: It cannot be read.
     """
-    with Slide(file) as made:
+    with open_written(file) as made:
         return _facts(made, None, "")
 
 
@@ -164,7 +164,7 @@ def gather_slide(file: Path, source: Path | None, num_tiles: int) -> SlideFacts:
     Raises:
         SlideError: The result cannot be read.
     """
-    with Slide(file) as made:
+    with open_written(file) as made:
         said = provenance_of(made)
         opened, problem = _open_source(source, said)
         with ExitStack() as stack:

@@ -10,6 +10,7 @@ from cytosyn_aug.config import Method, Preserve
 from cytosyn_aug.editing import EditRecipe
 from cytosyn_aug.slide_view import Region
 from cytosyn_aug.slide_writer import Codec, Compression
+from cytosyn_aug.slides import LEAST_MPP, MOST_MPP
 from cytosyn_aug.tile_sets import MAX_TILES
 
 SLIDES_COMMAND = "normalize-slide"  # as a run of slides names itself in `run.json`
@@ -56,6 +57,10 @@ class SlideRecipe:
             )
         if not 0 <= self.strength <= 1:
             raise ValueError(f"strength is {self.strength:g}, expected 0 to 1")
+        if self.mpp is not None and not LEAST_MPP <= self.mpp <= MOST_MPP:
+            raise ValueError(
+                f"mpp is {self.mpp:g}, expected {LEAST_MPP:g} to {MOST_MPP:g} microns/pixel"
+            )
         if self.max_tiles < 1:
             raise ValueError(f"max_tiles is {self.max_tiles}, expected at least 1")
         Codec(compression=self.compression, quality=self.quality)

@@ -33,7 +33,7 @@ MIN_OPENSLIDE = (4, 0, 1)  # earlier: CVE-2026-48977, CVE-2026-54604
 MAX_REGION_PX = 8192 * 8192  # OpenSlide allocates four bytes a pixel of whatever is asked
 MAX_ENLARGEMENT = 1.05  # "20x" scanners differ from 0.5 microns/pixel by as much
 _LEVEL_TOLERANCE = 1.01  # levels are 4.00012 times smaller, not 4
-_PLAUSIBLE_MPP = (0.05, 10.0)
+LEAST_MPP, MOST_MPP = 0.05, 10.0  # that is plausible
 _PLAUSIBLE_TIFF_MPP = (0.1, 2.0)  # outside: the 72 or 300 dpi that software writes by default
 _MICRONS = {"centimeter": 1e4, "inch": 25_400.0}
 _THUMBNAIL_BLOCK_PX = 128
@@ -365,10 +365,10 @@ def _check_region(file: Path, width_px: int, height_px: int) -> None:
 
 def _plausible(value: object, name: str) -> float:
     number = _number(value)
-    low, high = _PLAUSIBLE_MPP
-    if not low <= number <= high:
+    if not LEAST_MPP <= number <= MOST_MPP:
         raise SlideError(
-            f"has {name} = {value}, expected {low:g} to {high:g} microns/pixel; {_GIVE_MPP}"
+            f"has {name} = {value}, expected {LEAST_MPP:g} to {MOST_MPP:g} microns/pixel; "
+            f"{_GIVE_MPP}"
         )
     return number
 

@@ -211,6 +211,20 @@ def provenance_of(slide: Slide) -> dict[str, Any]:  # Any: JSON
     return {} if found is None else dict(json.loads(unescape(found[1])))
 
 
+def open_written(file: Path) -> Slide:
+    """Open a file of `normalize_slide` at the scale it states in OME-XML.
+
+    Of a TIFF's resolution a slide believes less, because other software writes nonsense there, and
+    would not know a result that is coarser than 2 microns/pixel.
+
+    Raises:
+        SlideError: It cannot be read.
+    """
+    with Slide(file, mpp=1.0) as written:
+        stated = re.search(r'PhysicalSizeX="([^"]+)"', written.comment)
+    return Slide(file, None if stated is None else float(stated[1]))
+
+
 def _software() -> str:
     try:
         return f"{SOFTWARE} {version('cytosyn-aug')}"

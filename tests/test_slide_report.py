@@ -89,6 +89,16 @@ def test_a_region_is_compared_with_its_part_of_the_slide(slide, tmp_path):
     assert np.corrcoef(before.mean(2).ravel(), after.mean(2).ravel())[0, 1] > 0.9
 
 
+def test_a_coarse_result_has_the_scale_it_was_written_at(slide, tmp_path):
+    out = tmp_path / "coarse.tif"
+    reference = DensityReference.fit(TARGET)
+    said = normalize_slide(slide, out, reference, recipe=replace(LOSSLESS, mpp=4.0))
+    facts = gather_slide(out, slide, 4)
+    assert facts.mpp == pytest.approx(said.mpp, rel=1e-6)
+    assert facts.size == (said.width_px, said.height_px)
+    assert facts.problem == ""
+
+
 def test_another_slide_is_not_taken_for_the_source(made, tmp_path):
     other = write_slide(tmp_path / "patient-7.svs", picture(seed=4), mpp="0.5", power="20")
     found = check_page(offline.report(made[0], out=tmp_path / "a.html", source=other).read_text())
