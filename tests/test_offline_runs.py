@@ -505,6 +505,7 @@ def test_exit_codes_and_messages(tree, tmp_path, model_folder, laboratories, cap
 def test_python_has_the_options_of_the_commands_with_their_defaults(words, function):
     called = {"quiet": "progress", "actor_cpus": "cpus", "actor_gpus": "gpus", "model": "source"}
     called |= {"keep_thumbnail": "keeps_thumbnail", "allow_damage": "allows_damage"}
+    called |= {"out": "folder"} if function is offline.cache else {}
     homes = [offline.RayCluster, TileGenerator.from_pretrained, offline.Work, function]
     if function is offline.normalize_slides:
         homes.append(offline.SlideRecipe)
