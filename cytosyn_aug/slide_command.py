@@ -98,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
         _check_one(args)
     elif args.out.suffix.lower() in PICTURE_SUFFIXES and not args.out.is_dir():
         raise ValueError(f"{args.out} would be a folder; end the name of a file in .ome.tif")
+    work_of(args)  # refuses what contradicts itself, before the model is read
     generator = load_generator(args) if args.method == "cytosyn" else None
     return (_one if is_file else _many)(args, recipe, generator)
 

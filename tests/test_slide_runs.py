@@ -339,6 +339,8 @@ def test_one_slide_to_one_file_is_not_shared(slides, reference, tmp_path, capsys
     one = ["normalize-slide", str(slides / "tumour" / "a.svs"), str(tmp_path / "a.tif"), *words]
     assert main([*one, "--shard", "0/2"]) == 2
     assert "is one file, and one slide is not shared" in capsys.readouterr().err
+    assert main([*one, "--actors", "2"]) == 2
+    assert "only go with --engine ray" in capsys.readouterr().err
     assert main(["slurm", "--shards", "2", "--", *one]) == 2
     assert "is one file, and one slide is not shared" in capsys.readouterr().err
     assert main(["normalize-slide", str(slides), str(tmp_path / "a.tif"), *words]) == 2
