@@ -79,7 +79,7 @@ def _page(made: Path, source: Path | None, num_tiles: int) -> str:
         if made.is_file() and not found.slides:
             raise ValueError(f"{made} is not what normalize-slide wrote; give the OUT of a run")
     if found is not None and (is_run or found.slides):
-        name = found.slides[0][0].name if len(found.slides) == 1 else made.name
+        name = made.resolve().name
         return slides_page(found, title=f"{SLIDES_COMMAND}: {name}", num_tiles=num_tiles)
     return _unless_moving(made, lambda: run_page(gather(made, source=source, num_tiles=num_tiles)))
 

@@ -86,11 +86,13 @@ class FoundSlides(NamedTuple):
         slides: Each with the slide it was made from, or None if that is not known.
         failed: Name and reason.
         is_finished: Whether nothing is left to do.
+        num_slides: How many the run has, of a run.
     """
 
     slides: list[tuple[Path, Path | None]]
     failed: list[tuple[str, str]]
     is_finished: bool = True
+    num_slides: int = 0
 
 
 def find_slides(made: Path, source: Path | None) -> FoundSlides:
@@ -130,7 +132,7 @@ def find_run(folder: Path, source: Path | None) -> FoundSlides | None:
             else:
                 slide = root / row["source"]
                 slides.append((folder / row["output"], slide if slide.is_file() else None))
-    return FoundSlides(slides, failed, manifest.is_finished)
+    return FoundSlides(slides, failed, manifest.is_finished, manifest.num_tiles)
 
 
 def source_of(file: Path, source: Path | None) -> Path | None:

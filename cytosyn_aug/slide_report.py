@@ -65,7 +65,8 @@ def slides_page(found: FoundSlides, *, title: str, num_tiles: int) -> str:
     header += ["structure, median"]
     lead = (
         "Seams: the mean step of tissue colour across the borders of tiles over that inside of "
-        "them, of the whole slide; about 1 for tissue that was never cut."
+        "them, of the whole slide. Tissue that was never cut has about 1, some slides up to 1.5: "
+        "compare after with before."
     )
     overview = joined([paragraph(lead, "lead"), table(header, rows)])
     by = f"Written by cytosyn_aug {own_version()}. Not a medical device."
@@ -80,7 +81,8 @@ def _findings(found: FoundSlides, num_shown: int) -> list[Html]:
     """Return what a reader should know first of all slides together."""
     notes = [paragraph(f"{name} failed: {reason}", "note bad") for name, reason in found.failed]
     if not found.is_finished:
-        notes.append(paragraph("The run is not finished; run the same again for the rest.", "note"))
+        text = f"Not finished: {len(found.slides)} of {found.num_slides} slides are written so far."
+        notes.append(paragraph(f"{text} The same command goes on with the rest.", "note"))
     if num_shown < len(found.slides):
         text = (
             f"{num_shown} of {len(found.slides)} slides are shown, evenly spaced; all are listed."

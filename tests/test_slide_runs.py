@@ -371,7 +371,9 @@ def test_the_report_of_a_run_shows_slides_and_names_what_failed(
     assert found.whole_text.count("What the file says of itself") == 2
     normalize(slides, tmp_path / "out", reference, work=replace(QUIET, shard=(1, 4)))
     part = offline.report(tmp_path / "out", out=tmp_path / "c.html")
-    assert "The run is not finished" in check_page(part.read_text()).whole_text
+    text = check_page(part.read_text()).whole_text
+    assert "Not finished: 1 of 4 slides are written so far." in text
+    assert "normalize-slide: out" in text
 
 
 def test_the_manifest_has_the_columns_of_all_others(normalised, tree, tmp_path, small):
