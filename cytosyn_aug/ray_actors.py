@@ -9,6 +9,7 @@ nobody knows here: the worker must be safe to ask twice. No torch here.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ _IN_HAND = 2  # of an actor: one is read and written while the other computes
 _ATTEMPTS = 3
 _FAILED_STARTS = 3
 _PATIENCE_S = 60.0
+_ANSWER_S = 10.0  # for a machine to take a connection
 _MIN_STORE_BYTES = 100 * 2**20  # Ray takes no less than 75 MB
 
 
@@ -280,6 +282,8 @@ def _connected(ray: Any, cluster: RayCluster, shared_bytes: int) -> Iterator[Non
         }
         if cluster.actors is not None:  # on one machine it is for its user to share its cores
             settings["num_cpus"] = max(os.cpu_count() or 1, cluster.actors * (cluster.cpus or 1))
+    else:
+        _check_answers(address)
     try:
         ray.init(logging_level="WARNING", **settings)
     except Exception as error:  # a plain one, where Ray does not start in time
@@ -290,6 +294,23 @@ def _connected(ray: Any, cluster: RayCluster, shared_bytes: int) -> Iterator[Non
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Make sure that something answers at an address; Ray itself asks a wrong one for minutes.
+
+    Raises:
+        ConnectionError: Nothing does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():  # "auto", or what Ray is to judge
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(
+            f"nothing answers at {address}: {error}; give the address that `ray start --head` said"
+        ) from error
 
 
 def _num_actors(ray: Any, cluster: RayCluster) -> int:

@@ -3,12 +3,14 @@
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +19,7 @@ from conftest import synthetic_tiles, write_slide
 from test_offline import QUIET, augment, digest, rows
 from test_offline_runs import command
 
-from cytosyn_aug import StainReference, offline, plans, running
+from cytosyn_aug import StainReference, offline, plans, ray_actors, running
 from cytosyn_aug.cache import LatentCache
 from cytosyn_aug.cli import main
 from cytosyn_aug.offline_recipes import NormalizeRecipe, SampleRecipe
@@ -52,6 +54,18 @@ def ray():
     yield module
     module.shutdown()
     torch.set_num_threads(before)
+
+
+def test_an_address_where_nothing_answers_is_refused_before_ray_asks_for_minutes():
+    silent = SimpleNamespace(is_initialized=lambda: False)  # and fails if it is asked to connect
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with (
+            pytest.raises(ConnectionError, match=f"nothing answers at {address}: .*ray start"),
+            ray_actors._connected(silent, RayCluster(address=address), 0),
+        ):
+            pass
 
 
 def dying_once(edit, mark, batches):
