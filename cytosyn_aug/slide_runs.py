@@ -63,12 +63,10 @@ def plan_slides(
         listing=listing,
         generator=generator,
         reference=opened,
+        reference_name=name,
         recipe=recipe,
         constants=MappingProxyType(
             {
-                "variant": 0,
-                "reference": name,
-                "strength": recipe.strength,
                 "recipe": settings_digest(settings),
                 "model": digest,
             }
@@ -99,6 +97,7 @@ class SlideTask:
         listing: The slides.
         generator: The model, for a `StainReference`.
         reference: Where to go.
+        reference_name: What it is called.
         recipe: How; the scale that the listing has for a slide goes before its `slide_mpp`.
         constants: Cells that are the same in every row of the manifest.
     """
@@ -106,6 +105,7 @@ class SlideTask:
     listing: Listing
     generator: TileGenerator | None
     reference: Reference
+    reference_name: str
     recipe: SlideRecipe
     constants: Mapping[str, Any]  # Any: cells
 
@@ -239,6 +239,9 @@ class SlideJob:
             "reason": "; ".join([*report.notes, *_damage(report)]),
             "output": out.relative_to(folder.folder).as_posix(),
             "key": report.source_digest,
+            "variant": 0,
+            "reference": task.reference_name,
+            "strength": task.recipe.strength,
         }
         folder.write_receipt(unit, [cells])
 

@@ -75,6 +75,7 @@ def test_every_slide_is_what_normalize_slide_makes_and_has_a_row(
     assert list(found) == ["normal/broken.svs", "normal/c.svs", "tumour/a.svs", "tumour/b.svs"]
     broken = found.pop("normal/broken.svs")
     assert (broken["status"], broken["output"]) == ("failed", None)
+    assert (broken["variant"], broken["reference"], broken["strength"]) == (-1, None, None)
     assert broken["reason"].startswith("(8 bytes) is of a format OpenSlide does not read")
     for source, row in found.items():
         assert row["output"] == source.replace(".svs", ".ome.tif")
@@ -330,7 +331,7 @@ def test_the_commands_are_one_run(slides, reference, normalised, tmp_path, capsy
     assert main([*same, "--stain-source", "slide", "--unit-tiles", "3"]) == 2
     assert "--stain-source, --unit-tiles mean nothing" in capsys.readouterr().err
     assert main([*same, "--overwrite", "--strength", "0.5"]) == 1
-    assert {row["strength"] for row in rows(tmp_path / "out")} == {0.5}
+    assert {row["strength"] for row in rows(tmp_path / "out")} == {0.5, None}  # one failed
 
 
 def test_one_slide_to_one_file_is_not_shared(slides, reference, tmp_path, capsys):
