@@ -321,6 +321,8 @@ def _slurm(parse: Callable[[list[str]], argparse.Namespace], args: argparse.Name
         raise ValueError("expected augment, normalize, cache, sample or normalize-slide after --")
     if nested.shard != (0, 1) or nested.overwrite or nested.dry_run:
         raise ValueError("leave --shard, --overwrite and --dry-run away; the script says --shard")
+    if nested.engine != "local":
+        raise ValueError("each job of an array would start a Ray of its own; leave --engine away")
     if nested.out.suffix.lower() in FILE_SUFFIXES:
         raise ValueError(
             f"{nested.out} is one file, and one slide is not shared among jobs; give a folder of "

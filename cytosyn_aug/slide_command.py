@@ -98,7 +98,6 @@ def run(args: argparse.Namespace) -> int:
         _check_one(args)
     elif args.out.suffix.lower() in PICTURE_SUFFIXES and not args.out.is_dir():
         raise ValueError(f"{args.out} would be a folder; end the name of a file in .ome.tif")
-    work_of(args)  # refuses what contradicts itself, before the model is read
     generator = load_generator(args) if args.method == "cytosyn" else None
     return (_one if is_file else _many)(args, recipe, generator)
 
@@ -112,6 +111,7 @@ def _check_one(args: argparse.Namespace) -> None:
             f"{args.out} is one file, and one slide is not shared among jobs; leave --shard and "
             "--engine away, or give a folder of slides and a folder to write"
         )
+    work_of(args)  # refuses options of actors, which are as little for one slide
 
 
 def _many(args: argparse.Namespace, recipe: SlideRecipe, generator: TileGenerator | None) -> int:

@@ -534,6 +534,7 @@ def test_slurm_prints_an_array_of_shards(capsys):
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
     assert main(["slurm", "--shards", "3", "--", *words, "--shard", "0/2"]) == 2
     assert main(["slurm", "--shards", "3", "--", "info"]) == 2
+    assert main(["slurm", "--shards", "3", "--", *words, "--engine", "ray"]) == 2
     capsys.readouterr()
     slides = ["normalize", "slides", "out", "--reference", "lab", "--format", "slide"]
     assert main(["slurm", "--shards", "3", "--", *slides]) == 0
