@@ -40,7 +40,7 @@ BAD = {
     "deep.png": (DEEP, "more than 8 bits"),
     "grey.png": (stored(GOOD.convert("L")), "mode L"),
     "cut.png": (stored(GOOD)[:-2000], "damaged"),
-    "empty.png": (b"", "damaged"),
+    "empty.png": (b"", "no image this reads: its first bytes are of no known format"),
     "animated.webp": (stored(GOOD, "WEBP", save_all=True, append_images=[TURNED]), "holds 2"),
     "bomb.png": (png(60_000, 60_000, 8, 2), "damaged or no image this reads: Image size"),
     "huge.png": (png(5_000, 5_000, 8, 2), "is 5000x5000 px"),
