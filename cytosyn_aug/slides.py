@@ -108,7 +108,8 @@ def slide_scale(properties: Mapping[str, str], mpp: float | None = None) -> Scal
         SlideError: Nothing states a scale, or what is stated is implausible.
     """
     if mpp is not None:
-        return Scale(_plausible(mpp, "the given mpp"), "user")
+        given = _plausible(mpp, "the given mpp")
+        return Scale(given, "user", _contradiction(given, properties))
     is_generic = properties.get("openslide.vendor") == "generic-tiff"
     rungs: list[tuple[ScaleSource, str, str]] = [("aperio", "aperio.MPP", "aperio.MPP")]
     if not is_generic:
@@ -125,6 +126,17 @@ def slide_scale(properties: Mapping[str, str], mpp: float | None = None) -> Scal
         note = f"mpp is taken from the objective power {power:g}; scanners differ by 10 % and more"
         return Scale(_plausible(10 / power, "10 / openslide.objective-power"), "power", (note,))
     raise SlideError(f"states neither microns/pixel nor an objective power; {_GIVE_MPP}")
+
+
+def _contradiction(given: float, properties: Mapping[str, str]) -> tuple[str, ...]:
+    """Return a remark if a slide states another scale than the one that is given."""
+    try:
+        stated = slide_scale(properties)
+    except SlideError:  # which is what scales are given for
+        return ()
+    if abs(given / stated.mpp - 1) <= 0.05:
+        return ()
+    return (f"the given {given:g} microns/pixel is used; the slide states {stated.mpp:.4g}",)
 
 
 def plan_reading(

@@ -172,6 +172,14 @@ def test_a_slide_with_a_nonsensical_scale_can_be_read_with_a_given_one(synthetic
         assert slide.scale == (0.25, "user", ())
 
 
+@pytest.mark.parametrize(("given", "is_told"), [(0.5, False), (0.51, False), (0.25, True)])
+def test_a_given_scale_that_contradicts_the_slide_is_remarked(synthetic_slide, given, is_told):
+    file = synthetic_slide(mpp="0.5", power="20")
+    with Slide(file, given) as slide:
+        told = ("the given 0.25 microns/pixel is used; the slide states 0.5",)
+        assert slide.scale.notes == (told if is_told else ())
+
+
 def test_a_missing_scale_comes_from_the_power_or_is_refused(synthetic_slide, tmp_path):
     with Slide(synthetic_slide(mpp=None)) as slide:
         assert slide.scale[:2] == (0.25, "power")
