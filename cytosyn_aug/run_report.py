@@ -23,7 +23,10 @@ def run_page(facts: Facts) -> str:
         title,
         opening,
         [
-            ("Before and after", sections.before_and_after(facts)),
+            (
+                "Before and after" if facts.pictures.has_sources else "Generated tiles",
+                sections.before_and_after(facts),
+            ),
             ("Content by reference", sections.content_by_reference(facts)),
             ("Colour", plots.colour(facts)),
             ("Structure", plots.structure(facts)),

@@ -103,7 +103,10 @@ def slide_findings(facts: SlideFacts) -> list[str]:
     if facts.structures:
         least, usual = (float(np.quantile(facts.structures, share)) for share in (0.0, 0.05))
         if is_moved(least, usual):
-            found.append(f"structure is kept less well than usual; the least is {least:.2f}.")
+            found.append(
+                f"contrast inside of tiles changed more than usual: the least score of structure "
+                f"is {least:.2f}. One change of colour moves no pixel, but may flatten differences."
+            )
     if facts.problem:
         found.append(f"not compared: {facts.problem}.")
     return found

@@ -315,7 +315,11 @@ def _check_out(slide: Path, out: Path, overwrite: bool) -> None:
         if slide.exists() and out.samefile(slide):
             raise ValueError(f"{out} is the slide itself; give another name")
         if not overwrite:
-            raise FileExistsError(errno.EEXIST, "exists; allow overwriting it", str(out))
+            raise FileExistsError(
+                errno.EEXIST,
+                "exists; give another name, or allow overwriting it (--overwrite)",
+                str(out),
+            )
     if remove_leftovers(out.parent, f".{glob.escape(out.name)}.*.tmp"):
         reason = "is being written by another process; let it end, and start again"
         raise FileExistsError(errno.EEXIST, reason, str(out))

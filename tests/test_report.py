@@ -412,6 +412,8 @@ def test_generated_tiles_are_shown_without_sources(tmp_path, small):
     _, found = page_of(tmp_path / "out")
     assert num_pictures(found) == 5
     assert "sources" not in found.whole_text
+    assert "Generated tiles" in found.whole_text
+    assert "Before and after" not in found.whole_text
 
 
 def test_a_run_without_results_has_a_report(tmp_path, small, laboratories):

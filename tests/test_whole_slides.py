@@ -343,7 +343,7 @@ def test_a_slide_that_is_not_there_is_a_usage_error(slide, tmp_path, capsys):
     capsys.readouterr()
     reinhard = [*words[:2], "--method", "reinhard", "--quiet"]
     assert main(["normalize-slide", str(slide), str(tmp_path / "a.tif"), *reinhard]) == 2
-    assert "exists; allow overwriting it" in capsys.readouterr().err  # and is something else
+    assert "allow overwriting it (--overwrite)" in capsys.readouterr().err  # and is something else
 
 
 def test_the_command_finds_nested_slides_and_no_hidden_files(slide, tmp_path, capsys):
