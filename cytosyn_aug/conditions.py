@@ -150,7 +150,8 @@ def _read(source: np.ndarray | Path | str) -> Tensor:
         try:
             return torch.from_numpy(np.load(file, allow_pickle=False).astype(np.float32))
         except (ValueError, EOFError) as error:
-            raise ValueError(f"{file} is not an array of numbers ({error})") from error
+            reason = f"{file} is not an array of numbers; save the features with numpy.save"
+            raise ValueError(reason) from error  # NumPy's own advice is to run code in it
     if file.suffix == ".safetensors":
         return _only_tensor(file)
     raise ValueError(f"{file.name} is neither .npy nor .safetensors; save the features as either")
