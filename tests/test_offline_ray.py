@@ -112,7 +112,9 @@ def test_an_interrupted_run_leaves_no_process_and_resumes(
 ):
     pytest.importorskip("ray", reason="without Ray its engine is not verified")
     out = tmp_path / "out"
-    words = command(tree, out, model_folder, laboratories, "--unit-tiles", "1")
+    # So many variants that no waiting for a processor here outlasts the run.
+    many = ["--variants", "40", "--strength", "0.2", "1", "--unit-tiles", "1"]
+    words = command(tree, out, model_folder, laboratories, *many)
     process = subprocess.Popen(
         [sys.executable, "-m", "cytosyn_aug.cli", *words, *RAY, "--actors", "1"],
         env=os.environ | SETTINGS | {MARK: str(out)},
