@@ -138,15 +138,8 @@ def plan_augment(
         bytes_per_pixel=bytes_per_pixel,
         encode=ENCODERS.get(format),
     )
-    return Run(
-        folder=Path(out),
-        identity=identity,
-        context=_context(tiles, generator, references, laboratories),
-        listing=listing,
-        unit_items=tiles.unit_tiles,
-        generator=generator,
-        task=task,
-    )
+    context = _context(tiles, generator, references, laboratories)
+    return _run(task, Path(out), identity, context)
 
 
 def plan_normalize(
@@ -182,15 +175,8 @@ def plan_normalize(
         bytes_per_pixel=BYTES_PER_PIXEL[format],
         encode=ENCODERS.get(format),
     )
-    return Run(
-        folder=Path(out),
-        identity=identity,
-        context=_context(tiles, generator, references, laboratories),
-        listing=listing,
-        unit_items=tiles.unit_tiles,
-        generator=generator,
-        task=task,
-    )
+    context = _context(tiles, generator, references, laboratories)
+    return _run(task, Path(out), identity, context)
 
 
 def plan_cache(
@@ -216,15 +202,7 @@ def plan_cache(
         bytes_per_pixel=_record_bytes_per_pixel(spec),
         encode=None,
     )
-    return Run(
-        folder=folder,
-        identity=identity,
-        context=_context(tiles, generator),
-        listing=listing,
-        unit_items=tiles.unit_tiles,
-        generator=generator,
-        task=task,
-    )
+    return _run(task, folder, identity, _context(tiles, generator))
 
 
 def plan_sample(
@@ -262,15 +240,7 @@ def plan_sample(
         bytes_per_pixel=BYTES_PER_PIXEL[format],
         encode=ENCODERS.get(format),
     )
-    return Run(
-        folder=Path(out),
-        identity=identity,
-        context=_context(None, generator),
-        listing=listing,
-        unit_items=unit_tiles,
-        generator=generator,
-        task=task,
-    )
+    return _run(task, Path(out), identity, _context(None, generator))
 
 
 def check_apart(source: Path | str, out: Path | str) -> None:
@@ -345,6 +315,23 @@ def _context(
 def _record_bytes_per_pixel(spec: CacheSpec) -> float:
     """Return what the pixels of a tile take in a cache, which holds tiles of one size."""
     return spec.record_bytes / spec.tile.size_px**2
+
+
+def _run(
+    task: TileTask,
+    folder: Path,
+    identity: dict[str, Any],  # Any: JSON
+    context: dict[str, Any],  # Any: JSON
+) -> Run:
+    return Run(
+        folder=folder,
+        identity=identity,
+        context=context,
+        listing=task.listing,
+        unit_items=identity["unit_tiles"],
+        generator=task.generator,
+        task=task,
+    )
 
 
 def _constants(identity: dict[str, Any]) -> dict[str, Any]:  # Any: JSON, cells
