@@ -193,11 +193,10 @@ class SlideJob:
                 if not is_mine:
                     continue
                 done = 0.0
-                steps = self._normalize(unit, folder)
-                with closing(steps):
-                    for part in steps:
-                        yield unit, part - done
-                        done = part
+                with closing(self._normalize(unit, folder)) as steps:
+                    for number, total in steps:
+                        yield unit, number / total - done
+                        done = number / total
                 yield unit, 1.0 - done
 
     def give_up(self, unit: Unit, folder: RunFolder, reason: str) -> None:
@@ -206,34 +205,27 @@ class SlideJob:
             if is_mine:
                 self._fail(unit, folder, reason)
 
-    def _normalize(self, unit: Unit, folder: RunFolder) -> Generator[float, None, None]:
-        """Write a slide and its receipt; yield the part of it that is done."""
+    def _normalize(self, unit: Unit, folder: RunFolder) -> Generator[tuple[int, int], None, None]:
+        """Write a slide and its receipt; yield how many blocks are done, and of how many."""
         task, item = self._task, self._task.item(unit)
         if item.error:
             self._fail(unit, folder, item.error)
             return
         out = _result(folder, item)
         check_inside(out.parent, folder.folder)
-        steps = normalize_in_steps(
-            task.file(item),
-            out,
-            task.reference,
-            generator=task.generator,
-            recipe=task.recipe_of(item),
-            overwrite=True,  # a file without a receipt is of a run that was killed between the two
-            num_threads=self._num_threads,
-        )
-        with closing(steps):
-            while True:
-                try:
-                    done, total = next(steps)
-                except StopIteration as end:
-                    report: SlideReport = end.value
-                    break
-                except SlideError as error:
-                    self._fail(unit, folder, _reason(error, item))
-                    return
-                yield done / total
+        try:
+            report = yield from normalize_in_steps(
+                task.file(item),
+                out,
+                task.reference,
+                generator=task.generator,
+                recipe=task.recipe_of(item),
+                overwrite=True,  # without a receipt it is of a run that was killed between the two
+                num_threads=self._num_threads,
+            )
+        except SlideError as error:
+            self._fail(unit, folder, _reason(error, item))
+            return
         cells = self._cells(unit, item) | {
             "status": "edited" if report.status == "normalized" else "blank",
             "reason": "; ".join([*report.notes, *_damage(report)]),
