@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -82,6 +83,16 @@ def test_dry_run_writes_nothing_and_counts(tree, tmp_path, small, laboratories):
     before = digest(out)
     assert augment(tree, out, small, laboratories, work=work).estimate["units_to_do"] == 2
     assert digest(out) == before
+
+
+def test_a_bar_tells_tiles_rate_and_what_is_left(tree, tmp_path, small, laboratories, capsys):
+    out = tmp_path / "out"
+    augment(tree, out, small, laboratories, work=replace(QUIET, shard=(0, 2)))
+    assert capsys.readouterr().err == ""
+    augment(tree, out, small, laboratories, work=Work())
+    first, *_, last = re.split(r"[\r\n]+", capsys.readouterr().err.strip())
+    assert re.search(r" 6/10 \[00:00<\?, \?tile/s\]", first)  # what the other shard has done
+    assert re.search(r"100%.* 10/10 \[\d\d:\d\d<00:00, +[\d.]+(tile/s|s/tile)\]", last)
 
 
 @pytest.mark.parametrize("format", ["png", "tar", "latents"])

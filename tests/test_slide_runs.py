@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -191,6 +192,12 @@ def test_what_is_found_on_a_slide_is_in_its_row(reference, tmp_path):
     (folder / "fine.svs").write_text("no slide any more")
     assert normalize(folder, out, reference, recipe=recipe).counts["failed"] == 1
     assert {f.name for f in out.glob("*.tif")} == {"damaged.ome.tif", "glass.ome.tif"}
+
+
+def test_a_bar_tells_slides_and_what_is_left(slides, reference, tmp_path, capsys):
+    normalize(slides / "tumour", tmp_path / "out", reference, work=replace(QUIET, progress=True))
+    last = re.split(r"[\r\n]+", capsys.readouterr().err.strip())[-1]
+    assert re.search(r"100%.* 2.0/2 slides \[\d\d:\d\d<00:00, +[\d.]+(slide/s|s/slide)\]", last)
 
 
 def test_progress_adds_up_to_slides(slides, reference, tmp_path):
