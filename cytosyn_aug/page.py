@@ -219,7 +219,9 @@ th,td{padding:.28rem .9rem .28rem 0;border-bottom:1px solid var(--line);text-ali
 vertical-align:top;overflow-wrap:anywhere}
 th{color:var(--soft);font-weight:600}
 th{overflow-wrap:break-word}
-th.number,td.number{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
+th.number,td.number{text-align:right;font-variant-numeric:tabular-nums}
+td.number{white-space:nowrap}
+td:first-child{min-width:7rem}
 tr{break-inside:avoid}
 thead{display:table-header-group}
 .matrix{table-layout:fixed;width:100%;min-width:calc(var(--columns)*6.5rem);
