@@ -33,7 +33,7 @@ ROW_SCHEMA = pa.schema(
         ("mpp", pa.float64()),  # as a table states it, and --mpp of slides
         ("output", pa.string()),
         ("mask", pa.string()),
-        ("key", pa.string()),  # SHA-256 of the source's pixels
+        ("key", pa.string()),  # SHA-256 of a tile's pixels, OpenSlide's hash of a slide
         ("seed", pa.int64()),
         ("reference", _CODED),
         ("strength", pa.float32()),
