@@ -1,0 +1,7 @@
+"""`python -m cytosyn_aug`: the command line where no script is installed."""
+
+import sys
+
+from cytosyn_aug.cli import main
+
+sys.exit(main())
