@@ -34,8 +34,8 @@ from cytosyn_aug.editing import (
 )
 from cytosyn_aug.filling import derive_seed
 from cytosyn_aug.generator import TileGenerator
-from cytosyn_aug.image_files import ItemError
 from cytosyn_aug.images import pixels_to_images
+from cytosyn_aug.io.image_files import ItemError
 from cytosyn_aug.offline_recipes import AugmentRecipe, NormalizeRecipe, SampleRecipe
 from cytosyn_aug.reading import Loaded
 from cytosyn_aug.reference import StainReference

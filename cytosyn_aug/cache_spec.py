@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from cytosyn_aug.config import TileSpec, config_digest, config_json
-from cytosyn_aug.files import write_atomically
+from cytosyn_aug.io.files import write_atomically
 
 FORMAT_VERSION = 1
 CACHE_NAME = "cache.json"

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.drafts import PARTS, assign_all, draft_encoder, draft_part, fill_statistics
 from cytosyn_aug.encoder import StainProbe, TileEncoder
-from cytosyn_aug.files import write_atomically
+from cytosyn_aug.io.files import write_atomically
 from cytosyn_aug.released import index_notes
 from cytosyn_aug.small_decoder import SmallDecoder
 from cytosyn_aug.transformer import SiT

@@ -20,12 +20,13 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from cytosyn_aug.autocast import isolated
 from cytosyn_aug.config import TileSpec, Triple
 from cytosyn_aug.draws import Mode
 from cytosyn_aug.facts import NO_FACTS, Facts
 from cytosyn_aug.images import optical_density
-from cytosyn_aug.isolation import isolated
-from cytosyn_aug.json_files import load_record, save_record
+from cytosyn_aug.io.json_files import load_record, save_record
+from cytosyn_aug.io.tile_source import MAX_TILES, TileSource, read_tiles
 from cytosyn_aug.macenko import MacenkoReference, Stains, estimate_stains, normalising_map
 from cytosyn_aug.reinhard import (
     ReinhardReference,
@@ -46,7 +47,6 @@ from cytosyn_aug.stain import (
     tissue_moments,
     tissue_weight,
 )
-from cytosyn_aug.tile_sets import MAX_TILES, TileSource, read_tiles
 from cytosyn_aug.tile_transform import Edit, TileTransform
 
 _CHUNK = 2

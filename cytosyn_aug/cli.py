@@ -180,8 +180,8 @@ def _info(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     from cytosyn_aug.demo import load_samples
     from cytosyn_aug.doctor import as_json, examine, verdict
-    from cytosyn_aug.files import write_atomically
     from cytosyn_aug.info import describe_model, environment, info_text, inventory
+    from cytosyn_aug.io.files import write_atomically
 
     content: dict[str, object] = {"environment": environment()}
     content["asked"] = {k: str(v) for k, v in vars(args).items() if k != "run"}

@@ -14,11 +14,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from cytosyn_aug.autocast import isolated
 from cytosyn_aug.cache import LatentCache, Records
 from cytosyn_aug.cache_spec import CacheSpec, Field
 from cytosyn_aug.generator import Moments, TileGenerator
 from cytosyn_aug.images import tile_key
-from cytosyn_aug.isolation import isolated
 from cytosyn_aug.misses import THUMBNAIL, thumbnails
 
 Contents = Literal["moments", "features"]

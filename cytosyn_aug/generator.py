@@ -15,6 +15,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
+from cytosyn_aug.autocast import isolated
 from cytosyn_aug.conditions import Conditions, read_conditions
 from cytosyn_aug.drawing import (
     DEFAULT_STEPS,
@@ -27,7 +28,6 @@ from cytosyn_aug.drawing import (
 )
 from cytosyn_aug.encoder import Features, TileEncoder
 from cytosyn_aug.images import check_images, images_to_pixels, pixels_to_images
-from cytosyn_aug.isolation import isolated
 from cytosyn_aug.loaded import LoadedModel
 from cytosyn_aug.sampling import sample_noise
 from cytosyn_aug.static_graphs import compile_forward, compile_rows

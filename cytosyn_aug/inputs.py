@@ -7,7 +7,8 @@
     slides   cut at the model's scale, where the tissue rules of training find tissue
 
 A mask lies beside its tile: `a/tile.png` and `a/tile_mask.png`, or `a/tile.mask.png` as in unpacked
-shards. No image is opened here but slides, for which `cytosyn_aug.slide_tiles` says what is tissue.
+shards. No image is opened here but slides, for which `cytosyn_aug.io.slide_tiles` says what is
+tissue.
 No torch here.
 """
 
@@ -21,7 +22,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.image_files import TILE_SUFFIXES, masked_stem
+from cytosyn_aug.io.image_files import TILE_SUFFIXES, masked_stem
+from cytosyn_aug.io.slide import SLIDE_SUFFIXES, Slide
+from cytosyn_aug.io.slide_tiles import candidate_positions, slide_mask
+from cytosyn_aug.io.tissue import TissueConfig
 from cytosyn_aug.listing import (
     InputKind,
     Item,
@@ -32,10 +36,7 @@ from cytosyn_aug.listing import (
     output_stem,
 )
 from cytosyn_aug.shard_inputs import list_shards
-from cytosyn_aug.slide_tiles import candidate_positions, slide_mask
-from cytosyn_aug.slides import SLIDE_SUFFIXES, Slide
 from cytosyn_aug.table_inputs import EITHER_SUFFIXES, list_slide_table, list_table, looks_like_slide
-from cytosyn_aug.tissue import TissueConfig
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))

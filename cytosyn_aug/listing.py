@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
-from cytosyn_aug.image_files import MASK_END
+from cytosyn_aug.io.image_files import MASK_END
 
 InputKind = Literal["tree", "table", "shards", "slides", "numbers"]
 

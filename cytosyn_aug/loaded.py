@@ -17,10 +17,10 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
+from cytosyn_aug.autocast import isolated
 from cytosyn_aug.batching import MicroBatches
 from cytosyn_aug.checkpoint import ModelParts, place_parts
 from cytosyn_aug.encoder import StainProbe, TileEncoder
-from cytosyn_aug.isolation import isolated
 from cytosyn_aug.origin import GeneratorHandle, Origin, check_process
 from cytosyn_aug.small_decoder import SmallDecoder
 from cytosyn_aug.transformer import SiT

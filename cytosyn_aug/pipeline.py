@@ -21,7 +21,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from cytosyn_aug.batch_edits import Edit, Edited
-from cytosyn_aug.image_files import ItemError
+from cytosyn_aug.io.image_files import ItemError
 from cytosyn_aug.listing import Item, Listing
 from cytosyn_aug.outputs import Output, Place, Result
 from cytosyn_aug.reading import Loaded

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.image_files import MAX_PIXELS, ItemError, read_picture
+from cytosyn_aug.io.image_files import MAX_PIXELS, ItemError, read_picture
+from cytosyn_aug.io.slide import MAX_ENLARGEMENT, Slide, SlideError
+from cytosyn_aug.io.tissue import TissueConfig, reason_to_reject, tile_quality
 from cytosyn_aug.listing import Item, Listing
-from cytosyn_aug.slides import MAX_ENLARGEMENT, Slide, SlideError
-from cytosyn_aug.tissue import TissueConfig, reason_to_reject, tile_quality
 
 _MAX_OPEN_SLIDES = 4  # a thread; a unit seldom spans more
 _MAX_MASK_BYTES = 4 * MAX_PIXELS

@@ -124,7 +124,7 @@ def write_shard(folder: Path, spec: CacheSpec, block: Block) -> tuple[str, np.nd
     and end at random, so that processes on any number of machines share a folder.
 
     Raises:
-        OSError: See `cytosyn_aug.files.atomic_file`.
+        OSError: See `cytosyn_aug.io.files.atomic_file`.
     """
     words = record_words(block.keys, block.variants)
     order = np.argsort(words, kind="stable")

@@ -15,12 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cytosyn_aug.autocast import isolated
 from cytosyn_aug.config import TileSpec, Triple
 from cytosyn_aug.images import optical_density
-from cytosyn_aug.isolation import isolated
-from cytosyn_aug.json_files import load_record, save_record
+from cytosyn_aug.io.json_files import load_record, save_record
+from cytosyn_aug.io.tile_source import MAX_TILES, TileSource, read_tiles
 from cytosyn_aug.stain import MAX_GAIN, MIN_TISSUE, tissue_weight
-from cytosyn_aug.tile_sets import MAX_TILES, TileSource, read_tiles
 
 _XYZ_FROM_RGB = (
     (0.412453, 0.357580, 0.180423),

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from cytosyn_aug.files import write_atomically
+from cytosyn_aug.io.files import write_atomically
 from cytosyn_aug.run_facts import gather
 from cytosyn_aug.run_folder import RUN_NAME
 from cytosyn_aug.run_report import run_page

@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 
-from cytosyn_aug.files import refuse_links, remove_leftovers, write_atomically
+from cytosyn_aug.io.files import refuse_links, remove_leftovers, write_atomically
 from cytosyn_aug.unit_rows import (
     MANIFEST_NAME,
     DamagedError,

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cytosyn_aug.config import TileSpec
+from cytosyn_aug.io.tile_source import read_tiles
 from cytosyn_aug.manifest import Manifest
 from cytosyn_aug.run_pictures import RunPictures
 from cytosyn_aug.structure import gradient_correlation
 from cytosyn_aug.tallies import Row
-from cytosyn_aug.tile_sets import read_tiles
 from cytosyn_aug.tissue_colours import ColourDistribution, as_images, colour_of_grey
 
 _REFERENCE_TILES = 32

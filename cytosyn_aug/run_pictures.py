@@ -16,12 +16,12 @@ import numpy as np
 
 from cytosyn_aug.cache import LatentCache
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.image_files import ItemError, read_picture
+from cytosyn_aug.io.image_files import ItemError, read_picture
+from cytosyn_aug.io.tar_files import Member, list_members
 from cytosyn_aug.listing import Item, make_listing
 from cytosyn_aug.manifest import Manifest
 from cytosyn_aug.reading import Loaded, Reader
 from cytosyn_aug.table_inputs import is_slide
-from cytosyn_aug.tar_files import Member, list_members
 
 _TAR = ".tar"
 

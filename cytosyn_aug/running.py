@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from cytosyn_aug.image_files import check_strictness
+from cytosyn_aug.io.image_files import check_strictness
 from cytosyn_aug.listing import Listing
 from cytosyn_aug.ray_actors import RayCluster, on_actors
 from cytosyn_aug.run_folder import RUN_NAME, RunFolder, Unit, check_free, open_run

@@ -17,7 +17,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cytosyn_aug.image_files import TILE_SUFFIXES
+from cytosyn_aug.io.image_files import TILE_SUFFIXES
+from cytosyn_aug.io.tar_files import Member, list_members
 from cytosyn_aug.listing import (
     Item,
     Listing,
@@ -27,7 +28,6 @@ from cytosyn_aug.listing import (
     output_stem,
     printable,
 )
-from cytosyn_aug.tar_files import Member, list_members
 
 _MAX_LABEL_BYTES = 4096
 _KINDS = "|".join(suffix[1:] for suffix in TILE_SUFFIXES)

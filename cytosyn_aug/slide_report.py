@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cytosyn_aug.colour_plots import READING, plot_colours, swatch
+from cytosyn_aug.io.slide import SlideError
 from cytosyn_aug.page import (
     Html,
     code,
@@ -28,7 +29,6 @@ from cytosyn_aug.slide_facts import (
     describe_slide,
     gather_slide,
 )
-from cytosyn_aug.slides import SlideError
 
 _OVERVIEW_PX = 560
 _LEAST_TILES = 8

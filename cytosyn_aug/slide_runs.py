@@ -17,9 +17,10 @@ from types import MappingProxyType
 from typing import Any
 
 from cytosyn_aug.config import Method, TileSpec
-from cytosyn_aug.files import check_inside
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.inputs import list_whole_slides
+from cytosyn_aug.io.files import check_inside
+from cytosyn_aug.io.slide import Slide, SlideError
 from cytosyn_aug.laboratories import Given, describe_references, open_references
 from cytosyn_aug.listing import Item, Listing
 from cytosyn_aug.pipeline import Row
@@ -28,7 +29,6 @@ from cytosyn_aug.run_folder import RunFolder, Unit
 from cytosyn_aug.slide_recipe import SLIDES_COMMAND, SlideRecipe, SlideReport
 from cytosyn_aug.slide_stain import Reference
 from cytosyn_aug.slide_view import SlideView
-from cytosyn_aug.slides import Slide, SlideError
 from cytosyn_aug.unit_work import Run
 from cytosyn_aug.whole_slides import normalize_in_steps, try_slide
 

@@ -20,10 +20,10 @@ from torch import Tensor
 from cytosyn_aug.batch_edits import stack_tiles
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.editing import central_tiles
-from cytosyn_aug.image_files import ItemError
+from cytosyn_aug.io.image_files import ItemError
+from cytosyn_aug.io.tile_source import MAX_TILES
 from cytosyn_aug.listing import Item, Listing
 from cytosyn_aug.reading import Loaded
-from cytosyn_aug.tile_sets import MAX_TILES
 
 _MAX_SLIDES = 256  # kept at a time; a run meets them one after the other
 

@@ -20,7 +20,8 @@ from cytosyn_aug.config import Method, TileSpec
 from cytosyn_aug.editing import EditRecipe, reference_statistics
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import optical_density
-from cytosyn_aug.json_files import record_to_dict
+from cytosyn_aug.io.json_files import record_to_dict
+from cytosyn_aug.io.tile_source import MAX_TILES, TileSource
 from cytosyn_aug.macenko import MacenkoReference, normalising_map
 from cytosyn_aug.reference import StainReference
 from cytosyn_aug.reinhard import ReinhardReference, grey_to_lab, match_colour
@@ -32,7 +33,6 @@ from cytosyn_aug.stain import (
     moments_from_statistics,
     tissue_weight,
 )
-from cytosyn_aug.tile_sets import MAX_TILES, TileSource
 
 Reference = StainReference | MacenkoReference | ReinhardReference | DensityReference
 

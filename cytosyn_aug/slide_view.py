@@ -13,7 +13,7 @@ from typing import NamedTuple, Self
 import numpy as np
 from PIL import Image
 
-from cytosyn_aug.slides import Slide, SlideError
+from cytosyn_aug.io.slide import Slide, SlideError
 
 Region = tuple[int, int, int, int]
 

@@ -27,9 +27,9 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from cytosyn_aug.image_files import MAX_PIXELS, TILE_SUFFIXES
+from cytosyn_aug.io.image_files import MAX_PIXELS, TILE_SUFFIXES
+from cytosyn_aug.io.slide import SLIDE_SUFFIXES
 from cytosyn_aug.listing import Item, Listing, corner, make_listing, output_stem
-from cytosyn_aug.slides import SLIDE_SUFFIXES
 
 EITHER_SUFFIXES = tuple(s for s in SLIDE_SUFFIXES if s in TILE_SUFFIXES)
 _MAX_SLIDES = 65_536  # remembered, for tables whose rows go to and fro

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cytosyn_aug.files import atomic_file
+from cytosyn_aug.io.files import atomic_file
 
 DTYPES: dict[str, np.dtype[Any]] = {  # Any: each of another type
     "U8": np.dtype("uint8"),

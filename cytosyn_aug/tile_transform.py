@@ -21,6 +21,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from cytosyn_aug.autocast import isolated
 from cytosyn_aug.draws import MAX_SEED, Mode, slide_generator
 from cytosyn_aug.facts import NO_FACTS, SLIDE, Facts, read_fact, read_labels
 from cytosyn_aug.images import (
@@ -31,7 +32,6 @@ from cytosyn_aug.images import (
     sides_of,
     tile_key,
 )
-from cytosyn_aug.isolation import isolated
 from cytosyn_aug.schedules import Probability, Ramp, check_probability, probabilities
 from cytosyn_aug.shared import SharedCount, SharedEpoch
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cytosyn_aug.autocast import isolated
 from cytosyn_aug.config import Preserve
 from cytosyn_aug.draws import (
     Mode,
@@ -37,7 +38,6 @@ from cytosyn_aug.editing import (
 from cytosyn_aug.facts import LABORATORY, NO_FACTS, Facts, read_fact
 from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import check_sides, num_tiles, open_image
-from cytosyn_aug.isolation import isolated
 from cytosyn_aug.reference import StainReference, check_reference, list_references
 from cytosyn_aug.schedules import Probability, Scheduled, check_scheduled, value_at
 from cytosyn_aug.shared import SharedCount

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cytosyn_aug.files import atomic_file
+from cytosyn_aug.io.files import atomic_file
 
 MANIFEST_NAME = "manifest.parquet"
 _CODED = pa.dictionary(pa.int32(), pa.string())

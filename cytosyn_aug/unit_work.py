@@ -23,7 +23,7 @@ import torch
 
 from cytosyn_aug.batch_edits import Edit, Edited
 from cytosyn_aug.generator import TileGenerator
-from cytosyn_aug.image_files import ItemError, check_strictness
+from cytosyn_aug.io.image_files import ItemError, check_strictness
 from cytosyn_aug.listing import Item, Listing
 from cytosyn_aug.outputs import Output
 from cytosyn_aug.pipeline import Job, Row, Threads, give_up, run_job

@@ -28,10 +28,10 @@ import openslide
 import PIL
 from PIL import Image
 
-from cytosyn_aug.image_files import encode_tile
-from cytosyn_aug.slide_tiles import slide_mask
-from cytosyn_aug.slides import Reading, Slide, grid_positions
-from cytosyn_aug.tissue import TissueConfig, TissueMask, reason_to_reject, tile_quality
+from cytosyn_aug.io.image_files import encode_tile
+from cytosyn_aug.io.slide import Reading, Slide, grid_positions
+from cytosyn_aug.io.slide_tiles import slide_mask
+from cytosyn_aug.io.tissue import TissueConfig, TissueMask, reason_to_reject, tile_quality
 from training.cutting import CutUnit, ScanUnit, TileRecipe, cut, scan
 from training.sources import list_slides
 from training.workers import Death, run_units

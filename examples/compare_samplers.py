@@ -31,8 +31,8 @@ from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepSchedu
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cytosyn_aug.files import write_atomically
 from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.io.files import write_atomically
 from cytosyn_aug.sampling import (
     Velocity,
     adams_bashforth2,

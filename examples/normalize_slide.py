@@ -25,11 +25,11 @@ import cytosyn_aug as ca
 from cytosyn_aug.colour_table import ColourTable
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.demo import load_laboratories
+from cytosyn_aug.io.slide import Slide
+from cytosyn_aug.io.tile_source import read_slide_tiles
 from cytosyn_aug.seams import SeamMeter, tile_lines
 from cytosyn_aug.slide_stain import fit_reference, recolour_to
 from cytosyn_aug.slide_writer import TILE_PX
-from cytosyn_aug.slides import Slide
-from cytosyn_aug.tile_sets import read_slide_tiles
 
 TILE = TileSpec()
 WINDOW = (3, 4)  # tiles of the picture

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from cytosyn_aug.files import atomic_file, remove_leftovers, write_atomically
+from cytosyn_aug.io.files import atomic_file, remove_leftovers, write_atomically
 
 
 def test_an_error_leaves_the_old_file_and_no_other(tmp_path):

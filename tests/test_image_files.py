@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile
 
-from cytosyn_aug.image_files import (
+from cytosyn_aug.io.image_files import (
     ItemError,
     check_strictness,
     encode_png,

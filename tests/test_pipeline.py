@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cytosyn_aug.batch_edits import Edited
-from cytosyn_aug.image_files import ItemError
+from cytosyn_aug.io.image_files import ItemError
 from cytosyn_aug.listing import Item, make_listing
 from cytosyn_aug.outputs import Written
 from cytosyn_aug.pipeline import Job, Threads, run_job

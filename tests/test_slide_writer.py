@@ -138,7 +138,7 @@ def test_a_pyramid_lacks_no_tile_and_has_no_more(tmp_path):
 def test_a_killed_run_leaves_nothing_under_the_name(tmp_path):
     code = (
         "import os, signal, sys; from pathlib import Path; import numpy as np\n"
-        "from cytosyn_aug.files import atomic_file\n"
+        "from cytosyn_aug.io.files import atomic_file\n"
         "from cytosyn_aug.slide_writer import Codec, PyramidWriter, halve\n"
         "tile, codec = np.zeros((512, 512, 3), np.uint8), Codec()\n"
         "with atomic_file(Path(sys.argv[1])) as stream:\n"

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from openslide.deepzoom import DeepZoomGenerator
 from PIL import Image
 
-from cytosyn_aug import slides
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.slides import Slide, SlideError, grid_positions, plan_reading, slide_scale
+from cytosyn_aug.io import slide as slides
+from cytosyn_aug.io.slide import Slide, SlideError, grid_positions, plan_reading, slide_scale
 
 TILE = TileSpec(size_px=64)
 APERIO = {

@@ -6,7 +6,7 @@ import pytest
 from conftest import slide_picture
 from PIL import Image, ImageFilter
 
-from cytosyn_aug.tissue import (
+from cytosyn_aug.io.tissue import (
     TissueConfig,
     TissueMask,
     load_mask,

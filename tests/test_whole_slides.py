@@ -20,13 +20,13 @@ from cytosyn_aug import (
     whole_slides,
 )
 from cytosyn_aug.cli import main
-from cytosyn_aug.files import atomic_file
 from cytosyn_aug.images import optical_density
+from cytosyn_aug.io.files import atomic_file
+from cytosyn_aug.io.slide import SlideError
 from cytosyn_aug.seams import SeamMeter, tile_lines
 from cytosyn_aug.slide_recipe import SlideRecipe
 from cytosyn_aug.slide_stain import fit_reference, method_of
 from cytosyn_aug.slide_writer import TILE_PX, halve
-from cytosyn_aug.slides import SlideError
 from cytosyn_aug.stain import tissue_weight
 from cytosyn_aug.whole_slides import normalize_slide
 

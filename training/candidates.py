@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.slide_tiles import candidate_positions
-from cytosyn_aug.slides import Reading, Slide, SlideError
-from cytosyn_aug.tissue import TissueConfig, TissueMask
+from cytosyn_aug.io.slide import Reading, Slide, SlideError
+from cytosyn_aug.io.slide_tiles import candidate_positions
+from cytosyn_aug.io.tissue import TissueConfig, TissueMask
 from training.sources import GivenTile
 
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from PIL import features
 
 from cytosyn_aug.config import config_digest
-from cytosyn_aug.files import atomic_file, write_atomically
+from cytosyn_aug.io.files import atomic_file, write_atomically
 from training.cutting import CutUnit, Receipt, Scan, TileRecipe, part_file
 from training.shards import DATASET_NAME, FORMAT_VERSION, TABLE_NAME, TILE_SCHEMA, file_sha256
 from training.sources import Listing, Named, Source

@@ -23,12 +23,12 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from cytosyn_aug.config import TileSpec, config_digest
-from cytosyn_aug.files import atomic_file, write_atomically
-from cytosyn_aug.image_files import encode_tile
-from cytosyn_aug.slide_tiles import candidate_positions, slide_mask
-from cytosyn_aug.slides import Grid, Slide, SlideError
-from cytosyn_aug.tar_files import ShardWriter
-from cytosyn_aug.tissue import (
+from cytosyn_aug.io.files import atomic_file, write_atomically
+from cytosyn_aug.io.image_files import encode_tile
+from cytosyn_aug.io.slide import Grid, Slide, SlideError
+from cytosyn_aug.io.slide_tiles import candidate_positions, slide_mask
+from cytosyn_aug.io.tar_files import ShardWriter
+from cytosyn_aug.io.tissue import (
     TissueConfig,
     TissueMask,
     reason_to_reject,
@@ -51,7 +51,7 @@ class TileRecipe:
 
     Attributes:
         tile: Size and scale.
-        grid: See `cytosyn_aug.slides.plan_reading`.
+        grid: See `cytosyn_aug.io.slide.plan_reading`.
         tissue: See `TissueConfig`; tiles that were cut elsewhere are measured, not rejected.
         sections: TCGA sections to take.
         num_tiles: Tiles of all splits together; None for all there are. Quotas count tiles with

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from cytosyn_aug.files import write_atomically
+from cytosyn_aug.io.files import write_atomically
 
 
 class KeptResults:

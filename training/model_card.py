@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from cytosyn_aug.checkpoint import ModelParts
-from cytosyn_aug.files import write_atomically
+from cytosyn_aug.io.files import write_atomically
 from training.plan import tile_flop
 from training.report import markdown_table, number_text
 

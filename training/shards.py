@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.image_files import decode_tile
+from cytosyn_aug.io.image_files import decode_tile
 
 FORMAT_VERSION = 1
 DATASET_NAME = "dataset.json"

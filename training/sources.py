@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from cytosyn_aug.slides import SLIDE_SUFFIXES
+from cytosyn_aug.io.slide import SLIDE_SUFFIXES
 from training.splits import UNSEEN
 from training.tcga import SECTIONS, parse_barcode, patient_and_site, read_manifest
 

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from cytosyn_aug.files import write_atomically
+from cytosyn_aug.io.files import write_atomically
 from training.data import (
     Batches,
     Tiles,

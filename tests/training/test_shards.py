@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.image_files import decode_tile, encode_tile
-from cytosyn_aug.tar_files import ShardWriter
+from cytosyn_aug.io.image_files import decode_tile, encode_tile
+from cytosyn_aug.io.tar_files import ShardWriter
 from training.cutting import TileRecipe
 from training.data import StoredTiles, TileSet, open_tiles, spread_evenly
 from training.shards import TileStore, verify

@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.image_files import decode_tile
-from cytosyn_aug.slides import Slide
-from cytosyn_aug.tissue import TissueConfig
+from cytosyn_aug.io.image_files import decode_tile
+from cytosyn_aug.io.slide import Slide
+from cytosyn_aug.io.tissue import TissueConfig
 from training import tiles
 from training.cutting import TileRecipe, take
 from training.data import StoredTiles, load_tiles
@@ -112,7 +112,7 @@ def run_elsewhere(slides, out, *, before="", num_workers=0):
         "import os, signal, sys; from pathlib import Path\n"
         "from training.cutting import TileRecipe; from training.sources import list_slides\n"
         "from training.tiles import make_tiles\n"
-        "from cytosyn_aug.config import TileSpec; from cytosyn_aug.tissue import TissueConfig\n"
+        "from cytosyn_aug.config import TileSpec; from cytosyn_aug.io.tissue import TissueConfig\n"
         f"{before}\n"
         "if __name__ == '__main__':\n"
         "    recipe = TileRecipe(tile=TileSpec(size_px=64), tissue=TissueConfig(mask_mpp=2.0),\n"

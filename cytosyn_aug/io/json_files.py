@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cytosyn_aug.files import write_atomically
+from cytosyn_aug.io.files import write_atomically
 
 FORMAT_VERSION = 1
 _T = TypeVar("_T")

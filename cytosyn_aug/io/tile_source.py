@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.image_files import TILE_SUFFIXES, ItemError, masked_stem, read_picture
-from cytosyn_aug.slides import Slide, SlideError, grid_positions
-from cytosyn_aug.tissue import (
+from cytosyn_aug.io.image_files import TILE_SUFFIXES, ItemError, masked_stem, read_picture
+from cytosyn_aug.io.slide import Slide, SlideError, grid_positions
+from cytosyn_aug.io.tissue import (
     TissueConfig,
     TissueMask,
     reason_to_reject,
@@ -48,7 +48,7 @@ def read_tiles(tiles: TileSource, tile: TileSpec, max_tiles: int = MAX_TILES) ->
         TypeError: A tensor that is not uint8.
         ValueError: A tensor of another shape, or empty; a folder without images, with images of
             different sizes or one that cannot be read, or not without guessing its colours (see
-            `cytosyn_aug.image_files`); a slide that cannot be read, has no scale or no tissue.
+            `cytosyn_aug.io.image_files`); a slide that cannot be read, has no scale or no tissue.
     """
     if isinstance(tiles, Tensor):
         return _checked(tiles)
@@ -77,8 +77,8 @@ def read_slide_tiles(
 ) -> Tensor:
     """Return evenly spaced tiles of a slide that are half tissue.
 
-    Tiles that are blank or blurred to `cytosyn_aug.tissue` are left out, unless all are: a tile of
-    dust among 63 turned Macenko's eosin by 15 degrees.
+    Tiles that are blank or blurred to `cytosyn_aug.io.tissue` are left out, unless all are: a tile
+    of dust among 63 turned Macenko's eosin by 15 degrees.
 
     Args:
         slide: An open slide.

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cytosyn_aug.slides import Reading, Slide, SlideError, grid_positions
-from cytosyn_aug.tissue import TissueConfig, TissueMask, load_mask, tissue_pixels
+from cytosyn_aug.io.slide import Reading, Slide, SlideError, grid_positions
+from cytosyn_aug.io.tissue import TissueConfig, TissueMask, load_mask, tissue_pixels
 
 
 def slide_mask(slide: Slide, imported: Path | None, config: TissueConfig) -> TissueMask:

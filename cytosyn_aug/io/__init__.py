@@ -1,0 +1,1 @@
+"""Image files, tar shards, slides and tissue: from disk to arrays."""
