@@ -17,16 +17,16 @@ if TYPE_CHECKING:
         MacenkoNormalize,
         ReinhardNormalize,
     )
-    from cytosyn_aug.conditions import FeatureTable
     from cytosyn_aug.config import TileSpec
     from cytosyn_aug.editing import EditRecipe, redraw_latents
-    from cytosyn_aug.encoder import Features
     from cytosyn_aug.encodings import encode_cached, encodings_spec, features_cached, fill_encodings
     from cytosyn_aug.filling import fill_variants, variants_spec
-    from cytosyn_aug.generator import TileGenerator
     from cytosyn_aug.images import tile_key
     from cytosyn_aug.macenko import MacenkoReference
-    from cytosyn_aug.memory import MemoryPlan, plan_memory
+    from cytosyn_aug.model.conditions import FeatureTable
+    from cytosyn_aug.model.encoder import Features
+    from cytosyn_aug.model.generator import TileGenerator
+    from cytosyn_aug.model.memory import MemoryPlan, plan_memory
     from cytosyn_aug.reference import StainReference
     from cytosyn_aug.reinhard import ReinhardReference
     from cytosyn_aug.replay import ReplayBank
@@ -46,14 +46,14 @@ _HOMES = {
     "DensityReference": "classical",
     "DensityTransport": "classical",
     "EditRecipe": "editing",
-    "FeatureTable": "conditions",
-    "Features": "encoder",
+    "FeatureTable": "model.conditions",
+    "Features": "model.encoder",
     "Field": "cache_spec",
     "LatentCache": "cache",
     "LatentVariant": "variants",
     "MacenkoNormalize": "classical",
     "MacenkoReference": "macenko",
-    "MemoryPlan": "memory",
+    "MemoryPlan": "model.memory",
     "Ramp": "schedules",
     "ReinhardNormalize": "classical",
     "ReinhardReference": "reinhard",
@@ -64,7 +64,7 @@ _HOMES = {
     "StainReference": "reference",
     "StainTransfer": "transforms",
     "StainViews": "views",
-    "TileGenerator": "generator",
+    "TileGenerator": "model.generator",
     "TileSpec": "config",
     "encode_cached": "encodings",
     "features_cached": "encodings",
@@ -73,7 +73,7 @@ _HOMES = {
     "encodings_spec": "encodings",
     "is_tissue": "stain",
     "normalize_slide": "whole_slides",
-    "plan_memory": "memory",
+    "plan_memory": "model.memory",
     "redraw_latents": "editing",
     "tile_key": "images",
     "variants_spec": "filling",

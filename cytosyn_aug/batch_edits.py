@@ -33,13 +33,13 @@ from cytosyn_aug.editing import (
     resample,
 )
 from cytosyn_aug.filling import derive_seed
-from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import pixels_to_images
 from cytosyn_aug.io.image_files import ItemError
+from cytosyn_aug.model.generator import TileGenerator
+from cytosyn_aug.model.solvers import sample_noise
 from cytosyn_aug.offline_recipes import AugmentRecipe, NormalizeRecipe, SampleRecipe
 from cytosyn_aug.reading import Loaded
 from cytosyn_aug.reference import StainReference
-from cytosyn_aug.sampling import sample_noise
 from cytosyn_aug.stain import DensityMap, apply_density_map, blend_with_identity, is_tissue
 from cytosyn_aug.tile_transform import TileTransform
 

@@ -16,7 +16,7 @@ from cytosyn_aug.report_command import add_report
 from cytosyn_aug.slide_command import add_command as add_slides
 
 if TYPE_CHECKING:  # --help must answer without loading torch
-    from cytosyn_aug.generator import TileGenerator
+    from cytosyn_aug.model.generator import TileGenerator
 
 _DTYPES = ["float32", "bfloat16", "float16"]
 
@@ -134,7 +134,7 @@ def _convert(args: argparse.Namespace) -> int:
     import torch
 
     from cytosyn_aug.config import TileSpec
-    from cytosyn_aug.convert import convert, convert_tensors
+    from cytosyn_aug.model.convert import convert, convert_tensors
 
     if args.out.suffix == ".safetensors":
         print(convert_tensors(args.checkpoint, args.out))
@@ -157,7 +157,7 @@ def _convert(args: argparse.Namespace) -> int:
 def _load(args: argparse.Namespace) -> TileGenerator:
     import torch
 
-    from cytosyn_aug.generator import TileGenerator
+    from cytosyn_aug.model.generator import TileGenerator
 
     return TileGenerator.from_pretrained(
         args.model,

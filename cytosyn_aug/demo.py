@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.io.files import write_atomically
+from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.reference import StainReference
 from cytosyn_aug.stain import tissue_moments
 from cytosyn_aug.transforms import StainNormalize

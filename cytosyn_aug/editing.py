@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cytosyn_aug.autocast import isolated
-from cytosyn_aug.conditions import Conditions, read_conditions
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.flow import interpolate
-from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import WHICH_IS_THE_IMAGE, FiniteImages, finite_images
+from cytosyn_aug.model.conditions import Conditions, read_conditions
+from cytosyn_aug.model.flow import interpolate
+from cytosyn_aug.model.generator import TileGenerator
+from cytosyn_aug.model.solvers import sample_noise
 from cytosyn_aug.reference import StainReference
-from cytosyn_aug.sampling import sample_noise
 from cytosyn_aug.stain import (
     MIN_TISSUE,
     DensityMap,

@@ -17,9 +17,9 @@ from torch import Tensor
 from cytosyn_aug.autocast import isolated
 from cytosyn_aug.cache import LatentCache, Records
 from cytosyn_aug.cache_spec import CacheSpec, Field
-from cytosyn_aug.generator import Moments, TileGenerator
 from cytosyn_aug.images import tile_key
 from cytosyn_aug.misses import THUMBNAIL, thumbnails
+from cytosyn_aug.model.generator import Moments, TileGenerator
 
 Contents = Literal["moments", "features"]
 

@@ -12,10 +12,10 @@ import timm
 import torch
 from torch import nn
 
-from cytosyn_aug.checkpoint import EMBEDDED_MODEL
 from cytosyn_aug.config import PART_NAMES
-from cytosyn_aug.generator import TileGenerator
-from cytosyn_aug.hub import find_folder, licence_of
+from cytosyn_aug.model.checkpoint import EMBEDDED_MODEL
+from cytosyn_aug.model.generator import TileGenerator
+from cytosyn_aug.model.hub import find_folder, licence_of
 
 RELEASED_PARAMETERS = {"transformer": (682_906_128, 674_774_800), "vae": (83_653_863,)}
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from cytosyn_aug.classical import DensityReference
 from cytosyn_aug.config import Method
-from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import density_to_grey
 from cytosyn_aug.io.slide import Slide
 from cytosyn_aug.io.tile_source import sampled_files
+from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.reference import StainReference
 from cytosyn_aug.reinhard import ReinhardReference, lab_to_grey
 from cytosyn_aug.slide_stain import KINDS, Reference, fit_reference

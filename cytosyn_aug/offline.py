@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Literal
 
 from cytosyn_aug.cache import LatentCache
-from cytosyn_aug.conditions import Conditions
 from cytosyn_aug.config import Method, Preserve
 from cytosyn_aug.encodings import Contents
-from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.laboratories import Given, References
 from cytosyn_aug.listing import InputKind
+from cytosyn_aug.model.conditions import Conditions
+from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.offline_recipes import (
     AugmentRecipe,
     Mode,

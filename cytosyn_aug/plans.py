@@ -21,10 +21,8 @@ from cytosyn_aug.batch_edits import (
     size_check,
 )
 from cytosyn_aug.cache_spec import CacheSpec
-from cytosyn_aug.conditions import Conditions, read_conditions
 from cytosyn_aug.encodings import Contents, encodings_spec
 from cytosyn_aug.filling import records_spec
-from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.inputs import list_inputs
 from cytosyn_aug.laboratories import (
     References,
@@ -33,6 +31,8 @@ from cytosyn_aug.laboratories import (
     tensors_digest,
 )
 from cytosyn_aug.listing import InputKind, Item, Listing, make_listing
+from cytosyn_aug.model.conditions import Conditions, read_conditions
+from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.offline_recipes import AugmentRecipe, NormalizeRecipe, SampleRecipe
 from cytosyn_aug.outputs import (
     BYTES_PER_PIXEL,

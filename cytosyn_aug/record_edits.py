@@ -8,8 +8,8 @@ import torch
 
 from cytosyn_aug.batch_edits import Edit, Edited, stack_tiles
 from cytosyn_aug.encodings import Contents
-from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.misses import THUMBNAIL, thumbnails
+from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.reading import Loaded
 
 

@@ -19,11 +19,11 @@ from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 from cytosyn_aug.autocast import isolated
-from cytosyn_aug.conditions import Conditions, check_finite, read_conditions
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.io.files import write_atomically
 from cytosyn_aug.io.tile_source import MAX_TILES, TileSource, read_tiles
+from cytosyn_aug.model.conditions import Conditions, check_finite, read_conditions
+from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.stain import MIN_TISSUE, DensityMoments, pool_moments, tissue_moments
 
 FORMAT_VERSION = 1

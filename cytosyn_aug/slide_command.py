@@ -24,7 +24,7 @@ from cytosyn_aug.work_options import (
 )
 
 if TYPE_CHECKING:
-    from cytosyn_aug.generator import TileGenerator
+    from cytosyn_aug.model.generator import TileGenerator
     from cytosyn_aug.slide_recipe import SlideRecipe, SlideReport
 
 AddCommand = Callable[[str, Callable[..., int], str, str], argparse.ArgumentParser]

@@ -17,12 +17,12 @@ from types import MappingProxyType
 from typing import Any
 
 from cytosyn_aug.config import Method, TileSpec
-from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.inputs import list_whole_slides
 from cytosyn_aug.io.files import check_inside
 from cytosyn_aug.io.slide import Slide, SlideError
 from cytosyn_aug.laboratories import Given, describe_references, open_references
 from cytosyn_aug.listing import Item, Listing
+from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.pipeline import Row
 from cytosyn_aug.plans import check_apart, settings_digest
 from cytosyn_aug.run_folder import RunFolder, Unit

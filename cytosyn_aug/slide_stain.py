@@ -18,11 +18,11 @@ from cytosyn_aug.classical import DensityReference
 from cytosyn_aug.colour_table import Recolour
 from cytosyn_aug.config import Method, TileSpec
 from cytosyn_aug.editing import EditRecipe, reference_statistics
-from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import optical_density
 from cytosyn_aug.io.json_files import record_to_dict
 from cytosyn_aug.io.tile_source import MAX_TILES, TileSource
 from cytosyn_aug.macenko import MacenkoReference, normalising_map
+from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.reference import StainReference
 from cytosyn_aug.reinhard import ReinhardReference, grey_to_lab, match_colour
 from cytosyn_aug.stain import (

@@ -36,8 +36,8 @@ from cytosyn_aug.editing import (
     reference_statistics,
 )
 from cytosyn_aug.facts import LABORATORY, NO_FACTS, Facts, read_fact
-from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import check_sides, num_tiles, open_image
+from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.reference import StainReference, check_reference, list_references
 from cytosyn_aug.schedules import Probability, Scheduled, check_scheduled, value_at
 from cytosyn_aug.shared import SharedCount

@@ -1,7 +1,7 @@
 """What one process does of a run: its units, on its own copy of the model.
 
 The process of a command does them one after the other; a worker elsewhere is sent the run as a
-pickle, in which the model is a handle (`cytosyn_aug.origin`), and loads the weights itself.
+pickle, in which the model is a handle (`cytosyn_aug.model.origin`), and loads the weights itself.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import pyarrow as pa
 import torch
 
 from cytosyn_aug.batch_edits import Edit, Edited
-from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.io.image_files import ItemError, check_strictness
 from cytosyn_aug.listing import Item, Listing
+from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.outputs import Output
 from cytosyn_aug.pipeline import Job, Row, Threads, give_up, run_job
 from cytosyn_aug.reading import Loaded

@@ -17,7 +17,6 @@ from cytosyn_aug.cache import LatentCache
 from cytosyn_aug.draws import Mode
 from cytosyn_aug.encodings import check_model
 from cytosyn_aug.facts import NO_FACTS, Facts
-from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import (
     check_image,
     num_tiles,
@@ -26,6 +25,7 @@ from cytosyn_aug.images import (
     tile_key,
 )
 from cytosyn_aug.misses import explain_miss
+from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.schedules import Probability
 from cytosyn_aug.shared import SharedCount
 from cytosyn_aug.tile_transform import TileTransform

@@ -32,10 +32,10 @@ from PIL import Image
 
 from cytosyn_aug.colour_table import ColourTable, Recolour
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.io.files import atomic_file, remove_leftovers
 from cytosyn_aug.io.slide import Slide, SlideError
 from cytosyn_aug.io.tile_source import read_slide_tiles
+from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.slide_blocks import PYRAMID, BlockMaker, BlockTotals
 from cytosyn_aug.slide_recipe import SlideRecipe, SlideReport
 from cytosyn_aug.slide_stain import (

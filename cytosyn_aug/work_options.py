@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cytosyn_aug.generator import TileGenerator
+    from cytosyn_aug.model.generator import TileGenerator
     from cytosyn_aug.ray_actors import RayCluster
     from cytosyn_aug.running import Summary, Work
 
@@ -78,7 +78,7 @@ def load_generator(args: argparse.Namespace) -> TileGenerator:
     """Return the model that was asked for, with contradictions refused before it is read."""
     import torch
 
-    from cytosyn_aug.generator import TileGenerator
+    from cytosyn_aug.model.generator import TileGenerator
 
     device, cluster = args.device, _ray(args)  # refused before the model is read
     if cluster is not None and device == "cuda" and not torch.cuda.is_available():

@@ -32,10 +32,10 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 from torch import Tensor, nn
 
 from cytosyn_aug.demo import load_laboratories
-from cytosyn_aug.drawing import Forward, Guidance, bind_velocity, draw_latents, time_grid
-from cytosyn_aug.generator import TileGenerator
-from cytosyn_aug.sampling import Velocity, euler, guide, linear_grid
-from cytosyn_aug.transformer import SiT
+from cytosyn_aug.model.generator import TileGenerator
+from cytosyn_aug.model.sampler import Forward, Guidance, bind_velocity, draw_latents, time_grid
+from cytosyn_aug.model.solvers import Velocity, euler, guide, linear_grid
+from cytosyn_aug.model.transformer import SiT
 from training.precision import has_fast_bfloat16
 
 GUIDANCE = Guidance(2.5, 0.0, 0.75)

@@ -31,9 +31,9 @@ from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepSchedu
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.io.files import write_atomically
-from cytosyn_aug.sampling import (
+from cytosyn_aug.model.generator import TileGenerator
+from cytosyn_aug.model.solvers import (
     Velocity,
     adams_bashforth2,
     bind_student,

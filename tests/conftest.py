@@ -14,12 +14,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cytosyn_aug import whole_slides
-from cytosyn_aug.checkpoint import ModelParts, load_model, save_model
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.encoder import StainProbe, TileEncoder
-from cytosyn_aug.generator import TileGenerator
-from cytosyn_aug.transformer import SiT
-from cytosyn_aug.weights import WEIGHTS_NAME
+from cytosyn_aug.model.checkpoint import ModelParts, load_model, save_model
+from cytosyn_aug.model.encoder import StainProbe, TileEncoder
+from cytosyn_aug.model.generator import TileGenerator
+from cytosyn_aug.model.tensors import WEIGHTS_NAME
+from cytosyn_aug.model.transformer import SiT
 
 SIZE = 112
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cytosyn_aug.batching import MicroBatches
-from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.model.batching import MicroBatches
+from cytosyn_aug.model.generator import TileGenerator
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import torch
 from conftest import random_parts, with_student
 from safetensors.torch import load_file, save_file
 
-from cytosyn_aug.checkpoint import WEIGHTS_NAME, load_model, save_model
+from cytosyn_aug.model.checkpoint import WEIGHTS_NAME, load_model, save_model
 
 
 @pytest.fixture

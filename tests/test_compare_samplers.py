@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import synthetic_tiles
 
-from cytosyn_aug.generator import TileGenerator
-from cytosyn_aug.sampling import linear_grid
+from cytosyn_aug.model.generator import TileGenerator
+from cytosyn_aug.model.solvers import linear_grid
 from training.comparison import ReferenceSet
 from training.extractors import load_extractor
 from training.metrics import principal_components

@@ -8,7 +8,7 @@ import torch
 from conftest import synthetic_tiles
 from safetensors.torch import save_file
 
-from cytosyn_aug.conditions import FeatureTable, read_conditions
+from cytosyn_aug.model.conditions import FeatureTable, read_conditions
 
 RAW = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
 

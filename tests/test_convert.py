@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from cytosyn_aug import convert as conversion
-from cytosyn_aug.checkpoint import load_model
 from cytosyn_aug.cli import main
-from cytosyn_aug.compvis import compvis_vae_state, is_compvis_vae, vae_config_from_state
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.convert import (
+from cytosyn_aug.model import convert as conversion
+from cytosyn_aug.model.checkpoint import load_model
+from cytosyn_aug.model.compvis import compvis_vae_state, is_compvis_vae, vae_config_from_state
+from cytosyn_aug.model.convert import (
     convert,
     read_checkpoint,
     repae_statistics,
@@ -28,7 +28,7 @@ from cytosyn_aug.convert import (
     reverse_time,
     transformer_config_from_state,
 )
-from cytosyn_aug.transformer import SiT
+from cytosyn_aug.model.transformer import SiT
 
 TILE = TileSpec(size_px=64, mpp=0.5)
 SMALL = {

@@ -11,8 +11,8 @@ from cytosyn_aug import demo
 from cytosyn_aug.cli import main
 from cytosyn_aug.demo import load_samples
 from cytosyn_aug.doctor import IMAGENET_MEAN, IMAGENET_STD, examine, verdict
-from cytosyn_aug.encoder import Features
-from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.model.encoder import Features
+from cytosyn_aug.model.generator import TileGenerator
 
 STEPS = 12
 

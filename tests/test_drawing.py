@@ -8,8 +8,8 @@ from conftest import random_parts
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cytosyn_aug import drawing
-from cytosyn_aug.drawing import (
+from cytosyn_aug.model import sampler as drawing
+from cytosyn_aug.model.sampler import (
     Guidance,
     bind_jumps,
     bind_velocity,
@@ -17,8 +17,8 @@ from cytosyn_aug.drawing import (
     draw_latents,
     time_grid,
 )
-from cytosyn_aug.sampling import bind_student, guide
-from cytosyn_aug.transformer import SiT
+from cytosyn_aug.model.solvers import bind_student, guide
+from cytosyn_aug.model.transformer import SiT
 from training.distil import build_student
 from training.recipes import smoke_distil
 

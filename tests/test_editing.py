@@ -4,7 +4,7 @@ from conftest import random_parts, synthetic_tiles
 
 from cytosyn_aug import EditRecipe, StainReference
 from cytosyn_aug.editing import redraw, resample
-from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.stain import apply_density_map, pool_moments, tissue_moments
 from training.restaining import stain_change
 

@@ -1,6 +1,6 @@
 import torch
 
-from cytosyn_aug.encoder import StainProbe
+from cytosyn_aug.model.encoder import StainProbe
 from cytosyn_aug.stain import moment_statistics, moments_from_statistics
 
 

@@ -11,10 +11,10 @@ import torch
 from conftest import write_released
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-from cytosyn_aug.checkpoint import ModelParts, load_model
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.transformer import SiT
-from cytosyn_aug.weights import WEIGHTS_NAME
+from cytosyn_aug.model.checkpoint import ModelParts, load_model
+from cytosyn_aug.model.tensors import WEIGHTS_NAME
+from cytosyn_aug.model.transformer import SiT
 
 SD_VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -26,7 +26,7 @@ SD_VAE = {
 MEASURE = """
     import json, re, resource, sys, time, torch
     from pathlib import Path
-    from cytosyn_aug.generator import TileGenerator
+    from cytosyn_aug.model.generator import TileGenerator
     def peak():  # of this program; ru_maxrss would begin at what the test's own process had
         return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
     TileGenerator.from_pretrained(None)  # imports and caches are not what is measured

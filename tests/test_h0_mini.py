@@ -17,10 +17,10 @@ from cytosyn_aug import (
     StainReference,
     StainTransfer,
 )
-from cytosyn_aug.checkpoint import load_encoder, load_model
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.encoder import H0_MINI_MEAN, H0_MINI_STD, read_encoder
-from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.model.checkpoint import load_encoder, load_model
+from cytosyn_aug.model.encoder import H0_MINI_MEAN, H0_MINI_STD, read_encoder
+from cytosyn_aug.model.generator import TileGenerator
 
 
 def timm_h0_mini(**changes):

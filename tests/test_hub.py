@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from cytosyn_aug.hub import ENCODER_PATTERNS, announce_licence, find_folder, licence_of
+from cytosyn_aug.model.hub import ENCODER_PATTERNS, announce_licence, find_folder, licence_of
 
 CARD = "---\nlicense: cc-by-nc-nd-4.0\ngated: true\n---\n# A model\n"
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -135,7 +135,7 @@ class Hub:
     program = """
         import json, sys, time
         time.sleep = lambda _: None  # the client waits between its attempts
-        from cytosyn_aug.hub import find_folder
+        from cytosyn_aug.model.hub import find_folder
         try:
             found = ["found", str(find_folder(sys.argv[1], **json.loads(sys.argv[2])))]
         except (OSError, ValueError) as error:

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from cytosyn_aug import ConditionedResample, StainReference, StainTransfer, StainViews
-from cytosyn_aug.generator import TileGenerator
-from cytosyn_aug.memory import MemoryPlan, _shadow_of, peak_bytes, plan_memory
+from cytosyn_aug.model.generator import TileGenerator
+from cytosyn_aug.model.memory import MemoryPlan, _shadow_of, peak_bytes, plan_memory
 
 KB = 1024
 

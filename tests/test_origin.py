@@ -12,9 +12,9 @@ from conftest import random_parts, synthetic_tiles
 from torch.utils.data import DataLoader
 
 from cytosyn_aug import EditRecipe, StainNormalize, StainReference
-from cytosyn_aug.checkpoint import load_model, save_model
-from cytosyn_aug.generator import TileGenerator
-from cytosyn_aug.origin import GeneratorHandle
+from cytosyn_aug.model.checkpoint import load_model, save_model
+from cytosyn_aug.model.generator import TileGenerator
+from cytosyn_aug.model.origin import GeneratorHandle
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,9 +8,9 @@ from conftest import random_parts, write_released
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from cytosyn_aug.checkpoint import load_model, save_model
-from cytosyn_aug.generator import TileGenerator
-from cytosyn_aug.weights import WEIGHTS_NAME, KeyMap
+from cytosyn_aug.model.checkpoint import load_model, save_model
+from cytosyn_aug.model.generator import TileGenerator
+from cytosyn_aug.model.tensors import WEIGHTS_NAME, KeyMap
 
 
 def parts_with_statistics():

@@ -20,7 +20,7 @@ from cytosyn_aug import (
     StainViews,
 )
 from cytosyn_aug.edits import run_edit
-from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.replay import ReplayBank, ReplayCounts
 from cytosyn_aug.schedules import Ramp
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cytosyn_aug.sampling import (
+from cytosyn_aug.model.solvers import (
     adams_bashforth2,
     bind_student,
     euler,

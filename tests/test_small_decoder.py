@@ -1,6 +1,6 @@
 import torch
 
-from cytosyn_aug.small_decoder import SmallDecoder
+from cytosyn_aug.model.decoder import SmallDecoder
 
 
 def test_latents_become_pixels_of_eight_times_their_side_for_any_grid():
@@ -27,7 +27,7 @@ def test_a_latent_reaches_its_own_neighbourhood_only():
 def test_a_tile_costs_a_third_of_what_tinys_own_decoder_does():
     from torch.utils.flop_counter import FlopCounterMode
 
-    from cytosyn_aug.generator import TileGenerator
+    from cytosyn_aug.model.generator import TileGenerator
     from training.decoder import build_decoder
     from training.recipes import tiny_decoder
 

@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cytosyn_aug.encoder import TileEncoder
-from cytosyn_aug.transformer import SiT
+from cytosyn_aug.model.encoder import TileEncoder
+from cytosyn_aug.model.transformer import SiT
 
 SMALL = {
     "input_size": 8,

@@ -30,8 +30,8 @@ from cytosyn_aug import (
     StainViews,
 )
 from cytosyn_aug import StainTransfer as Transfer
-from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import tile_key
+from cytosyn_aug.model.generator import TileGenerator
 
 FAST = EditRecipe(steps=2)
 CLASSICAL = {

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from cytosyn_aug.differences import compare, is_finite
-from cytosyn_aug.weights import WEIGHTS_NAME, KeyMap, assign, read_tensors, weight_files
+from cytosyn_aug.model.differences import compare, is_finite
+from cytosyn_aug.model.tensors import WEIGHTS_NAME, KeyMap, assign, read_tensors, weight_files
 
 
 def test_a_missing_shard_is_named(tmp_path):

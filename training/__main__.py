@@ -36,8 +36,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from cytosyn_aug.checkpoint import load_model
-from cytosyn_aug.generator import Sampler, TileGenerator
+from cytosyn_aug.model.checkpoint import load_model
+from cytosyn_aug.model.generator import Sampler, TileGenerator
 from training.data import identify, load_tiles, open_tiles
 from training.evaluate import Evaluation, evaluate
 from training.export import export

@@ -14,8 +14,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import images_to_pixels
+from cytosyn_aug.model.generator import TileGenerator
 from training.data import TileSet, evenly_spaced
 from training.extractors import Extractor
 from training.metrics import (

@@ -17,7 +17,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
 from cytosyn_aug.images import images_to_pixels, pixels_to_images
-from cytosyn_aug.small_decoder import SmallDecoder
+from cytosyn_aug.model.decoder import SmallDecoder
 from training.data import Batches, Tiles, spread_evenly, step_generator
 from training.loop import LoopConfig
 from training.perception import PerceptualNetwork, texture_distance

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cytosyn_aug.flow import interpolate
-from cytosyn_aug.sampling import (
+from cytosyn_aug.model.flow import interpolate
+from cytosyn_aug.model.solvers import (
     adams_bashforth2,
     bind_student,
     flow_map,
@@ -29,7 +29,7 @@ from cytosyn_aug.sampling import (
     linear_grid,
     polynomial_grid,
 )
-from cytosyn_aug.transformer import SiT
+from cytosyn_aug.model.transformer import SiT
 from training.data import Batches, Tiles, spread_evenly, step_generator
 from training.latents import LatentSpace, Views, stratified
 from training.loop import LoopConfig
@@ -296,7 +296,7 @@ def guided_velocity(
 ) -> Tensor:
     """Return the teacher's velocity [B, C, h, w] under a guidance scale for every sample.
 
-    As `cytosyn_aug.sampling.guide`, which has one scale and one time for all.
+    As `cytosyn_aug.model.solvers.guide`, which has one scale and one time for all.
 
     Args:
         teacher: The frozen teacher.

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cytosyn_aug.encoder import StainProbe, TileEncoder
 from cytosyn_aug.images import images_to_pixels, optical_density
+from cytosyn_aug.model.encoder import StainProbe, TileEncoder
 from cytosyn_aug.stain import (
     DensityMoments,
     moment_statistics,

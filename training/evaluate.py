@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cytosyn_aug.drawing import time_grid
-from cytosyn_aug.generator import DEFAULT_STEPS, Sampler, TileGenerator
+from cytosyn_aug.model.generator import DEFAULT_STEPS, Sampler, TileGenerator
+from cytosyn_aug.model.sampler import time_grid
 from training.card import Sample, card_numbers, check_tiles
 from training.codecs import check_codecs, count_codecs, recompress
 from training.data import TileSet, evenly_spaced, load_tiles

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cytosyn_aug.checkpoint import ModelParts, load_model, save_model
-from cytosyn_aug.transformer import SiT
+from cytosyn_aug.model.checkpoint import ModelParts, load_model, save_model
+from cytosyn_aug.model.transformer import SiT
 from training.model_card import CardSources, write_model_card
 
 

@@ -30,11 +30,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cytosyn_aug.checkpoint import EMBEDDED_MODEL, load_model
-from cytosyn_aug.drafts import load_strictly
-from cytosyn_aug.encoder import H0_MINI_MEAN, H0_MINI_STD, TileEncoder
-from cytosyn_aug.hub import ENCODER_PATTERNS, announce_licence, find_folder
-from cytosyn_aug.weights import read_json, read_tensors, weight_files
+from cytosyn_aug.model.checkpoint import EMBEDDED_MODEL, load_model
+from cytosyn_aug.model.drafts import load_strictly
+from cytosyn_aug.model.encoder import H0_MINI_MEAN, H0_MINI_STD, TileEncoder
+from cytosyn_aug.model.hub import ENCODER_PATTERNS, announce_licence, find_folder
+from cytosyn_aug.model.tensors import read_json, read_tensors, weight_files
 from training.kept import KeptResults, images_digest
 from training.perception import PerceptualNetwork
 

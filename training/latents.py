@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
-from cytosyn_aug.encoder import TileEncoder
 from cytosyn_aug.images import images_to_pixels, pixels_to_images
-from cytosyn_aug.sampling import adams_bashforth2, polynomial_grid
-from cytosyn_aug.transformer import SiT
+from cytosyn_aug.model.encoder import TileEncoder
+from cytosyn_aug.model.solvers import adams_bashforth2, polynomial_grid
+from cytosyn_aug.model.transformer import SiT
 from training.precision import mixed_precision
 
 Views = dict[str, Tensor]

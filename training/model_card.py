@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from cytosyn_aug.checkpoint import ModelParts
 from cytosyn_aug.io.files import write_atomically
+from cytosyn_aug.model.checkpoint import ModelParts
 from training.plan import tile_flop
 from training.report import markdown_table, number_text
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from cytosyn_aug.checkpoint import ModelParts
+from cytosyn_aug.model.checkpoint import ModelParts
 from training import recipes
 from training.card import NUM_SOURCES, NUM_VARIATIONS
 from training.evaluate import Evaluation

@@ -31,10 +31,10 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
-from cytosyn_aug.encoder import TileEncoder
-from cytosyn_aug.flow import interpolate, velocity_target
 from cytosyn_aug.images import images_to_pixels
-from cytosyn_aug.transformer import SiT
+from cytosyn_aug.model.encoder import TileEncoder
+from cytosyn_aug.model.flow import interpolate, velocity_target
+from cytosyn_aug.model.transformer import SiT
 from training.data import (
     Batches,
     Tiles,

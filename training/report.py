@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from cytosyn_aug.checkpoint import write_atomically
+from cytosyn_aug.model.checkpoint import write_atomically
 from training.judgement import GENERATED, ROUND_TRIPS, Judgement, gap_rows
 
 if TYPE_CHECKING:

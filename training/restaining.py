@@ -31,10 +31,10 @@ from cytosyn_aug.editing import (
     match_statistics,
     reference_statistics,
 )
-from cytosyn_aug.flow import interpolate
-from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.model.flow import interpolate
+from cytosyn_aug.model.generator import TileGenerator
+from cytosyn_aug.model.solvers import adams_bashforth2, euler, guide, linear_grid, sample_noise
 from cytosyn_aug.reference import StainReference
-from cytosyn_aug.sampling import adams_bashforth2, euler, guide, linear_grid, sample_noise
 from cytosyn_aug.stain import (
     DensityMap,
     apply_density_map,

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cytosyn_aug.flow import interpolate, velocity_target
-from cytosyn_aug.transformer import SiT
+from cytosyn_aug.model.flow import interpolate, velocity_target
+from cytosyn_aug.model.transformer import SiT
 from training.data import Batches, Tiles, spread_evenly, step_generator
 from training.latents import LatentSpace, Views, set_latent_statistics, stratified
 from training.loop import LoopConfig

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-from cytosyn_aug.checkpoint import ModelParts, load_encoder, load_model
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.drafts import load_strictly
-from cytosyn_aug.encoder import StainProbe, TileEncoder
-from cytosyn_aug.small_decoder import SmallDecoder
-from cytosyn_aug.transformer import SiT
+from cytosyn_aug.model.checkpoint import ModelParts, load_encoder, load_model
+from cytosyn_aug.model.decoder import SmallDecoder
+from cytosyn_aug.model.drafts import load_strictly
+from cytosyn_aug.model.encoder import StainProbe, TileEncoder
+from cytosyn_aug.model.transformer import SiT
 from training import recipes
 from training.data import Tiles, identify, load_tiles, open_tiles, spread_evenly
 from training.decoder import DecoderRecipe, DecoderStage, build_decoder

@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from cytosyn_aug.encoder import TileEncoder
-from cytosyn_aug.transformer import SiT
+from cytosyn_aug.model.encoder import TileEncoder
+from cytosyn_aug.model.transformer import SiT
 from training.decoder import DecoderRecipe, build_decoder
 from training.discriminator import PatchDiscriminator
 from training.distil import DistilRecipe, build_student

@@ -11,8 +11,8 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
-from cytosyn_aug.checkpoint import load_model
-from cytosyn_aug.drafts import load_strictly
+from cytosyn_aug.model.checkpoint import load_model
+from cytosyn_aug.model.drafts import load_strictly
 from training.resume import is_run, read_newest
 
 _AUTOENCODER = "AutoencoderKL"

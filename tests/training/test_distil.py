@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import random_parts, synthetic_tiles
 
-from cytosyn_aug.sampling import guide
-from cytosyn_aug.transformer import SiT
+from cytosyn_aug.model.solvers import guide
+from cytosyn_aug.model.transformer import SiT
 from training.data import TileSet
 from training.distil import DistilStage, build_student, guided_velocity
 from training.latents import LatentSpace

@@ -6,7 +6,7 @@ import pytest
 from conftest import SIZE, random_parts
 from safetensors.torch import save_file
 
-from cytosyn_aug.checkpoint import load_model
+from cytosyn_aug.model.checkpoint import load_model
 from training.export import export
 from training.model_card import CardSources
 

@@ -12,8 +12,8 @@ from timm.layers.mlp import SwiGLUPacked
 from torchvision.models import inception_v3
 from torchvision.transforms import v2
 
-from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import images_to_pixels
+from cytosyn_aug.model.generator import TileGenerator
 from training import extractors
 from training.extractors import BATCH_SIZE, load_extractor
 from training.perception import PerceptualNetwork

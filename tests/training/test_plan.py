@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cytosyn_aug.encoder import TileEncoder
+from cytosyn_aug.model.encoder import TileEncoder
 from training.__main__ import main
 from training.data import TileSet
 from training.encoder import build_encoder

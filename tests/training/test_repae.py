@@ -7,7 +7,7 @@ import torch
 from conftest import SIZE, random_parts, synthetic_tiles
 from torch import nn
 
-from cytosyn_aug.transformer import SiT
+from cytosyn_aug.model.transformer import SiT
 from training.data import TileSet, step_generator
 from training.discriminator import PatchDiscriminator, judge_loss
 from training.loop import recipe_dict, train

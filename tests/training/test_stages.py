@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from conftest import synthetic_tiles
 from PIL import Image
 
-from cytosyn_aug.checkpoint import load_model
-from cytosyn_aug.generator import TileGenerator
 from cytosyn_aug.images import pixels_to_images
+from cytosyn_aug.model.checkpoint import load_model
+from cytosyn_aug.model.generator import TileGenerator
 from training import card
 from training.__main__ import main
 from training.data import TileSet, load_tiles

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from cytosyn_aug.drawing import MAX_ROWS
-from cytosyn_aug.generator import TileGenerator
+from cytosyn_aug.model.generator import TileGenerator
+from cytosyn_aug.model.sampler import MAX_ROWS
 
 # What a transform holds of a tile beside the networks, for each of its values: grey levels before
 # and after as float32, and copies of both on the way.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cytosyn_aug.config import PART_NAMES
-from cytosyn_aug.weights import KeyMap
+from cytosyn_aug.model.tensors import KeyMap
 
 Settings = dict[str, Any]  # Any: values of JSON
 

@@ -14,24 +14,24 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
-from cytosyn_aug.compvis import (
+from cytosyn_aug.config import TileSpec
+from cytosyn_aug.model.compvis import (
     compvis_vae_state,
     is_compvis_vae,
     renew_attention,
     vae_config_from_state,
 )
-from cytosyn_aug.config import TileSpec
-from cytosyn_aug.differences import compare, report
-from cytosyn_aug.encoder import StainProbe, TileEncoder, read_encoder
-from cytosyn_aug.released import (
+from cytosyn_aug.model.decoder import SmallDecoder
+from cytosyn_aug.model.differences import compare, report
+from cytosyn_aug.model.encoder import StainProbe, TileEncoder, read_encoder
+from cytosyn_aug.model.released import (
     LatentStatistics,
     known_settings,
     latent_statistics,
     transformer_settings,
 )
-from cytosyn_aug.small_decoder import SmallDecoder
-from cytosyn_aug.transformer import SiT
-from cytosyn_aug.weights import KeyMap, assign, read_json, read_tensors, weight_files
+from cytosyn_aug.model.tensors import KeyMap, assign, read_json, read_tensors, weight_files
+from cytosyn_aug.model.transformer import SiT
 
 PARTS: dict[str, type] = {
     "vae": AutoencoderKL,

@@ -16,8 +16,11 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
 from cytosyn_aug.autocast import isolated
-from cytosyn_aug.conditions import Conditions, read_conditions
-from cytosyn_aug.drawing import (
+from cytosyn_aug.images import check_images, images_to_pixels, pixels_to_images
+from cytosyn_aug.model.conditions import Conditions, read_conditions
+from cytosyn_aug.model.encoder import Features, TileEncoder
+from cytosyn_aug.model.loaded import LoadedModel
+from cytosyn_aug.model.sampler import (
     DEFAULT_STEPS,
     Forward,
     Guidance,
@@ -26,11 +29,8 @@ from cytosyn_aug.drawing import (
     draw_latents,
     time_grid,
 )
-from cytosyn_aug.encoder import Features, TileEncoder
-from cytosyn_aug.images import check_images, images_to_pixels, pixels_to_images
-from cytosyn_aug.loaded import LoadedModel
-from cytosyn_aug.sampling import sample_noise
-from cytosyn_aug.static_graphs import compile_forward, compile_rows
+from cytosyn_aug.model.solvers import sample_noise
+from cytosyn_aug.model.static_graphs import compile_forward, compile_rows
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -262,7 +262,7 @@ class TileGenerator(LoadedModel):
 
         Args:
             cls: Conditions [N, D] (encoder CLS vectors), or a file of them; see
-                `cytosyn_aug.conditions`. None for unconditional tiles.
+                `cytosyn_aug.model.conditions`. None for unconditional tiles.
             per_condition: Tiles k for each condition.
             steps: Evaluations of the network; None for 4 with "student", 16 with "ab2" and 250
                 with "euler_maruyama".

@@ -1,7 +1,7 @@
 """The parts of a model on one device and in one dtype, loaded now or when they are first needed.
 
 A transform is pickled for every DataLoader worker that is spawned; of its model only a handle
-travels (`cytosyn_aug.origin`), neither weights nor what was compiled.
+travels (`cytosyn_aug.model.origin`), neither weights nor what was compiled.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
 from cytosyn_aug.autocast import isolated
-from cytosyn_aug.batching import MicroBatches
-from cytosyn_aug.checkpoint import ModelParts, place_parts
-from cytosyn_aug.encoder import StainProbe, TileEncoder
-from cytosyn_aug.origin import GeneratorHandle, Origin, check_process
-from cytosyn_aug.small_decoder import SmallDecoder
-from cytosyn_aug.transformer import SiT
+from cytosyn_aug.model.batching import MicroBatches
+from cytosyn_aug.model.checkpoint import ModelParts, place_parts
+from cytosyn_aug.model.decoder import SmallDecoder
+from cytosyn_aug.model.encoder import StainProbe, TileEncoder
+from cytosyn_aug.model.origin import GeneratorHandle, Origin, check_process
+from cytosyn_aug.model.transformer import SiT
 
 
 class LoadedModel:
@@ -98,7 +98,7 @@ class LoadedModel:
                 features must be given; else a folder, a safetensors file or a Hub id such as
                 "bioptimus/H0-mini".
             revision: Branch, tag or commit on the Hub.
-            key_map: JSON file that renames tensors; see `cytosyn_aug.weights.KeyMap`.
+            key_map: JSON file that renames tensors; see `cytosyn_aug.model.tensors.KeyMap`.
             token: Access token for the Hub; None for the one you are logged in with.
             device: Device of the networks.
             dtype: Floating type of the networks: float32, bfloat16 or float16.
@@ -129,7 +129,7 @@ class LoadedModel:
         if self._handle is None:
             raise ValueError(
                 "this generator was built from parts in memory, which another process cannot load; "
-                "save them with cytosyn_aug.checkpoint.save_model and load the folder"
+                "save them with cytosyn_aug.model.checkpoint.save_model and load the folder"
             )
         # The size fell if memory ran out.
         self._came_from(replace(self._handle, batch_size=self.batch_size))

@@ -25,8 +25,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cytosyn_aug.checkpoint import ModelParts, load_model, save_model
-from cytosyn_aug.compvis import (
+from cytosyn_aug.config import TileSpec
+from cytosyn_aug.model.checkpoint import ModelParts, load_model, save_model
+from cytosyn_aug.model.compvis import (
     State,
     compvis_vae_state,
     count_matches,
@@ -36,9 +37,8 @@ from cytosyn_aug.compvis import (
     some_names,
     vae_config_from_state,
 )
-from cytosyn_aug.config import TileSpec
-from cytosyn_aug.drafts import load_strictly
-from cytosyn_aug.transformer import SiT
+from cytosyn_aug.model.drafts import load_strictly
+from cytosyn_aug.model.transformer import SiT
 
 _XL_WIDTH, _XL_HEADS = 1152, 16
 # What the training scripts call the one path and prediction this package computes. The words

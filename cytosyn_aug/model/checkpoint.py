@@ -5,8 +5,8 @@
     vae/{...}
     encoder/{...}   stain_probe/{...}   student/{...}   decoder/{...}   (optional)
 
-Released folders have the same layout without `format_version`; `cytosyn_aug.released` reads what
-they say otherwise. Loading never executes code from a folder and never fills a gap: missing,
+Released folders have the same layout without `format_version`; `cytosyn_aug.model.released` reads
+what they say otherwise. Loading never executes code from a folder and never fills a gap: missing,
 unexpected, misshapen and non-finite tensors of all parts are named in one error.
 """
 
@@ -26,16 +26,26 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.drafts import PARTS, assign_all, draft_encoder, draft_part, fill_statistics
-from cytosyn_aug.encoder import StainProbe, TileEncoder
 from cytosyn_aug.io.files import write_atomically
-from cytosyn_aug.released import index_notes
-from cytosyn_aug.small_decoder import SmallDecoder
-from cytosyn_aug.transformer import SiT
-from cytosyn_aug.weights import WEIGHTS_NAME, KeyMap, read_json
+from cytosyn_aug.model.decoder import SmallDecoder
+from cytosyn_aug.model.drafts import PARTS, assign_all, draft_encoder, draft_part, fill_statistics
+from cytosyn_aug.model.encoder import StainProbe, TileEncoder
+from cytosyn_aug.model.released import index_notes
+from cytosyn_aug.model.tensors import WEIGHTS_NAME, KeyMap, read_json
+from cytosyn_aug.model.transformer import SiT
 
 FORMAT_VERSION = 1
-EMBEDDED_MODEL = Path(__file__).parent / "models" / "tiny"
+EMBEDDED_MODEL = Path(__file__).parent.parent / "models" / "tiny"
+# What `model_index.json` names as the home of each part. Folders outlive the layout of the code, so
+# these words are part of the format, and nothing reads them back.
+_LIBRARIES = {
+    "vae": "diffusers",
+    "transformer": "cytosyn_aug.transformer",
+    "encoder": "cytosyn_aug.encoder",
+    "stain_probe": "cytosyn_aug.encoder",
+    "student": "cytosyn_aug.transformer",
+    "decoder": "cytosyn_aug.small_decoder",
+}
 _REQUIRED = ("transformer", "vae")
 _OF_THE_ENCODER = ("encoder", "stain_probe")
 
@@ -182,7 +192,7 @@ def save_model(folder: Path, parts: ModelParts, dtype: torch.dtype = torch.float
     for name, cls in PARTS.items():
         part = getattr(parts, name)
         if part is not None:
-            index[name] = [cls.__module__.split(".models")[0], cls.__name__]
+            index[name] = [_LIBRARIES[name], cls.__name__]
             null = parts.null_condition if name == "transformer" else None
             _save_part(part, folder / name, dtype, null)
     write_atomically(folder / "model_index.json", json.dumps(index, indent=2).encode())

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.utils.data import get_worker_info
 
-from cytosyn_aug.checkpoint import EMBEDDED_MODEL, ModelParts, load_model
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.hub import ENCODER_PATTERNS, announce_licence, find_folder
+from cytosyn_aug.model.checkpoint import EMBEDDED_MODEL, ModelParts, load_model
+from cytosyn_aug.model.hub import ENCODER_PATTERNS, announce_licence, find_folder
 
 _KIND = "cytosyn_aug.TileGenerator"
 
@@ -56,7 +56,7 @@ class Origin:
 
         Raises:
             FileNotFoundError, PermissionError, ConnectionError, ValueError: See
-                `cytosyn_aug.hub.find_folder`.
+                `cytosyn_aug.model.hub.find_folder`.
         """
         source, encoder = self.source, self.encoder
         if source is not None:

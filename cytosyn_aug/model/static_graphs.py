@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cytosyn_aug.drawing import Forward
-from cytosyn_aug.transformer import Modulation, SiT
+from cytosyn_aug.model.sampler import Forward
+from cytosyn_aug.model.transformer import Modulation, SiT
 
 
 def compile_rows(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

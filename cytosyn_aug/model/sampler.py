@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from cytosyn_aug.sampling import (
+from cytosyn_aug.model.solvers import (
     AverageVelocity,
     Velocity,
     adams_bashforth2,
@@ -25,7 +25,7 @@ from cytosyn_aug.sampling import (
     reference_grid,
     shifted_grid,
 )
-from cytosyn_aug.transformer import Modulation, SiT
+from cytosyn_aug.model.transformer import Modulation, SiT
 
 Sampler = Literal["student", "ab2", "euler_maruyama"]
 Forward = Callable[[Tensor, Modulation], Tensor]
@@ -148,8 +148,8 @@ def bind_velocity(
 ) -> Velocity:
     """Bind condition and guidance to a network, for the times that a solver will ask for.
 
-    As `cytosyn_aug.sampling.guide`: inside the interval both halves are one batch, outside it only
-    the conditional one runs.
+    As `cytosyn_aug.model.solvers.guide`: inside the interval both halves are one batch, outside it
+    only the conditional one runs.
     """
     both = torch.cat([condition, null_condition.expand_as(condition)])
     rows = {t: both if guidance.acts_at(t) else condition for t in times[:-1]}

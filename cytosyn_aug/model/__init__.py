@@ -1,0 +1,1 @@
+"""Networks, their weights on disk, samplers, and TileGenerator."""
