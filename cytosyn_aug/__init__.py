@@ -18,22 +18,22 @@ if TYPE_CHECKING:
         ReinhardNormalize,
     )
     from cytosyn_aug.config import TileSpec
-    from cytosyn_aug.editing import EditRecipe, redraw_latents
     from cytosyn_aug.encodings import encode_cached, encodings_spec, features_cached, fill_encodings
     from cytosyn_aug.filling import fill_variants, variants_spec
     from cytosyn_aug.images import tile_key
-    from cytosyn_aug.macenko import MacenkoReference
     from cytosyn_aug.model.conditions import FeatureTable
     from cytosyn_aug.model.encoder import Features
     from cytosyn_aug.model.generator import TileGenerator
     from cytosyn_aug.model.memory import MemoryPlan, plan_memory
-    from cytosyn_aug.reference import StainReference
-    from cytosyn_aug.reinhard import ReinhardReference
     from cytosyn_aug.replay import ReplayBank
     from cytosyn_aug.resampling import ConditionedResample
     from cytosyn_aug.schedules import Ramp
     from cytosyn_aug.slide_recipe import SlideRecipe, SlideReport
-    from cytosyn_aug.stain import is_tissue
+    from cytosyn_aug.stain.density import is_tissue
+    from cytosyn_aug.stain.estimate import EditRecipe, redraw_latents
+    from cytosyn_aug.stain.macenko import MacenkoReference
+    from cytosyn_aug.stain.reference import StainReference
+    from cytosyn_aug.stain.reinhard import ReinhardReference
     from cytosyn_aug.transforms import StainNormalize, StainTransfer
     from cytosyn_aug.variants import CachedVariants, LatentVariant
     from cytosyn_aug.views import StainViews
@@ -45,23 +45,23 @@ _HOMES = {
     "ConditionedResample": "resampling",
     "DensityReference": "classical",
     "DensityTransport": "classical",
-    "EditRecipe": "editing",
+    "EditRecipe": "stain.estimate",
     "FeatureTable": "model.conditions",
     "Features": "model.encoder",
     "Field": "cache_spec",
     "LatentCache": "cache",
     "LatentVariant": "variants",
     "MacenkoNormalize": "classical",
-    "MacenkoReference": "macenko",
+    "MacenkoReference": "stain.macenko",
     "MemoryPlan": "model.memory",
     "Ramp": "schedules",
     "ReinhardNormalize": "classical",
-    "ReinhardReference": "reinhard",
+    "ReinhardReference": "stain.reinhard",
     "ReplayBank": "replay",
     "SlideRecipe": "slide_recipe",
     "SlideReport": "slide_recipe",
     "StainNormalize": "transforms",
-    "StainReference": "reference",
+    "StainReference": "stain.reference",
     "StainTransfer": "transforms",
     "StainViews": "views",
     "TileGenerator": "model.generator",
@@ -71,10 +71,10 @@ _HOMES = {
     "fill_encodings": "encodings",
     "fill_variants": "filling",
     "encodings_spec": "encodings",
-    "is_tissue": "stain",
+    "is_tissue": "stain.density",
     "normalize_slide": "whole_slides",
     "plan_memory": "model.memory",
-    "redraw_latents": "editing",
+    "redraw_latents": "stain.estimate",
     "tile_key": "images",
     "variants_spec": "filling",
 }

@@ -17,13 +17,13 @@ from cytosyn_aug.cache import LatentCache
 from cytosyn_aug.classical import DensityReference
 from cytosyn_aug.config import Preserve
 from cytosyn_aug.draws import Mode, Sampling
-from cytosyn_aug.editing import EditRecipe
 from cytosyn_aug.image_transform import TileImageTransform
-from cytosyn_aug.macenko import MacenkoReference
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.reference import StainReference, check_reference, list_references
-from cytosyn_aug.reinhard import ReinhardReference
 from cytosyn_aug.schedules import Probability, Scheduled
+from cytosyn_aug.stain.estimate import EditRecipe
+from cytosyn_aug.stain.macenko import MacenkoReference
+from cytosyn_aug.stain.reference import StainReference, check_reference, list_references
+from cytosyn_aug.stain.reinhard import ReinhardReference
 from cytosyn_aug.written import read_argument
 
 Reference = TypeVar("Reference")

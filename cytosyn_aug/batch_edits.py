@@ -20,9 +20,17 @@ from cytosyn_aug.classical import (
     MacenkoNormalize,
     ReinhardNormalize,
 )
-from cytosyn_aug.colour import colour_distance
 from cytosyn_aug.config import Method
-from cytosyn_aug.editing import (
+from cytosyn_aug.filling import derive_seed
+from cytosyn_aug.images import pixels_to_images
+from cytosyn_aug.io.image_files import ItemError
+from cytosyn_aug.model.generator import TileGenerator
+from cytosyn_aug.model.solvers import sample_noise
+from cytosyn_aug.offline_recipes import AugmentRecipe, NormalizeRecipe, SampleRecipe
+from cytosyn_aug.reading import Loaded
+from cytosyn_aug.stain.colour import colour_distance
+from cytosyn_aug.stain.density import DensityMap, apply_density_map, blend_with_identity, is_tissue
+from cytosyn_aug.stain.estimate import (
     EditRecipe,
     central_tiles,
     check_scale,
@@ -32,15 +40,7 @@ from cytosyn_aug.editing import (
     reference_statistics,
     resample,
 )
-from cytosyn_aug.filling import derive_seed
-from cytosyn_aug.images import pixels_to_images
-from cytosyn_aug.io.image_files import ItemError
-from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.model.solvers import sample_noise
-from cytosyn_aug.offline_recipes import AugmentRecipe, NormalizeRecipe, SampleRecipe
-from cytosyn_aug.reading import Loaded
-from cytosyn_aug.reference import StainReference
-from cytosyn_aug.stain import DensityMap, apply_density_map, blend_with_identity, is_tissue
+from cytosyn_aug.stain.reference import StainReference
 from cytosyn_aug.tile_transform import TileTransform
 
 Sources = Callable[[str], Any]  # from a slide's name to its Reference, or None; Any: of one kind

@@ -27,15 +27,8 @@ from cytosyn_aug.facts import NO_FACTS, Facts
 from cytosyn_aug.images import optical_density
 from cytosyn_aug.io.json_files import load_record, save_record
 from cytosyn_aug.io.tile_source import MAX_TILES, TileSource, read_tiles
-from cytosyn_aug.macenko import MacenkoReference, Stains, estimate_stains, normalising_map
-from cytosyn_aug.reinhard import (
-    ReinhardReference,
-    grey_to_lab,
-    lab_moments,
-    match_colour,
-)
 from cytosyn_aug.schedules import Probability, Scheduled, check_scheduled, value_at
-from cytosyn_aug.stain import (
+from cytosyn_aug.stain.density import (
     MIN_TISSUE,
     POOL_PX,
     DensityMoments,
@@ -46,6 +39,13 @@ from cytosyn_aug.stain import (
     recolour_density,
     tissue_moments,
     tissue_weight,
+)
+from cytosyn_aug.stain.macenko import MacenkoReference, Stains, estimate_stains, normalising_map
+from cytosyn_aug.stain.reinhard import (
+    ReinhardReference,
+    grey_to_lab,
+    lab_moments,
+    match_colour,
 )
 from cytosyn_aug.tile_transform import Edit, TileTransform
 

@@ -18,8 +18,8 @@ from torchvision.utils import make_grid
 
 from cytosyn_aug.io.files import write_atomically
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.reference import StainReference
-from cytosyn_aug.stain import tissue_moments
+from cytosyn_aug.stain.density import tissue_moments
+from cytosyn_aug.stain.reference import StainReference
 from cytosyn_aug.transforms import StainNormalize
 
 SAMPLES = Path(__file__).parent / "samples"

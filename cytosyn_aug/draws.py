@@ -85,7 +85,7 @@ def farthest_references(
     """Return for each tile the references whose stain differs most from its own.
 
     Args:
-        statistics: [B, 9], the tiles' stain; see `cytosyn_aug.stain.moment_statistics`.
+        statistics: [B, 9], the tiles' stain; see `cytosyn_aug.stain.density.moment_statistics`.
         references: [R, 9], the references' stain.
         groups: References by laboratory.
         count: How many a tile; they repeat where there are fewer.

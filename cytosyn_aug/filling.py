@@ -18,7 +18,7 @@ from cytosyn_aug.encodings import Filled, check_filler, first_rows, warn_of_fail
 from cytosyn_aug.images import tile_key
 from cytosyn_aug.misses import THUMBNAIL, thumbnails
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.stain import is_tissue
+from cytosyn_aug.stain.density import is_tissue
 from cytosyn_aug.tile_transform import TileTransform
 
 Payload = Literal["latents", "images"]

@@ -20,10 +20,10 @@ from cytosyn_aug.images import density_to_grey
 from cytosyn_aug.io.slide import Slide
 from cytosyn_aug.io.tile_source import sampled_files
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.reference import StainReference
-from cytosyn_aug.reinhard import ReinhardReference, lab_to_grey
-from cytosyn_aug.slide_stain import KINDS, Reference, fit_reference
-from cytosyn_aug.stain import DensityMoments, pool_moments
+from cytosyn_aug.stain.density import DensityMoments, pool_moments
+from cytosyn_aug.stain.methods import KINDS, Reference, fit_reference
+from cytosyn_aug.stain.reference import StainReference
+from cytosyn_aug.stain.reinhard import ReinhardReference, lab_to_grey
 
 Given = Reference | Path | str | Sequence[Path | str]
 References = Mapping[str, Given] | Sequence[Given]

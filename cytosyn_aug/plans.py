@@ -49,7 +49,7 @@ from cytosyn_aug.reading import Loaded, Reader
 from cytosyn_aug.record_edits import moments_edit, variants_to_records
 from cytosyn_aug.run_folder import RunFolder
 from cytosyn_aug.slide_sources import SlideSources, note_slides
-from cytosyn_aug.slide_stain import fit_reference
+from cytosyn_aug.stain.methods import fit_reference
 from cytosyn_aug.unit_work import Run, TileTask
 
 UNIT_TILES = 256

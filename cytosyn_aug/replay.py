@@ -47,7 +47,7 @@ from cytosyn_aug.edits import Edit, check_draws, run_edit
 from cytosyn_aug.images import finite_images
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.schedules import Scheduled, check_scheduled, value_at
-from cytosyn_aug.stain import is_tissue
+from cytosyn_aug.stain.density import is_tissue
 from cytosyn_aug.tile_transform import TileTransform
 
 _MAX_SEED = 2**62

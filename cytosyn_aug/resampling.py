@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from cytosyn_aug.draws import MAX_SEED, Mode
-from cytosyn_aug.editing import resample
 from cytosyn_aug.facts import NO_FACTS, Facts
 from cytosyn_aug.images import check_sides
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.schedules import Probability
 from cytosyn_aug.shared import SharedCount
+from cytosyn_aug.stain.estimate import resample
 from cytosyn_aug.tile_transform import Edit, TileTransform
 
 

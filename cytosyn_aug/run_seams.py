@@ -18,7 +18,7 @@ from cytosyn_aug.images import optical_density
 from cytosyn_aug.manifest import Manifest
 from cytosyn_aug.run_pictures import RunPictures
 from cytosyn_aug.seams import SeamMeter, tile_lines
-from cytosyn_aug.stain import tissue_weight
+from cytosyn_aug.stain.density import tissue_weight
 from cytosyn_aug.tallies import Row, Tally
 
 NUM_SLIDES = 4

@@ -15,11 +15,11 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from cytosyn_aug.colour_table import ColourTable
 from cytosyn_aug.io.slide import Slide, SlideError
 from cytosyn_aug.seams import SeamMeter, TileLines, tile_lines
 from cytosyn_aug.slide_view import SlideView
 from cytosyn_aug.slide_writer import TILE_PX, Codec, halve
+from cytosyn_aug.stain.colour_table import ColourTable
 
 _TRIAL_BLOCKS = 16
 PYRAMID = 4 / 3  # of the finest level, all levels together

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cytosyn_aug.colour import colour_distance
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.io.slide import SLIDE_SUFFIXES, Slide, SlideError
 from cytosyn_aug.io.slide_tiles import candidate_positions, slide_mask
@@ -22,6 +21,7 @@ from cytosyn_aug.io.tissue import TissueConfig
 from cytosyn_aug.manifest import open_manifest
 from cytosyn_aug.run_measures import structure_score
 from cytosyn_aug.slide_recipe import SLIDES_COMMAND
+from cytosyn_aug.stain.colour import colour_distance
 from cytosyn_aug.tissue_colours import ColourDistribution
 from cytosyn_aug.whole_slides import open_written, provenance_of
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 from cytosyn_aug.config import Method, Preserve
-from cytosyn_aug.editing import EditRecipe
 from cytosyn_aug.io.slide import LEAST_MPP, MOST_MPP
 from cytosyn_aug.io.tile_source import MAX_TILES
 from cytosyn_aug.slide_view import Region
 from cytosyn_aug.slide_writer import Codec, Compression
+from cytosyn_aug.stain.estimate import EditRecipe
 
 SLIDES_COMMAND = "normalize-slide"  # as a run of slides names itself in `run.json`
 

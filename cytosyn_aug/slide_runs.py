@@ -27,8 +27,8 @@ from cytosyn_aug.pipeline import Row
 from cytosyn_aug.plans import check_apart, settings_digest
 from cytosyn_aug.run_folder import RunFolder, Unit
 from cytosyn_aug.slide_recipe import SLIDES_COMMAND, SlideRecipe, SlideReport
-from cytosyn_aug.slide_stain import Reference
 from cytosyn_aug.slide_view import SlideView
+from cytosyn_aug.stain.methods import Reference
 from cytosyn_aug.unit_work import Run
 from cytosyn_aug.whole_slides import normalize_in_steps, try_slide
 

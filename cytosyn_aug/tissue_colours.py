@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from cytosyn_aug.images import optical_density
-from cytosyn_aug.reinhard import grey_to_lab, lab_to_grey
-from cytosyn_aug.stain import MIN_TISSUE, tissue_weight
+from cytosyn_aug.stain.density import MIN_TISSUE, tissue_weight
+from cytosyn_aug.stain.reinhard import grey_to_lab, lab_to_grey
 from cytosyn_aug.tallies import Histogram
 
 HAEMATOXYLIN, EOSIN = (0.65, 0.70, 0.29), (0.07, 0.99, 0.11)

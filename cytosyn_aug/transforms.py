@@ -1,8 +1,9 @@
 """torchvision v2 transforms that change the stain of tiles with a tile generator.
 
 The change is estimated by the model, and with `preserve="color"` applied to the original pixels;
-see `cytosyn_aug.editing`. The grammar is that of `cytosyn_aug.tile_transform`: of a list of plain
-tensors only the first is edited, as in torchvision; stack them, or wrap each in `tv_tensors.Image`.
+see `cytosyn_aug.stain.estimate`. The grammar is that of `cytosyn_aug.tile_transform`: of a list of
+plain tensors only the first is edited, as in torchvision; stack them, or wrap each in
+`tv_tensors.Image`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,18 @@ from cytosyn_aug.draws import (
     group_by_laboratory,
     without_laboratory,
 )
-from cytosyn_aug.editing import (
+from cytosyn_aug.facts import LABORATORY, NO_FACTS, Facts, read_fact
+from cytosyn_aug.images import check_sides, num_tiles, open_image
+from cytosyn_aug.model.generator import TileGenerator
+from cytosyn_aug.schedules import Probability, Scheduled, check_scheduled, value_at
+from cytosyn_aug.shared import SharedCount
+from cytosyn_aug.stain.density import (
+    apply_density_map,
+    blend_with_identity,
+    moment_statistics,
+    tissue_moments,
+)
+from cytosyn_aug.stain.estimate import (
     EditRecipe,
     StainEstimate,
     central_tiles,
@@ -35,18 +47,7 @@ from cytosyn_aug.editing import (
     redraw,
     reference_statistics,
 )
-from cytosyn_aug.facts import LABORATORY, NO_FACTS, Facts, read_fact
-from cytosyn_aug.images import check_sides, num_tiles, open_image
-from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.reference import StainReference, check_reference, list_references
-from cytosyn_aug.schedules import Probability, Scheduled, check_scheduled, value_at
-from cytosyn_aug.shared import SharedCount
-from cytosyn_aug.stain import (
-    apply_density_map,
-    blend_with_identity,
-    moment_statistics,
-    tissue_moments,
-)
+from cytosyn_aug.stain.reference import StainReference, check_reference, list_references
 from cytosyn_aug.tile_transform import Edit, TileTransform, missing_fact, warn_once
 
 

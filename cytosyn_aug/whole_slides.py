@@ -30,7 +30,6 @@ from xml.sax.saxutils import unescape
 import numpy as np
 from PIL import Image
 
-from cytosyn_aug.colour_table import ColourTable, Recolour
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.io.files import atomic_file, remove_leftovers
 from cytosyn_aug.io.slide import Slide, SlideError
@@ -38,13 +37,6 @@ from cytosyn_aug.io.tile_source import read_slide_tiles
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.slide_blocks import PYRAMID, BlockMaker, BlockTotals
 from cytosyn_aug.slide_recipe import SlideRecipe, SlideReport
-from cytosyn_aug.slide_stain import (
-    Reference,
-    fit_reference,
-    method_of,
-    recolour_to,
-    reference_digest,
-)
 from cytosyn_aug.slide_view import SlideView
 from cytosyn_aug.slide_writer import (
     SOFTWARE,
@@ -52,6 +44,14 @@ from cytosyn_aug.slide_writer import (
     Codec,
     PyramidWriter,
     level_sizes,
+)
+from cytosyn_aug.stain.colour_table import ColourTable, Recolour
+from cytosyn_aug.stain.methods import (
+    Reference,
+    fit_reference,
+    method_of,
+    recolour_to,
+    reference_digest,
 )
 from cytosyn_aug.threads import in_order
 

@@ -22,14 +22,14 @@ import torch
 from PIL import Image
 
 import cytosyn_aug as ca
-from cytosyn_aug.colour_table import ColourTable
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.demo import load_laboratories
 from cytosyn_aug.io.slide import Slide
 from cytosyn_aug.io.tile_source import read_slide_tiles
 from cytosyn_aug.seams import SeamMeter, tile_lines
-from cytosyn_aug.slide_stain import fit_reference, recolour_to
 from cytosyn_aug.slide_writer import TILE_PX
+from cytosyn_aug.stain.colour_table import ColourTable
+from cytosyn_aug.stain.methods import fit_reference, recolour_to
 
 TILE = TileSpec()
 WINDOW = (3, 4)  # tiles of the picture

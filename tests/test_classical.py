@@ -20,7 +20,7 @@ from cytosyn_aug import (
     StainReference,
 )
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.stain import tissue_moments
+from cytosyn_aug.stain.density import tissue_moments
 
 REFERENCES = (MacenkoReference, ReinhardReference, DensityReference)
 TRANSFORMS = (MacenkoNormalize, ReinhardNormalize, DensityTransport)

@@ -31,7 +31,7 @@ from cytosyn_aug import (
     variants_spec,
 )
 from cytosyn_aug.draws import draw_references, group_by_laboratory
-from cytosyn_aug.stain import pool_moments, tissue_moments
+from cytosyn_aug.stain.density import pool_moments, tissue_moments
 
 FAST = EditRecipe(steps=2)
 CLASSICAL = {

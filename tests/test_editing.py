@@ -3,9 +3,9 @@ import torch
 from conftest import random_parts, synthetic_tiles
 
 from cytosyn_aug import EditRecipe, StainReference
-from cytosyn_aug.editing import redraw, resample
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.stain import apply_density_map, pool_moments, tissue_moments
+from cytosyn_aug.stain.density import apply_density_map, pool_moments, tissue_moments
+from cytosyn_aug.stain.estimate import redraw, resample
 from training.restaining import stain_change
 
 PIXELS_ONLY = EditRecipe(probe_share=0.0)

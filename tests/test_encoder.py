@@ -1,7 +1,7 @@
 import torch
 
 from cytosyn_aug.model.encoder import StainProbe
-from cytosyn_aug.stain import moment_statistics, moments_from_statistics
+from cytosyn_aug.stain.density import moment_statistics, moments_from_statistics
 
 
 def test_the_probe_answers_in_units_of_density():

@@ -10,10 +10,10 @@ from cytosyn_aug import (
     encodings_spec,
     features_cached,
 )
-from cytosyn_aug.editing import redraw
 from cytosyn_aug.model.checkpoint import EMBEDDED_MODEL, load_model
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.model.solvers import bind_student, flow_map, sample_noise
+from cytosyn_aug.stain.estimate import redraw
 
 
 def test_moments_have_the_latent_shape_and_positive_spread(generator, tiles):

@@ -7,8 +7,8 @@ from conftest import synthetic_tiles
 
 from cytosyn_aug import MacenkoNormalize, MacenkoReference
 from cytosyn_aug.images import density_to_grey, optical_density
-from cytosyn_aug.macenko import _OFFSET, WHITE, Stains, estimate_stains, normalising_map
-from cytosyn_aug.stain import apply_density_map
+from cytosyn_aug.stain.density import apply_density_map
+from cytosyn_aug.stain.macenko import _OFFSET, WHITE, Stains, estimate_stains, normalising_map
 
 HAEMATOXYLIN = torch.tensor([0.65, 0.70, 0.29], dtype=torch.float64)
 EOSIN = torch.tensor([0.27, 0.91, 0.32], dtype=torch.float64)

@@ -8,7 +8,7 @@ from conftest import SIZE, synthetic_tiles
 from PIL import Image
 
 from cytosyn_aug import MacenkoReference, StainNormalize, StainReference, StainTransfer, StainViews
-from cytosyn_aug.reference import list_references
+from cytosyn_aug.stain.reference import list_references
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 from conftest import synthetic_tiles
 
 from cytosyn_aug import ReinhardNormalize, ReinhardReference
-from cytosyn_aug.reinhard import grey_to_lab, lab_moments, lab_to_grey, pool_lab_moments
+from cytosyn_aug.stain.reinhard import grey_to_lab, lab_moments, lab_to_grey, pool_lab_moments
 
 
 def test_lab_is_scikit_images():

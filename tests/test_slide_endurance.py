@@ -11,8 +11,8 @@ import pytest
 from conftest import synthetic_tiles, write_slide
 
 from cytosyn_aug import DensityReference, whole_slides
-from cytosyn_aug.colour_table import ColourTable
 from cytosyn_aug.slide_writer import TILE_PX
+from cytosyn_aug.stain.colour_table import ColourTable
 from cytosyn_aug.whole_slides import normalize_slide
 
 pytest.importorskip("tifffile", reason="slides are not normalised")

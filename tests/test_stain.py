@@ -3,7 +3,7 @@ import torch
 from conftest import synthetic_tiles
 
 from cytosyn_aug.images import optical_density
-from cytosyn_aug.stain import (
+from cytosyn_aug.stain.density import (
     MAX_GAIN,
     MIN_TISSUE,
     DensityMap,

@@ -25,9 +25,9 @@ from cytosyn_aug.io.files import atomic_file
 from cytosyn_aug.io.slide import SlideError
 from cytosyn_aug.seams import SeamMeter, tile_lines
 from cytosyn_aug.slide_recipe import SlideRecipe
-from cytosyn_aug.slide_stain import fit_reference, method_of
 from cytosyn_aug.slide_writer import TILE_PX, halve
-from cytosyn_aug.stain import tissue_weight
+from cytosyn_aug.stain.density import tissue_weight
+from cytosyn_aug.stain.methods import fit_reference, method_of
 from cytosyn_aug.whole_slides import normalize_slide
 
 pytest.importorskip("tifffile", reason="normalising slides is not tested")

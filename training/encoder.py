@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from cytosyn_aug.images import images_to_pixels, optical_density
 from cytosyn_aug.model.encoder import StainProbe, TileEncoder
-from cytosyn_aug.stain import (
+from cytosyn_aug.stain.density import (
     DensityMoments,
     moment_statistics,
     pool_moments,

@@ -25,17 +25,10 @@ from scipy.stats import wasserstein_distance
 from skimage.color import rgb2lab
 from torch import Tensor
 
-from cytosyn_aug.editing import (
-    EditRecipe,
-    estimate_stain,
-    match_statistics,
-    reference_statistics,
-)
 from cytosyn_aug.model.flow import interpolate
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.model.solvers import adams_bashforth2, euler, guide, linear_grid, sample_noise
-from cytosyn_aug.reference import StainReference
-from cytosyn_aug.stain import (
+from cytosyn_aug.stain.density import (
     DensityMap,
     apply_density_map,
     density_moments,
@@ -43,6 +36,13 @@ from cytosyn_aug.stain import (
     pooled_density,
     tissue_weight,
 )
+from cytosyn_aug.stain.estimate import (
+    EditRecipe,
+    estimate_stain,
+    match_statistics,
+    reference_statistics,
+)
+from cytosyn_aug.stain.reference import StainReference
 from training.data import TileSet, restain, stain_maps, step_generator
 
 Restain = Callable[[Tensor, Tensor], Tensor]
@@ -114,7 +114,7 @@ def stain_method(
 
     Args:
         generator: The model.
-        probe_share: See `cytosyn_aug.editing.EditRecipe`.
+        probe_share: See `cytosyn_aug.stain.estimate.EditRecipe`.
         by_slide: Whether the source is fitted to all content tiles, or each tile stands alone.
         then: A variant that edits the restained tiles once more, with the transformer.
     """

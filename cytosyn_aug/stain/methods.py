@@ -15,17 +15,13 @@ import torch
 from torch import Tensor
 
 from cytosyn_aug.classical import DensityReference
-from cytosyn_aug.colour_table import Recolour
 from cytosyn_aug.config import Method, TileSpec
-from cytosyn_aug.editing import EditRecipe, reference_statistics
 from cytosyn_aug.images import optical_density
 from cytosyn_aug.io.json_files import record_to_dict
 from cytosyn_aug.io.tile_source import MAX_TILES, TileSource
-from cytosyn_aug.macenko import MacenkoReference, normalising_map
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.reference import StainReference
-from cytosyn_aug.reinhard import ReinhardReference, grey_to_lab, match_colour
-from cytosyn_aug.stain import (
+from cytosyn_aug.stain.colour_table import Recolour
+from cytosyn_aug.stain.density import (
     DensityMap,
     apply_density_map,
     blend_with_identity,
@@ -33,6 +29,10 @@ from cytosyn_aug.stain import (
     moments_from_statistics,
     tissue_weight,
 )
+from cytosyn_aug.stain.estimate import EditRecipe, reference_statistics
+from cytosyn_aug.stain.macenko import MacenkoReference, normalising_map
+from cytosyn_aug.stain.reference import StainReference
+from cytosyn_aug.stain.reinhard import ReinhardReference, grey_to_lab, match_colour
 
 Reference = StainReference | MacenkoReference | ReinhardReference | DensityReference
 

@@ -25,8 +25,7 @@ from cytosyn_aug.model.conditions import Conditions, read_conditions
 from cytosyn_aug.model.flow import interpolate
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.model.solvers import sample_noise
-from cytosyn_aug.reference import StainReference
-from cytosyn_aug.stain import (
+from cytosyn_aug.stain.density import (
     MIN_TISSUE,
     DensityMap,
     DensityMoments,
@@ -37,6 +36,7 @@ from cytosyn_aug.stain import (
     pool_moments,
     tissue_moments,
 )
+from cytosyn_aug.stain.reference import StainReference
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +79,7 @@ class StainEstimate(NamedTuple):
     """The stain of tiles, as nine statistics each.
 
     Attributes:
-        statistics: float64 [B, 9]; see `cytosyn_aug.stain.moment_statistics`.
+        statistics: float64 [B, 9]; see `cytosyn_aug.stain.density.moment_statistics`.
         is_tissue: bool [B]; False where the tile is blank and must be returned as it is.
         is_finite: bool [B]; False where the networks failed, so that the statistics say nothing.
     """
@@ -245,7 +245,7 @@ def redraw_latents(
     """Return the whitened latents [B, C, h, w] of `redraw`, on the generator's device.
 
     For stores of latents: a `ReplayBank`, or a cache of variants. Blank tiles are drawn too; leave
-    them out (`cytosyn_aug.stain.is_tissue`), as those stores do.
+    them out (`cytosyn_aug.stain.density.is_tissue`), as those stores do.
     """
     cls = generator.cls_features(images)
     latents = generator.whiten(generator.encode(images).mean)

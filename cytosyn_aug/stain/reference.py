@@ -24,7 +24,7 @@ from cytosyn_aug.io.files import write_atomically
 from cytosyn_aug.io.tile_source import MAX_TILES, TileSource, read_tiles
 from cytosyn_aug.model.conditions import Conditions, check_finite, read_conditions
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.stain import MIN_TISSUE, DensityMoments, pool_moments, tissue_moments
+from cytosyn_aug.stain.density import MIN_TISSUE, DensityMoments, pool_moments, tissue_moments
 
 FORMAT_VERSION = 1
 _KIND = "cytosyn_aug.StainReference"

@@ -20,7 +20,7 @@ from cytosyn_aug.config import TileSpec, Triple
 from cytosyn_aug.images import optical_density
 from cytosyn_aug.io.json_files import load_record, save_record
 from cytosyn_aug.io.tile_source import MAX_TILES, TileSource, read_tiles
-from cytosyn_aug.stain import MAX_GAIN, MIN_TISSUE, tissue_weight
+from cytosyn_aug.stain.density import MAX_GAIN, MIN_TISSUE, tissue_weight
 
 _XYZ_FROM_RGB = (
     (0.412453, 0.357580, 0.180423),
@@ -137,7 +137,7 @@ def lab_moments(lab: Tensor, weight: Tensor) -> LabMoments:
 
     Args:
         lab: float [B, 3, H, W]; see `grey_to_lab`.
-        weight: float [B, 1, H, W]; see `cytosyn_aug.stain.tissue_weight`.
+        weight: float [B, 1, H, W]; see `cytosyn_aug.stain.density.tissue_weight`.
     """
     total = weight.sum((2, 3), dtype=torch.float64).clamp_min(1e-9)
     mean = (lab * weight).sum((2, 3), dtype=torch.float64) / total

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cytosyn_aug.images import optical_density
-from cytosyn_aug.stain import tissue_weight
+from cytosyn_aug.stain.density import tissue_weight
 
 # Grey levels float [1, 3, H, W] to grey levels of the same shape.
 Recolour = Callable[[Tensor], Tensor]

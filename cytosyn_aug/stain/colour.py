@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from cytosyn_aug.images import optical_density
-from cytosyn_aug.reinhard import grey_to_lab
-from cytosyn_aug.stain import tissue_weight
+from cytosyn_aug.stain.density import tissue_weight
+from cytosyn_aug.stain.reinhard import grey_to_lab
 
 
 def colour_distance(images: Tensor, others: Tensor) -> Tensor:

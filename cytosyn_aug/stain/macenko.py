@@ -2,7 +2,8 @@
 
 Tissue pixels lie near a plane in optical density; the extreme directions in it are the two stains,
 and a high percentile of their concentrations is how strong they are. To normalise is then one
-linear map of optical density for a tile, which `cytosyn_aug.stain` applies as it does every other:
+linear map of optical density for a tile, which `cytosyn_aug.stain.density` applies as it does every
+other:
 glass stays, results are clipped once. Statistics are float64.
 
 Source: Macenko et al. (2009), "A method for normalizing histology slides for quantitative
@@ -27,7 +28,7 @@ from cytosyn_aug.config import TileSpec, Triple
 from cytosyn_aug.images import optical_density
 from cytosyn_aug.io.json_files import load_record, save_record
 from cytosyn_aug.io.tile_source import MAX_TILES, TileSource, read_tiles
-from cytosyn_aug.stain import DARK_TO, DensityMap
+from cytosyn_aug.stain.density import DARK_TO, DensityMap
 
 # Transmitted light, least optical density of tissue and percentile, as published.
 WHITE = 240.0

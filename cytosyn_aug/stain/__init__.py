@@ -1,0 +1,1 @@
+"""How tissue is stained: statistics, references, and colour maps that move no nucleus."""
