@@ -9,8 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cytosyn_aug.cache import LatentCache
-    from cytosyn_aug.cache_spec import CacheSpec, Field
+    from cytosyn_aug.cache.encodings import (
+        encode_cached,
+        encodings_spec,
+        features_cached,
+        fill_encodings,
+    )
+    from cytosyn_aug.cache.spec import CacheSpec, Field
+    from cytosyn_aug.cache.store import LatentCache
     from cytosyn_aug.classical import (
         DensityReference,
         DensityTransport,
@@ -18,7 +24,6 @@ if TYPE_CHECKING:
         ReinhardNormalize,
     )
     from cytosyn_aug.config import TileSpec
-    from cytosyn_aug.encodings import encode_cached, encodings_spec, features_cached, fill_encodings
     from cytosyn_aug.filling import fill_variants, variants_spec
     from cytosyn_aug.images import tile_key
     from cytosyn_aug.model.conditions import FeatureTable
@@ -40,7 +45,7 @@ if TYPE_CHECKING:
     from cytosyn_aug.whole_slides import normalize_slide
 
 _HOMES = {
-    "CacheSpec": "cache_spec",
+    "CacheSpec": "cache.spec",
     "CachedVariants": "variants",
     "ConditionedResample": "resampling",
     "DensityReference": "classical",
@@ -48,8 +53,8 @@ _HOMES = {
     "EditRecipe": "stain.estimate",
     "FeatureTable": "model.conditions",
     "Features": "model.encoder",
-    "Field": "cache_spec",
-    "LatentCache": "cache",
+    "Field": "cache.spec",
+    "LatentCache": "cache.store",
     "LatentVariant": "variants",
     "MacenkoNormalize": "classical",
     "MacenkoReference": "stain.macenko",
@@ -66,11 +71,11 @@ _HOMES = {
     "StainViews": "views",
     "TileGenerator": "model.generator",
     "TileSpec": "config",
-    "encode_cached": "encodings",
-    "features_cached": "encodings",
-    "fill_encodings": "encodings",
+    "encode_cached": "cache.encodings",
+    "features_cached": "cache.encodings",
+    "fill_encodings": "cache.encodings",
     "fill_variants": "filling",
-    "encodings_spec": "encodings",
+    "encodings_spec": "cache.encodings",
     "is_tissue": "stain.density",
     "normalize_slide": "whole_slides",
     "plan_memory": "model.memory",

@@ -13,7 +13,7 @@ from typing import Any, Generic, Literal, TypeVar
 from torch import Tensor
 
 from cytosyn_aug import classical, resampling, transforms, variants
-from cytosyn_aug.cache import LatentCache
+from cytosyn_aug.cache.store import LatentCache
 from cytosyn_aug.classical import DensityReference
 from cytosyn_aug.config import Preserve
 from cytosyn_aug.draws import Mode, Sampling

@@ -11,12 +11,18 @@ import torch
 from torch import Tensor
 
 from cytosyn_aug.autocast import isolated
-from cytosyn_aug.cache import LatentCache
-from cytosyn_aug.cache_spec import CacheSpec, Field
+from cytosyn_aug.cache.diagnosis import THUMBNAIL, thumbnails
+from cytosyn_aug.cache.encodings import (
+    Filled,
+    check_filler,
+    first_rows,
+    warn_of_failed,
+    write_recipe,
+)
+from cytosyn_aug.cache.spec import CacheSpec, Field
+from cytosyn_aug.cache.store import LatentCache
 from cytosyn_aug.edits import Edit, describe_edits, run_edit
-from cytosyn_aug.encodings import Filled, check_filler, first_rows, warn_of_failed, write_recipe
 from cytosyn_aug.images import tile_key
-from cytosyn_aug.misses import THUMBNAIL, thumbnails
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.stain.density import is_tissue
 from cytosyn_aug.tile_transform import TileTransform

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from cytosyn_aug.cache import LatentCache
+from cytosyn_aug.cache.encodings import Contents
+from cytosyn_aug.cache.store import LatentCache
 from cytosyn_aug.config import Method, Preserve
-from cytosyn_aug.encodings import Contents
 from cytosyn_aug.laboratories import Given, References
 from cytosyn_aug.listing import InputKind
 from cytosyn_aug.model.conditions import Conditions

@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cytosyn_aug.cache import LatentCache
-from cytosyn_aug.cache_spec import (
+from cytosyn_aug.cache.spec import (
     CACHE_NAME,
     SHARD_FOLDER,
     CacheSpec,
     check_equal,
     read_spec,
 )
+from cytosyn_aug.cache.store import LatentCache
 from cytosyn_aug.io.files import atomic_file, check_inside, flush_folder, refuse_links
 from cytosyn_aug.io.image_files import encode_png, encode_webp
 from cytosyn_aug.io.tar_files import ShardWriter

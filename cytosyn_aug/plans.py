@@ -20,8 +20,8 @@ from cytosyn_aug.batch_edits import (
     sample_edit,
     size_check,
 )
-from cytosyn_aug.cache_spec import CacheSpec
-from cytosyn_aug.encodings import Contents, encodings_spec
+from cytosyn_aug.cache.encodings import Contents, encodings_spec
+from cytosyn_aug.cache.spec import CacheSpec
 from cytosyn_aug.filling import records_spec
 from cytosyn_aug.inputs import list_inputs
 from cytosyn_aug.laboratories import (

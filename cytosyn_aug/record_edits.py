@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from cytosyn_aug.batch_edits import Edit, Edited, stack_tiles
-from cytosyn_aug.encodings import Contents
-from cytosyn_aug.misses import THUMBNAIL, thumbnails
+from cytosyn_aug.cache.diagnosis import THUMBNAIL, thumbnails
+from cytosyn_aug.cache.encodings import Contents
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.reading import Loaded
 
@@ -36,7 +36,7 @@ def variants_to_records(generator: TileGenerator, edit: Edit, *, is_latent: bool
 
 
 def moments_edit(generator: TileGenerator, contents: Sequence[Contents]) -> Edit:
-    """Return the edit that leaves tiles alone and computes `cytosyn_aug.encodings.encodings_spec`.
+    """Return the edit that leaves tiles alone and computes their moments or features.
 
     Args:
         generator: The model.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cytosyn_aug.cache import LatentCache
+from cytosyn_aug.cache.store import LatentCache
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.io.image_files import ItemError, read_picture
 from cytosyn_aug.io.tar_files import Member, list_members

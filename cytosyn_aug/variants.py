@@ -13,9 +13,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from cytosyn_aug.cache import LatentCache
+from cytosyn_aug.cache.diagnosis import explain_miss
+from cytosyn_aug.cache.encodings import check_model
+from cytosyn_aug.cache.store import LatentCache
 from cytosyn_aug.draws import Mode
-from cytosyn_aug.encodings import check_model
 from cytosyn_aug.facts import NO_FACTS, Facts
 from cytosyn_aug.images import (
     check_image,
@@ -24,7 +25,6 @@ from cytosyn_aug.images import (
     pixels_to_images,
     tile_key,
 )
-from cytosyn_aug.misses import explain_miss
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.schedules import Probability
 from cytosyn_aug.shared import SharedCount

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cytosyn_aug.cache import LatentCache
+from cytosyn_aug.cache.store import LatentCache
 from cytosyn_aug.classical import DensityReference
 from cytosyn_aug.io.json_files import record_from_dict, record_to_dict
 from cytosyn_aug.model.generator import TileGenerator

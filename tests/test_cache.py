@@ -23,9 +23,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from torch.utils.data import DataLoader, Dataset
 
-from cytosyn_aug import index, records, upkeep
-from cytosyn_aug.cache import LatentCache
-from cytosyn_aug.cache_spec import CACHE_NAME, SHARD_FOLDER, CacheSpec, Field
+from cytosyn_aug.cache import index, records
+from cytosyn_aug.cache import maintenance as upkeep
+from cytosyn_aug.cache.spec import CACHE_NAME, SHARD_FOLDER, CacheSpec, Field
+from cytosyn_aug.cache.store import LatentCache
 from cytosyn_aug.config import TileSpec
 
 SPEC = CacheSpec(
@@ -630,7 +631,7 @@ def test_a_script_that_ends_writes_what_it_holds(tmp_path, ending):
         pass
     code = (
         "import sys, torch\n"
-        "from cytosyn_aug.cache import LatentCache\n"
+        "from cytosyn_aug.cache.store import LatentCache\n"
         "cache = LatentCache.open(sys.argv[1])\n"
         "fields = {'latents': torch.ones(1, 2, 3), 'flag': torch.ones(1, dtype=torch.uint8)}\n"
         "cache.put(['ab' * 32], fields)\n" + ending

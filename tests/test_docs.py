@@ -13,12 +13,12 @@ from python_process import start_python
 
 ROOT = Path(__file__).parent.parent
 MODULES = [
-    "cytosyn_aug.cache",
-    "cytosyn_aug.cache_spec",
+    "cytosyn_aug.cache.store",
+    "cytosyn_aug.cache.spec",
     "cytosyn_aug.classical",
     "cytosyn_aug.model.conditions",
     "cytosyn_aug.stain.estimate",
-    "cytosyn_aug.encodings",
+    "cytosyn_aug.cache.encodings",
     "cytosyn_aug.filling",
     "cytosyn_aug.model.generator",
     "cytosyn_aug.stain.macenko",

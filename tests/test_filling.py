@@ -23,9 +23,14 @@ from cytosyn_aug import (
     StainReference,
     StainTransfer,
     StainViews,
-    records,
 )
-from cytosyn_aug.encodings import encode_cached, encodings_spec, features_cached, fill_encodings
+from cytosyn_aug.cache import records
+from cytosyn_aug.cache.encodings import (
+    encode_cached,
+    encodings_spec,
+    features_cached,
+    fill_encodings,
+)
 from cytosyn_aug.filling import derive_seed, fill_variants, variants_spec
 from cytosyn_aug.images import tile_key
 

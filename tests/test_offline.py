@@ -14,8 +14,8 @@ from PIL import Image
 
 import cytosyn_aug
 from cytosyn_aug import offline
-from cytosyn_aug.cache import LatentCache
-from cytosyn_aug.encodings import features_cached
+from cytosyn_aug.cache.encodings import features_cached
+from cytosyn_aug.cache.store import LatentCache
 from cytosyn_aug.images import tile_key
 from cytosyn_aug.running import Work
 from cytosyn_aug.variants import CachedVariants

@@ -20,7 +20,7 @@ from test_offline import QUIET, augment, digest, rows
 from test_offline_runs import command
 
 from cytosyn_aug import StainReference, offline, plans, ray_actors, running
-from cytosyn_aug.cache import LatentCache
+from cytosyn_aug.cache.store import LatentCache
 from cytosyn_aug.cli import main
 from cytosyn_aug.offline_recipes import NormalizeRecipe, SampleRecipe
 from cytosyn_aug.plans import Tiles

@@ -24,7 +24,7 @@ from python_process import start_python
 from test_offline import QUIET, augment, digest, rows
 
 from cytosyn_aug import TileGenerator, offline
-from cytosyn_aug.cache import LatentCache
+from cytosyn_aug.cache.store import LatentCache
 from cytosyn_aug.cli import main, parse
 from cytosyn_aug.running import Work
 

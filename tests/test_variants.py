@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 
 from cytosyn_aug import CachedVariants, LatentCache, Ramp
-from cytosyn_aug.cache_spec import SHARD_FOLDER
-from cytosyn_aug.encodings import encodings_spec
+from cytosyn_aug.cache.diagnosis import explain_miss
+from cytosyn_aug.cache.encodings import encodings_spec
+from cytosyn_aug.cache.spec import SHARD_FOLDER
 from cytosyn_aug.filling import fill_variants, variants_spec
 from cytosyn_aug.images import open_tiles, tile_key
-from cytosyn_aug.misses import explain_miss
 
 EDITS = [lambda images, _: images // 2, lambda images, _: 255 - images]
 NUM = 6

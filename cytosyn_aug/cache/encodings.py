@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from cytosyn_aug.autocast import isolated
-from cytosyn_aug.cache import LatentCache, Records
-from cytosyn_aug.cache_spec import CacheSpec, Field
+from cytosyn_aug.cache.diagnosis import THUMBNAIL, thumbnails
+from cytosyn_aug.cache.spec import CacheSpec, Field
+from cytosyn_aug.cache.store import LatentCache, Records
 from cytosyn_aug.images import tile_key
-from cytosyn_aug.misses import THUMBNAIL, thumbnails
 from cytosyn_aug.model.generator import Moments, TileGenerator
 
 Contents = Literal["moments", "features"]

@@ -1,7 +1,7 @@
 """LatentCache: what a model computed for a tile, found again by the tile's own pixels.
 
     FOLDER/cache.json                   specification and its digest; written first, never changed
-    FOLDER/shards/<time>-<random>.safetensors   write-once records, see `cytosyn_aug.records`
+    FOLDER/shards/<time>-<random>.safetensors   write-once records, see `cytosyn_aug.cache.records`
     FOLDER/index.safetensors            where records are; written by `compact`, may be missing
 
 Any number of processes, on any number of machines, read and write at once: each writer makes files
@@ -30,8 +30,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cytosyn_aug import upkeep
-from cytosyn_aug.cache_spec import (
+from cytosyn_aug.cache import maintenance as upkeep
+from cytosyn_aug.cache.index import Index, Place, ShardPool
+from cytosyn_aug.cache.records import Tag
+from cytosyn_aug.cache.spec import (
     CACHE_NAME,
     KEY_BYTES,
     CacheSpec,
@@ -39,9 +41,7 @@ from cytosyn_aug.cache_spec import (
     create_cache,
     read_spec,
 )
-from cytosyn_aug.index import Index, Place, ShardPool
-from cytosyn_aug.records import Tag
-from cytosyn_aug.waiting import WaitingRecords
+from cytosyn_aug.cache.waiting import WaitingRecords
 
 
 class Records(NamedTuple):
@@ -70,7 +70,7 @@ class LatentCache:
 
     Example:
         >>> import tempfile
-        >>> from cytosyn_aug.cache_spec import CacheSpec, Field
+        >>> from cytosyn_aug.cache.spec import CacheSpec, Field
         >>> from cytosyn_aug.config import TileSpec
         >>> fields = (Field("cls", (3,), "float32"),)
         >>> spec = CacheSpec(tile=TileSpec(), fields=fields, model_digest="0123456789abcdef")
@@ -220,7 +220,7 @@ class LatentCache:
     def compact(
         self, *, max_shard_bytes: int = 1 << 30, keeps_old: bool = False
     ) -> upkeep.Compaction:
-        """Merge small shards, drop damaged and duplicate records; see `cytosyn_aug.upkeep`."""
+        """Merge small shards and drop damaged and duplicate records."""
         self.flush()
         done = upkeep.compact(
             self.folder, self.spec, max_shard_bytes=max_shard_bytes, keeps_old=keeps_old

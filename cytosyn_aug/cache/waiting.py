@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cytosyn_aug.cache_spec import SHARD_FOLDER, CacheSpec
-from cytosyn_aug.records import RecordBuffer, Tag, write_shard
+from cytosyn_aug.cache.records import RecordBuffer, Tag, write_shard
+from cytosyn_aug.cache.spec import SHARD_FOLDER, CacheSpec
 
 MAX_SECONDS = 60.0
 _ADVICE = "make room or give a folder that can be written, and run again for what is missing"

@@ -27,7 +27,7 @@ KEY_BYTES = 32
 MAX_VARIANTS = 1 << 16
 _KIND = "cytosyn_aug.LatentCache"
 _OWN_NAMES = ("words", "checksums", "variants", "keys")
-_ENTRY_BYTES = 8 + 4 + 2 + KEY_BYTES  # of `_OWN_NAMES`; see `cytosyn_aug.records`
+_ENTRY_BYTES = 8 + 4 + 2 + KEY_BYTES  # of `_OWN_NAMES`; see `cytosyn_aug.cache.records`
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cytosyn_aug.cache_spec import SHARD_FOLDER, CacheSpec
-from cytosyn_aug.records import SHARD_SUFFIX, Shard, Tag, tag_word
-from cytosyn_aug.tensor_files import map_tensors, write_tensors
+from cytosyn_aug.cache.records import SHARD_SUFFIX, Shard, Tag, tag_word
+from cytosyn_aug.cache.spec import SHARD_FOLDER, CacheSpec
+from cytosyn_aug.cache.tensor_files import map_tensors, write_tensors
 
 INDEX_NAME = "index.safetensors"
 ENTRY_BYTES = 8 + 4 + 4

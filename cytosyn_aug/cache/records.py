@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cytosyn_aug.cache_spec import FORMAT_VERSION, KEY_BYTES, CacheSpec
-from cytosyn_aug.tensor_files import map_tensors, write_tensors
+from cytosyn_aug.cache.spec import FORMAT_VERSION, KEY_BYTES, CacheSpec
+from cytosyn_aug.cache.tensor_files import map_tensors, write_tensors
 
 SHARD_SUFFIX = ".safetensors"
 # Odd, so that multiplying by it modulo 2 ** 64 maps distinct variants to distinct words.

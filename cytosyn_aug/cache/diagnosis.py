@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cytosyn_aug.cache import LatentCache
-from cytosyn_aug.cache_spec import SHARD_FOLDER, Field
+from cytosyn_aug.cache.index import list_shards
+from cytosyn_aug.cache.records import Shard
+from cytosyn_aug.cache.spec import SHARD_FOLDER, Field
+from cytosyn_aug.cache.store import LatentCache
 from cytosyn_aug.images import tile_key
-from cytosyn_aug.index import list_shards
-from cytosyn_aug.records import Shard
 
 THUMBNAIL = Field("thumbnail", (3, 4, 4), "uint8")
 # Mean difference of thumbnails in grey levels. Decoders differ by a few levels in single pixels,

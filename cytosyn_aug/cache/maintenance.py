@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cytosyn_aug.cache_spec import SHARD_FOLDER, CacheSpec
-from cytosyn_aug.index import (
+from cytosyn_aug.cache.index import (
     INDEX_NAME,
     ShardPool,
     Table,
@@ -23,7 +22,8 @@ from cytosyn_aug.index import (
     merge_tables,
     save_index,
 )
-from cytosyn_aug.records import RecordBuffer, Shard, record_words, write_shard
+from cytosyn_aug.cache.records import RecordBuffer, Shard, record_words, write_shard
+from cytosyn_aug.cache.spec import SHARD_FOLDER, CacheSpec
 
 LOCK_NAME = "compacting.lock"
 _RETIRED = ".retired-"

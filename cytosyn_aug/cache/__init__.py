@@ -1,0 +1,1 @@
+"""Records found by the pixels of a tile."""
