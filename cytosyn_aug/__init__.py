@@ -17,71 +17,71 @@ if TYPE_CHECKING:
     )
     from cytosyn_aug.cache.spec import CacheSpec, Field
     from cytosyn_aug.cache.store import LatentCache
-    from cytosyn_aug.classical import (
-        DensityReference,
-        DensityTransport,
-        MacenkoNormalize,
-        ReinhardNormalize,
-    )
     from cytosyn_aug.config import TileSpec
-    from cytosyn_aug.filling import fill_variants, variants_spec
     from cytosyn_aug.images import tile_key
     from cytosyn_aug.model.conditions import FeatureTable
     from cytosyn_aug.model.encoder import Features
     from cytosyn_aug.model.generator import TileGenerator
     from cytosyn_aug.model.memory import MemoryPlan, plan_memory
-    from cytosyn_aug.replay import ReplayBank
-    from cytosyn_aug.resampling import ConditionedResample
-    from cytosyn_aug.schedules import Ramp
     from cytosyn_aug.slide_recipe import SlideRecipe, SlideReport
     from cytosyn_aug.stain.density import is_tissue
     from cytosyn_aug.stain.estimate import EditRecipe, redraw_latents
     from cytosyn_aug.stain.macenko import MacenkoReference
     from cytosyn_aug.stain.reference import StainReference
     from cytosyn_aug.stain.reinhard import ReinhardReference
-    from cytosyn_aug.transforms import StainNormalize, StainTransfer
-    from cytosyn_aug.variants import CachedVariants, LatentVariant
-    from cytosyn_aug.views import StainViews
+    from cytosyn_aug.transforms.cached_variants import CachedVariants, LatentVariant
+    from cytosyn_aug.transforms.classical import (
+        DensityReference,
+        DensityTransport,
+        MacenkoNormalize,
+        ReinhardNormalize,
+    )
+    from cytosyn_aug.transforms.replay import ReplayBank
+    from cytosyn_aug.transforms.resample import ConditionedResample
+    from cytosyn_aug.transforms.schedules import Ramp
+    from cytosyn_aug.transforms.stain_transfer import StainNormalize, StainTransfer
+    from cytosyn_aug.transforms.stain_views import StainViews
+    from cytosyn_aug.transforms.variants import fill_variants, variants_spec
     from cytosyn_aug.whole_slides import normalize_slide
 
 _HOMES = {
     "CacheSpec": "cache.spec",
-    "CachedVariants": "variants",
-    "ConditionedResample": "resampling",
-    "DensityReference": "classical",
-    "DensityTransport": "classical",
+    "CachedVariants": "transforms.cached_variants",
+    "ConditionedResample": "transforms.resample",
+    "DensityReference": "transforms.classical",
+    "DensityTransport": "transforms.classical",
     "EditRecipe": "stain.estimate",
     "FeatureTable": "model.conditions",
     "Features": "model.encoder",
     "Field": "cache.spec",
     "LatentCache": "cache.store",
-    "LatentVariant": "variants",
-    "MacenkoNormalize": "classical",
+    "LatentVariant": "transforms.cached_variants",
+    "MacenkoNormalize": "transforms.classical",
     "MacenkoReference": "stain.macenko",
     "MemoryPlan": "model.memory",
-    "Ramp": "schedules",
-    "ReinhardNormalize": "classical",
+    "Ramp": "transforms.schedules",
+    "ReinhardNormalize": "transforms.classical",
     "ReinhardReference": "stain.reinhard",
-    "ReplayBank": "replay",
+    "ReplayBank": "transforms.replay",
     "SlideRecipe": "slide_recipe",
     "SlideReport": "slide_recipe",
-    "StainNormalize": "transforms",
+    "StainNormalize": "transforms.stain_transfer",
     "StainReference": "stain.reference",
-    "StainTransfer": "transforms",
-    "StainViews": "views",
+    "StainTransfer": "transforms.stain_transfer",
+    "StainViews": "transforms.stain_views",
     "TileGenerator": "model.generator",
     "TileSpec": "config",
     "encode_cached": "cache.encodings",
     "features_cached": "cache.encodings",
     "fill_encodings": "cache.encodings",
-    "fill_variants": "filling",
+    "fill_variants": "transforms.variants",
     "encodings_spec": "cache.encodings",
     "is_tissue": "stain.density",
     "normalize_slide": "whole_slides",
     "plan_memory": "model.memory",
     "redraw_latents": "stain.estimate",
     "tile_key": "images",
-    "variants_spec": "filling",
+    "variants_spec": "transforms.variants",
 }
 
 __all__ = [

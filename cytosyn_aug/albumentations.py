@@ -12,19 +12,22 @@ from typing import Any, Generic, Literal, TypeVar
 
 from torch import Tensor
 
-from cytosyn_aug import classical, resampling, transforms, variants
 from cytosyn_aug.cache.store import LatentCache
-from cytosyn_aug.classical import DensityReference
 from cytosyn_aug.config import Preserve
-from cytosyn_aug.draws import Mode, Sampling
 from cytosyn_aug.image_transform import TileImageTransform
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.schedules import Probability, Scheduled
 from cytosyn_aug.stain.estimate import EditRecipe
 from cytosyn_aug.stain.macenko import MacenkoReference
 from cytosyn_aug.stain.reference import StainReference, check_reference, list_references
 from cytosyn_aug.stain.reinhard import ReinhardReference
-from cytosyn_aug.written import read_argument
+from cytosyn_aug.transforms import cached_variants as variants
+from cytosyn_aug.transforms import classical
+from cytosyn_aug.transforms import resample as resampling
+from cytosyn_aug.transforms import stain_transfer as transforms
+from cytosyn_aug.transforms.classical import DensityReference
+from cytosyn_aug.transforms.draws import Mode, Sampling
+from cytosyn_aug.transforms.schedules import Probability, Scheduled
+from cytosyn_aug.transforms.serialization import read_argument
 
 Reference = TypeVar("Reference")
 

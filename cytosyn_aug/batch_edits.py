@@ -15,13 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cytosyn_aug.classical import (
-    DensityTransport,
-    MacenkoNormalize,
-    ReinhardNormalize,
-)
 from cytosyn_aug.config import Method
-from cytosyn_aug.filling import derive_seed
 from cytosyn_aug.images import pixels_to_images
 from cytosyn_aug.io.image_files import ItemError
 from cytosyn_aug.model.generator import TileGenerator
@@ -41,7 +35,13 @@ from cytosyn_aug.stain.estimate import (
     resample,
 )
 from cytosyn_aug.stain.reference import StainReference
-from cytosyn_aug.tile_transform import TileTransform
+from cytosyn_aug.transforms.classical import (
+    DensityTransport,
+    MacenkoNormalize,
+    ReinhardNormalize,
+)
+from cytosyn_aug.transforms.tile_transform import TileTransform
+from cytosyn_aug.transforms.variants import derive_seed
 
 Sources = Callable[[str], Any]  # from a slide's name to its Reference, or None; Any: of one kind
 _SEED_RANGE = float(1 << 62)

@@ -20,7 +20,7 @@ from cytosyn_aug.io.files import write_atomically
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.stain.density import tissue_moments
 from cytosyn_aug.stain.reference import StainReference
-from cytosyn_aug.transforms import StainNormalize
+from cytosyn_aug.transforms.stain_transfer import StainNormalize
 
 SAMPLES = Path(__file__).parent / "samples"
 LABORATORIES = {

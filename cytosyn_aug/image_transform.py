@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cytosyn_aug.facts import LABEL, LABORATORY, SLIDE
-from cytosyn_aug.schedules import Probability, Ramp, check_probability, value_at
 from cytosyn_aug.stain.estimate import EditRecipe
-from cytosyn_aug.tile_transform import TileTransform
-from cytosyn_aug.written import write_argument
+from cytosyn_aug.transforms.sample_metadata import LABEL, LABORATORY, SLIDE
+from cytosyn_aug.transforms.schedules import Probability, Ramp, check_probability, value_at
+from cytosyn_aug.transforms.serialization import write_argument
+from cytosyn_aug.transforms.tile_transform import TileTransform
 
 try:
     import albumentations

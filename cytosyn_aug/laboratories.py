@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cytosyn_aug.classical import DensityReference
 from cytosyn_aug.config import Method
 from cytosyn_aug.images import density_to_grey
 from cytosyn_aug.io.slide import Slide
@@ -24,6 +23,7 @@ from cytosyn_aug.stain.density import DensityMoments, pool_moments
 from cytosyn_aug.stain.methods import KINDS, Reference, fit_reference
 from cytosyn_aug.stain.reference import StainReference
 from cytosyn_aug.stain.reinhard import ReinhardReference, lab_to_grey
+from cytosyn_aug.transforms.classical import DensityReference
 
 Given = Reference | Path | str | Sequence[Path | str]
 References = Mapping[str, Given] | Sequence[Given]

@@ -83,7 +83,7 @@ class NormalizeRecipe:
 
     Attributes:
         method: "cytosyn" reads the stain with the model's probe; "macenko", "reinhard" and
-            "transport" are those of `cytosyn_aug.classical`, without a network.
+            "transport" are those of `cytosyn_aug.transforms.classical`, without a network.
         source: Whose stain is changed: that of each "tile", or of its "slide", where its name or a
             table says which that is.
         strength: 1 goes to the reference, 0 stays.

@@ -208,7 +208,7 @@ class TarOutput:
 
 
 class CacheOutput:
-    """Records of a cache of variants, see `cytosyn_aug.variants`.
+    """Records of a cache of variants, see `cytosyn_aug.transforms.cached_variants`.
 
     Args:
         cache: Made with `records_spec`.

@@ -22,7 +22,6 @@ from cytosyn_aug.batch_edits import (
 )
 from cytosyn_aug.cache.encodings import Contents, encodings_spec
 from cytosyn_aug.cache.spec import CacheSpec
-from cytosyn_aug.filling import records_spec
 from cytosyn_aug.inputs import list_inputs
 from cytosyn_aug.laboratories import (
     References,
@@ -50,6 +49,7 @@ from cytosyn_aug.record_edits import moments_edit, variants_to_records
 from cytosyn_aug.run_folder import RunFolder
 from cytosyn_aug.slide_sources import SlideSources, note_slides
 from cytosyn_aug.stain.methods import fit_reference
+from cytosyn_aug.transforms.variants import records_spec
 from cytosyn_aug.unit_work import Run, TileTask
 
 UNIT_TILES = 256

@@ -14,7 +14,7 @@ from cytosyn_aug.reading import Loaded
 
 
 def variants_to_records(generator: TileGenerator, edit: Edit, *, is_latent: bool) -> Edit:
-    """Return an edit that adds what `cytosyn_aug.filling.variants_spec` asks for but images.
+    """Return an edit that adds the fields of a cache of variants, but for images.
 
     Args:
         generator: The model.

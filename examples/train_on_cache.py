@@ -6,7 +6,7 @@ cached: every tile gets two restained variants, written to CACHE before training
 look them up, and no network runs in the loop. Training without them is printed beside it.
 replay: a bank in the training process makes a variant of a tile when it must, and uses it four
 times; the variants are new tiles drawn by the diffusion model. What a step costs is printed beside
-the formula of `cytosyn_aug.replay`.
+the formula of `cytosyn_aug.transforms.replay`.
 All print the accuracy on tiles of other laboratories (examples/tumour_tiles.py).
 """
 

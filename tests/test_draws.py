@@ -30,8 +30,8 @@ from cytosyn_aug import (
     fill_variants,
     variants_spec,
 )
-from cytosyn_aug.draws import draw_references, group_by_laboratory
 from cytosyn_aug.stain.density import pool_moments, tissue_moments
+from cytosyn_aug.transforms.draws import draw_references, group_by_laboratory
 
 FAST = EditRecipe(steps=2)
 CLASSICAL = {

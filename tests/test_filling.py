@@ -31,8 +31,8 @@ from cytosyn_aug.cache.encodings import (
     features_cached,
     fill_encodings,
 )
-from cytosyn_aug.filling import derive_seed, fill_variants, variants_spec
 from cytosyn_aug.images import tile_key
+from cytosyn_aug.transforms.variants import derive_seed, fill_variants, variants_spec
 
 BOTH = ["moments", "features"]
 

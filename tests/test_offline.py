@@ -18,7 +18,7 @@ from cytosyn_aug.cache.encodings import features_cached
 from cytosyn_aug.cache.store import LatentCache
 from cytosyn_aug.images import tile_key
 from cytosyn_aug.running import Work
-from cytosyn_aug.variants import CachedVariants
+from cytosyn_aug.transforms.cached_variants import CachedVariants
 
 QUIET = Work(progress=False)
 

@@ -19,10 +19,10 @@ from cytosyn_aug import (
     StainTransfer,
     StainViews,
 )
-from cytosyn_aug.edits import run_edit
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.replay import ReplayBank, ReplayCounts
-from cytosyn_aug.schedules import Ramp
+from cytosyn_aug.transforms.edits import run_edit
+from cytosyn_aug.transforms.replay import ReplayBank, ReplayCounts
+from cytosyn_aug.transforms.schedules import Ramp
 
 
 @pytest.fixture(scope="module")

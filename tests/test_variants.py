@@ -18,8 +18,8 @@ from cytosyn_aug import CachedVariants, LatentCache, Ramp
 from cytosyn_aug.cache.diagnosis import explain_miss
 from cytosyn_aug.cache.encodings import encodings_spec
 from cytosyn_aug.cache.spec import SHARD_FOLDER
-from cytosyn_aug.filling import fill_variants, variants_spec
 from cytosyn_aug.images import open_tiles, tile_key
+from cytosyn_aug.transforms.variants import fill_variants, variants_spec
 
 EDITS = [lambda images, _: images // 2, lambda images, _: 255 - images]
 NUM = 6

@@ -1,8 +1,8 @@
 """Why a tile is not in a cache: found out by its size, its variants and a thumbnail of it.
 
 A cache is addressed by exact pixels, so a crop, a flip or another JPEG decoder before the look-up
-makes every tile a miss. Records made by `cytosyn_aug.filling` carry a thumbnail of their tile,
-which such changes leave recognisable.
+makes every tile a miss. Records made by `cytosyn_aug.transforms.variants` carry a thumbnail of
+their tile, which such changes leave recognisable.
 """
 
 from __future__ import annotations

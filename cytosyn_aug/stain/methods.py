@@ -14,7 +14,6 @@ import json
 import torch
 from torch import Tensor
 
-from cytosyn_aug.classical import DensityReference
 from cytosyn_aug.config import Method, TileSpec
 from cytosyn_aug.images import optical_density
 from cytosyn_aug.io.json_files import record_to_dict
@@ -33,6 +32,7 @@ from cytosyn_aug.stain.estimate import EditRecipe, reference_statistics
 from cytosyn_aug.stain.macenko import MacenkoReference, normalising_map
 from cytosyn_aug.stain.reference import StainReference
 from cytosyn_aug.stain.reinhard import ReinhardReference, grey_to_lab, match_colour
+from cytosyn_aug.transforms.classical import DensityReference
 
 Reference = StainReference | MacenkoReference | ReinhardReference | DensityReference
 

@@ -16,8 +16,6 @@ from torch import Tensor
 from cytosyn_aug.cache.diagnosis import explain_miss
 from cytosyn_aug.cache.encodings import check_model
 from cytosyn_aug.cache.store import LatentCache
-from cytosyn_aug.draws import Mode
-from cytosyn_aug.facts import NO_FACTS, Facts
 from cytosyn_aug.images import (
     check_image,
     num_tiles,
@@ -26,9 +24,11 @@ from cytosyn_aug.images import (
     tile_key,
 )
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.schedules import Probability
-from cytosyn_aug.shared import SharedCount
-from cytosyn_aug.tile_transform import TileTransform
+from cytosyn_aug.transforms.draws import Mode
+from cytosyn_aug.transforms.sample_metadata import NO_FACTS, Facts
+from cytosyn_aug.transforms.schedules import Probability
+from cytosyn_aug.transforms.tile_transform import TileTransform
+from cytosyn_aug.transforms.worker_state import SharedCount
 
 
 class LatentVariant(NamedTuple):
@@ -65,7 +65,7 @@ class CachedVariants(TileTransform):
     pixels, because tiles are found by theirs, uint8 or float of any type. With a cache of latents
     it goes last, gives a `LatentVariant` for every tile, and `decode` follows after collation.
 
-    Does not support: filling the cache (`cytosyn_aug.filling`), and caches of moments.
+    Does not support: filling the cache (`cytosyn_aug.transforms.variants`), and caches of moments.
 
     Args:
         cache: Filled by `fill_variants`.

@@ -22,8 +22,6 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from cytosyn_aug.autocast import isolated
-from cytosyn_aug.draws import MAX_SEED, Mode, slide_generator
-from cytosyn_aug.facts import NO_FACTS, SLIDE, Facts, read_fact, read_labels
 from cytosyn_aug.images import (
     check_image,
     is_image_tensor,
@@ -32,8 +30,10 @@ from cytosyn_aug.images import (
     sides_of,
     tile_key,
 )
-from cytosyn_aug.schedules import Probability, Ramp, check_probability, probabilities
-from cytosyn_aug.shared import SharedCount, SharedEpoch
+from cytosyn_aug.transforms.draws import MAX_SEED, Mode, slide_generator
+from cytosyn_aug.transforms.sample_metadata import NO_FACTS, SLIDE, Facts, read_fact, read_labels
+from cytosyn_aug.transforms.schedules import Probability, Ramp, check_probability, probabilities
+from cytosyn_aug.transforms.worker_state import SharedCount, SharedEpoch
 
 _STRUCTURE = (tv_tensors.Mask, tv_tensors.BoundingBoxes, tv_tensors.KeyPoints)
 

@@ -1,8 +1,8 @@
 """torchvision v2 transforms that change the stain of tiles with a tile generator.
 
 The change is estimated by the model, and with `preserve="color"` applied to the original pixels;
-see `cytosyn_aug.stain.estimate`. The grammar is that of `cytosyn_aug.tile_transform`: of a list of
-plain tensors only the first is edited, as in torchvision; stack them, or wrap each in
+see `cytosyn_aug.stain.estimate`. The grammar is that of `cytosyn_aug.transforms.tile_transform`: of
+a list of plain tensors only the first is edited, as in torchvision; stack them, or wrap each in
 `tv_tensors.Image`.
 """
 
@@ -16,19 +16,8 @@ from torch import Tensor
 
 from cytosyn_aug.autocast import isolated
 from cytosyn_aug.config import Preserve
-from cytosyn_aug.draws import (
-    Mode,
-    Sampling,
-    draw_references,
-    farthest_references,
-    group_by_laboratory,
-    without_laboratory,
-)
-from cytosyn_aug.facts import LABORATORY, NO_FACTS, Facts, read_fact
 from cytosyn_aug.images import check_sides, num_tiles, open_image
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.schedules import Probability, Scheduled, check_scheduled, value_at
-from cytosyn_aug.shared import SharedCount
 from cytosyn_aug.stain.density import (
     apply_density_map,
     blend_with_identity,
@@ -48,7 +37,18 @@ from cytosyn_aug.stain.estimate import (
     reference_statistics,
 )
 from cytosyn_aug.stain.reference import StainReference, check_reference, list_references
-from cytosyn_aug.tile_transform import Edit, TileTransform, missing_fact, warn_once
+from cytosyn_aug.transforms.draws import (
+    Mode,
+    Sampling,
+    draw_references,
+    farthest_references,
+    group_by_laboratory,
+    without_laboratory,
+)
+from cytosyn_aug.transforms.sample_metadata import LABORATORY, NO_FACTS, Facts, read_fact
+from cytosyn_aug.transforms.schedules import Probability, Scheduled, check_scheduled, value_at
+from cytosyn_aug.transforms.tile_transform import Edit, TileTransform, missing_fact, warn_once
+from cytosyn_aug.transforms.worker_state import SharedCount
 
 
 class StainTransfer(TileTransform):

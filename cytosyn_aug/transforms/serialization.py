@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 
 from cytosyn_aug.cache.store import LatentCache
-from cytosyn_aug.classical import DensityReference
 from cytosyn_aug.io.json_files import record_from_dict, record_to_dict
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.model.origin import GeneratorHandle
-from cytosyn_aug.schedules import Ramp
 from cytosyn_aug.stain.estimate import EditRecipe
 from cytosyn_aug.stain.macenko import MacenkoReference
 from cytosyn_aug.stain.reference import StainReference
 from cytosyn_aug.stain.reinhard import ReinhardReference
+from cytosyn_aug.transforms.classical import DensityReference
+from cytosyn_aug.transforms.schedules import Ramp
 
 _CACHE = "cytosyn_aug.LatentCache"
 _RECORDS = {

@@ -21,11 +21,11 @@ from cytosyn_aug.cache.encodings import (
 )
 from cytosyn_aug.cache.spec import CacheSpec, Field
 from cytosyn_aug.cache.store import LatentCache
-from cytosyn_aug.edits import Edit, describe_edits, run_edit
 from cytosyn_aug.images import tile_key
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.stain.density import is_tissue
-from cytosyn_aug.tile_transform import TileTransform
+from cytosyn_aug.transforms.edits import Edit, describe_edits, run_edit
+from cytosyn_aug.transforms.tile_transform import TileTransform
 
 Payload = Literal["latents", "images"]
 

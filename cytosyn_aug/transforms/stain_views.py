@@ -11,14 +11,14 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from torchvision import tv_tensors
 
 from cytosyn_aug.autocast import isolated
-from cytosyn_aug.draws import Mode, Sampling
-from cytosyn_aug.facts import NO_FACTS, Facts
 from cytosyn_aug.images import check_image, open_image, sides_of
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.schedules import Scheduled
 from cytosyn_aug.stain.estimate import EditRecipe
 from cytosyn_aug.stain.reference import StainReference, list_references
-from cytosyn_aug.transforms import StainTransfer
+from cytosyn_aug.transforms.draws import Mode, Sampling
+from cytosyn_aug.transforms.sample_metadata import NO_FACTS, Facts
+from cytosyn_aug.transforms.schedules import Scheduled
+from cytosyn_aug.transforms.stain_transfer import StainTransfer
 
 
 class StainViews(StainTransfer):

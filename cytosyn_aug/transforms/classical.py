@@ -1,7 +1,8 @@
 """Classical normalisation as transforms: Macenko, Reinhard and transport of optical density.
 
 Baselines that need no model, with the same grammar as all transforms here; see
-`cytosyn_aug.tile_transform`. Each is fitted by its reference, a few numbers that are saved as JSON:
+`cytosyn_aug.transforms.tile_transform`. Each is fitted by its reference, a few numbers that are
+saved as JSON:
 
     reference = MacenkoReference.fit(tiles_or_folder_or_slide)
     normalise = MacenkoNormalize(reference, source=MacenkoReference.fit(tiles_of_this_slide))
@@ -22,12 +23,9 @@ from torch import Tensor
 
 from cytosyn_aug.autocast import isolated
 from cytosyn_aug.config import TileSpec, Triple
-from cytosyn_aug.draws import Mode
-from cytosyn_aug.facts import NO_FACTS, Facts
 from cytosyn_aug.images import optical_density
 from cytosyn_aug.io.json_files import load_record, save_record
 from cytosyn_aug.io.tile_source import MAX_TILES, TileSource, read_tiles
-from cytosyn_aug.schedules import Probability, Scheduled, check_scheduled, value_at
 from cytosyn_aug.stain.density import (
     MIN_TISSUE,
     POOL_PX,
@@ -47,7 +45,10 @@ from cytosyn_aug.stain.reinhard import (
     lab_moments,
     match_colour,
 )
-from cytosyn_aug.tile_transform import Edit, TileTransform
+from cytosyn_aug.transforms.draws import Mode
+from cytosyn_aug.transforms.sample_metadata import NO_FACTS, Facts
+from cytosyn_aug.transforms.schedules import Probability, Scheduled, check_scheduled, value_at
+from cytosyn_aug.transforms.tile_transform import Edit, TileTransform
 
 _CHUNK = 2
 Reference = TypeVar("Reference")

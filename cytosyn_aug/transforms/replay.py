@@ -43,12 +43,12 @@ import torch
 from torch import Tensor
 
 from cytosyn_aug.autocast import isolated
-from cytosyn_aug.edits import Edit, check_draws, run_edit
 from cytosyn_aug.images import finite_images
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.schedules import Scheduled, check_scheduled, value_at
 from cytosyn_aug.stain.density import is_tissue
-from cytosyn_aug.tile_transform import TileTransform
+from cytosyn_aug.transforms.edits import Edit, check_draws, run_edit
+from cytosyn_aug.transforms.schedules import Scheduled, check_scheduled, value_at
+from cytosyn_aug.transforms.tile_transform import TileTransform
 
 _MAX_SEED = 2**62
 

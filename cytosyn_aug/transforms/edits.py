@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cytosyn_aug.schedules import Ramp
-from cytosyn_aug.tile_transform import TileTransform
-from cytosyn_aug.written import identify_argument
+from cytosyn_aug.transforms.schedules import Ramp
+from cytosyn_aug.transforms.serialization import identify_argument
+from cytosyn_aug.transforms.tile_transform import TileTransform
 
 # From uint8 images [B, 3, H, W] and one seed a tile to uint8 images of the same shape, or, for a
 # store of latents, to whitened latents [B, C, h, w].

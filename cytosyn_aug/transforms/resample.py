@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cytosyn_aug.draws import MAX_SEED, Mode
-from cytosyn_aug.facts import NO_FACTS, Facts
 from cytosyn_aug.images import check_sides
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.schedules import Probability
-from cytosyn_aug.shared import SharedCount
 from cytosyn_aug.stain.estimate import resample
-from cytosyn_aug.tile_transform import Edit, TileTransform
+from cytosyn_aug.transforms.draws import MAX_SEED, Mode
+from cytosyn_aug.transforms.sample_metadata import NO_FACTS, Facts
+from cytosyn_aug.transforms.schedules import Probability
+from cytosyn_aug.transforms.tile_transform import Edit, TileTransform
+from cytosyn_aug.transforms.worker_state import SharedCount
 
 
 class ConditionedResample(TileTransform):

@@ -1,0 +1,1 @@
+"""Transforms for torchvision v2: restain, resample, classical, cached and replayed."""
