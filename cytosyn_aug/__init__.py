@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from cytosyn_aug.model.encoder import Features
     from cytosyn_aug.model.generator import TileGenerator
     from cytosyn_aug.model.memory import MemoryPlan, plan_memory
-    from cytosyn_aug.slide_recipe import SlideRecipe, SlideReport
+    from cytosyn_aug.slides.normalize import normalize_slide
+    from cytosyn_aug.slides.recipe import SlideRecipe, SlideReport
     from cytosyn_aug.stain.density import is_tissue
     from cytosyn_aug.stain.estimate import EditRecipe, redraw_latents
     from cytosyn_aug.stain.macenko import MacenkoReference
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from cytosyn_aug.transforms.stain_transfer import StainNormalize, StainTransfer
     from cytosyn_aug.transforms.stain_views import StainViews
     from cytosyn_aug.transforms.variants import fill_variants, variants_spec
-    from cytosyn_aug.whole_slides import normalize_slide
 
 _HOMES = {
     "CacheSpec": "cache.spec",
@@ -63,8 +63,8 @@ _HOMES = {
     "ReinhardNormalize": "transforms.classical",
     "ReinhardReference": "stain.reinhard",
     "ReplayBank": "transforms.replay",
-    "SlideRecipe": "slide_recipe",
-    "SlideReport": "slide_recipe",
+    "SlideRecipe": "slides.recipe",
+    "SlideReport": "slides.recipe",
     "StainNormalize": "transforms.stain_transfer",
     "StainReference": "stain.reference",
     "StainTransfer": "transforms.stain_transfer",
@@ -77,7 +77,7 @@ _HOMES = {
     "fill_variants": "transforms.variants",
     "encodings_spec": "cache.encodings",
     "is_tissue": "stain.density",
-    "normalize_slide": "whole_slides",
+    "normalize_slide": "slides.normalize",
     "plan_memory": "model.memory",
     "redraw_latents": "stain.estimate",
     "tile_key": "images",

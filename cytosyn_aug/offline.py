@@ -44,8 +44,8 @@ from cytosyn_aug.plans import (
 from cytosyn_aug.ray_actors import RayCluster
 from cytosyn_aug.report import report
 from cytosyn_aug.running import Summary, Work, do_run
-from cytosyn_aug.slide_recipe import SlideRecipe
 from cytosyn_aug.slide_runs import plan_slides
+from cytosyn_aug.slides.recipe import SlideRecipe
 
 __all__ = [
     "RayCluster",

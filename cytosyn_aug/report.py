@@ -18,8 +18,8 @@ from cytosyn_aug.run_facts import gather
 from cytosyn_aug.run_folder import RUN_NAME
 from cytosyn_aug.run_report import run_page
 from cytosyn_aug.slide_facts import find_run, find_slides
-from cytosyn_aug.slide_recipe import SLIDES_COMMAND
 from cytosyn_aug.slide_report import slides_page
+from cytosyn_aug.slides.recipe import SLIDES_COMMAND
 
 NUM_TILES = 96
 REPORT_NAME = "report.html"

@@ -17,7 +17,7 @@ import torch
 from cytosyn_aug.images import optical_density
 from cytosyn_aug.manifest import Manifest
 from cytosyn_aug.run_pictures import RunPictures
-from cytosyn_aug.seams import SeamMeter, tile_lines
+from cytosyn_aug.slides.seams import SeamMeter, tile_lines
 from cytosyn_aug.stain.density import tissue_weight
 from cytosyn_aug.tallies import Row, Tally
 
@@ -32,7 +32,7 @@ class SlideSeams(NamedTuple):
     Attributes:
         slide: Its name.
         num_tiles: Tiles that were measured.
-        before: See `cytosyn_aug.seams.SeamMeter.ratio`; None where too few neighbours tell.
+        before: See `cytosyn_aug.slides.seams.SeamMeter.ratio`; None where too few neighbours tell.
         after: The same of the results.
     """
 

@@ -25,7 +25,7 @@ from cytosyn_aug.work_options import (
 
 if TYPE_CHECKING:
     from cytosyn_aug.model.generator import TileGenerator
-    from cytosyn_aug.slide_recipe import SlideRecipe, SlideReport
+    from cytosyn_aug.slides.recipe import SlideRecipe, SlideReport
 
 AddCommand = Callable[[str, Callable[..., int], str, str], argparse.ArgumentParser]
 FILE_SUFFIXES = (".tif", ".tiff")
@@ -81,7 +81,7 @@ def add_command(add: AddCommand) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Normalise one slide to a file, or slides to a folder; return the exit code."""
-    from cytosyn_aug.slide_recipe import SlideRecipe
+    from cytosyn_aug.slides.recipe import SlideRecipe
 
     recipe = SlideRecipe(
         strength=args.strength,
@@ -133,7 +133,7 @@ def _one(args: argparse.Namespace, recipe: SlideRecipe, generator: TileGenerator
     from tqdm import tqdm
 
     from cytosyn_aug.laboratories import open_references
-    from cytosyn_aug.whole_slides import is_made, normalize_slide, try_slide
+    from cytosyn_aug.slides.normalize import is_made, normalize_slide, try_slide
 
     opened, _ = open_references([args.reference], generator, args.method)
     (reference,) = opened.values()

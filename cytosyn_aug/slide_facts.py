@@ -20,10 +20,10 @@ from cytosyn_aug.io.slide_tiles import candidate_positions, slide_mask
 from cytosyn_aug.io.tissue import TissueConfig
 from cytosyn_aug.manifest import open_manifest
 from cytosyn_aug.run_measures import structure_score
-from cytosyn_aug.slide_recipe import SLIDES_COMMAND
+from cytosyn_aug.slides.normalize import open_written, provenance_of
+from cytosyn_aug.slides.recipe import SLIDES_COMMAND
 from cytosyn_aug.stain.colour import colour_distance
 from cytosyn_aug.tissue_colours import ColourDistribution
-from cytosyn_aug.whole_slides import open_written, provenance_of
 
 _WRITTEN = (".tif", ".tiff")
 _OVERVIEW_PX = 560

@@ -33,7 +33,7 @@ from cytosyn_aug.slide_facts import (
 _OVERVIEW_PX = 560
 _LEAST_TILES = 8
 _MAX_SHOWN = 24  # slides; a page of more is too large to open
-# Raw tissue is at 1 to 1.1 and at most 1.5; see cytosyn_aug.seams.
+# Raw tissue is at 1 to 1.1 and at most 1.5; see cytosyn_aug.slides.seams.
 _LARGE_SEAM = 1.6
 
 

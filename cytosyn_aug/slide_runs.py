@@ -4,7 +4,7 @@
     OUT/manifest.parquet             one row a slide
 
 A work unit is a slide, which is written whole or not at all. What its file says of itself, such as
-its seams, is not repeated in the manifest; see `cytosyn_aug.whole_slides`.
+its seams, is not repeated in the manifest; see `cytosyn_aug.slides.normalize`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.pipeline import Row
 from cytosyn_aug.plans import check_apart, settings_digest
 from cytosyn_aug.run_folder import RunFolder, Unit
-from cytosyn_aug.slide_recipe import SLIDES_COMMAND, SlideRecipe, SlideReport
-from cytosyn_aug.slide_view import SlideView
+from cytosyn_aug.slides.normalize import normalize_in_steps, try_slide
+from cytosyn_aug.slides.recipe import SLIDES_COMMAND, SlideRecipe, SlideReport
+from cytosyn_aug.slides.view import SlideView
 from cytosyn_aug.stain.methods import Reference
 from cytosyn_aug.unit_work import Run
-from cytosyn_aug.whole_slides import normalize_in_steps, try_slide
 
 _TRIAL_SLIDES = 3
 _MAX_NAMED = 20

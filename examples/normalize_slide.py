@@ -6,7 +6,8 @@ usage: python examples/normalize_slide.py SLIDE OUT.ome.tif [--method cytosyn] [
 1. The slide is written as a pyramid. Tiles of 512 px a second are those of the finest level, glass
    included; processor time is that of the whole process, so other work on the machine does not
    count. Beside it: how fast OpenSlide alone reads the same tiles.
-2. Seams (`cytosyn_aug.seams`) of tiles of 224 px at 0.5 microns/pixel: as they are, with the change
+2. Seams (`cytosyn_aug.slides.seams`) of tiles of 224 px at 0.5 microns/pixel: as they are, with the
+change
    of the slide, and changed each by its own statistics, as a transform without `source` does.
 """
 
@@ -26,8 +27,8 @@ from cytosyn_aug.config import TileSpec
 from cytosyn_aug.demo import load_laboratories
 from cytosyn_aug.io.slide import Slide
 from cytosyn_aug.io.tile_source import read_slide_tiles
-from cytosyn_aug.seams import SeamMeter, tile_lines
-from cytosyn_aug.slide_writer import TILE_PX
+from cytosyn_aug.slides.pyramid import TILE_PX
+from cytosyn_aug.slides.seams import SeamMeter, tile_lines
 from cytosyn_aug.stain.colour_table import ColourTable
 from cytosyn_aug.stain.methods import fit_reference, recolour_to
 

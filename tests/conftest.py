@@ -13,13 +13,13 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 from safetensors.torch import save_file
 
-from cytosyn_aug import whole_slides
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.model.checkpoint import ModelParts, load_model, save_model
 from cytosyn_aug.model.encoder import StainProbe, TileEncoder
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.model.tensors import WEIGHTS_NAME
 from cytosyn_aug.model.transformer import SiT
+from cytosyn_aug.slides import normalize as whole_slides
 
 SIZE = 112
 

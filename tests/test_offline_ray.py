@@ -27,8 +27,8 @@ from cytosyn_aug.plans import Tiles
 from cytosyn_aug.ray_actors import Death, RayCluster, on_actors
 from cytosyn_aug.run_folder import open_run
 from cytosyn_aug.running import cut_units
-from cytosyn_aug.slide_recipe import SlideRecipe
 from cytosyn_aug.slide_runs import plan_slides
+from cytosyn_aug.slides.recipe import SlideRecipe
 from cytosyn_aug.unit_work import UnitWorker, software
 
 MARK = "CYTOSYN_AUG_TEST_MARK"

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from conftest import synthetic_tiles, write_slide
 
-from cytosyn_aug import DensityReference, whole_slides
-from cytosyn_aug.slide_writer import TILE_PX
+from cytosyn_aug import DensityReference
+from cytosyn_aug.slides import normalize as whole_slides
+from cytosyn_aug.slides.normalize import normalize_slide
+from cytosyn_aug.slides.pyramid import TILE_PX
 from cytosyn_aug.stain.colour_table import ColourTable
-from cytosyn_aug.whole_slides import normalize_slide
 
 pytest.importorskip("tifffile", reason="slides are not normalised")
 

@@ -11,9 +11,9 @@ from test_page import check_page
 
 from cytosyn_aug import DensityReference, offline
 from cytosyn_aug.slide_facts import gather_slide, source_of
-from cytosyn_aug.slide_recipe import SlideRecipe
+from cytosyn_aug.slides.normalize import normalize_slide
+from cytosyn_aug.slides.recipe import SlideRecipe
 from cytosyn_aug.tissue_colours import ColourDistribution
-from cytosyn_aug.whole_slides import normalize_slide
 
 pytest.importorskip("tifffile", reason="reports on slides are not tested")
 

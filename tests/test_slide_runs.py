@@ -24,8 +24,8 @@ from cytosyn_aug import (
 from cytosyn_aug.cli import main
 from cytosyn_aug.run_folder import RunFolder, open_run
 from cytosyn_aug.running import cut_units
-from cytosyn_aug.slide_blocks import BlockMaker
-from cytosyn_aug.slide_recipe import SlideRecipe
+from cytosyn_aug.slides.blocks import BlockMaker
+from cytosyn_aug.slides.recipe import SlideRecipe
 from cytosyn_aug.unit_work import software
 
 pytestmark = pytest.mark.usefixtures("remembered_tables")

@@ -7,7 +7,7 @@ import numpy as np
 import openslide
 import pytest
 
-from cytosyn_aug.slide_writer import TILE_PX, Codec, PyramidWriter, halve, level_sizes
+from cytosyn_aug.slides.pyramid import TILE_PX, Codec, PyramidWriter, halve, level_sizes
 
 tifffile = pytest.importorskip("tifffile", reason="written pyramids are not tested")
 
@@ -139,7 +139,7 @@ def test_a_killed_run_leaves_nothing_under_the_name(tmp_path):
     code = (
         "import os, signal, sys; from pathlib import Path; import numpy as np\n"
         "from cytosyn_aug.io.files import atomic_file\n"
-        "from cytosyn_aug.slide_writer import Codec, PyramidWriter, halve\n"
+        "from cytosyn_aug.slides.pyramid import Codec, PyramidWriter, halve\n"
         "tile, codec = np.zeros((512, 512, 3), np.uint8), Codec()\n"
         "with atomic_file(Path(sys.argv[1])) as stream:\n"
         "    writer = PyramidWriter(stream, 512, 5120, mpp=0.5, codec=codec)\n"

@@ -11,15 +11,16 @@ from conftest import SIZE, synthetic_tiles
 from PIL import Image
 from vendor_slides import PHOTO_STEP, write_mrxs, write_ndpi, write_svs, write_tif
 
-from cytosyn_aug import MacenkoReference, offline, whole_slides
+from cytosyn_aug import MacenkoReference, offline
 from cytosyn_aug.cli import main
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.io.slide import Slide, SlideError
 from cytosyn_aug.io.tile_source import read_tiles
 from cytosyn_aug.io.tissue import TissueConfig, tissue_pixels
 from cytosyn_aug.running import Work
+from cytosyn_aug.slides import normalize as whole_slides
+from cytosyn_aug.slides.normalize import SlideRecipe, normalize_slide
 from cytosyn_aug.stain.colour_table import ColourTable
-from cytosyn_aug.whole_slides import SlideRecipe, normalize_slide
 
 MPP = 0.25
 EXTENT = 2 * SIZE  # of the model's tiles, in level-0 pixels

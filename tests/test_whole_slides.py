@@ -17,18 +17,18 @@ from cytosyn_aug import (
     ReinhardReference,
     StainNormalize,
     StainReference,
-    whole_slides,
 )
 from cytosyn_aug.cli import main
 from cytosyn_aug.images import optical_density
 from cytosyn_aug.io.files import atomic_file
 from cytosyn_aug.io.slide import SlideError
-from cytosyn_aug.seams import SeamMeter, tile_lines
-from cytosyn_aug.slide_recipe import SlideRecipe
-from cytosyn_aug.slide_writer import TILE_PX, halve
+from cytosyn_aug.slides import normalize as whole_slides
+from cytosyn_aug.slides.normalize import normalize_slide
+from cytosyn_aug.slides.pyramid import TILE_PX, halve
+from cytosyn_aug.slides.recipe import SlideRecipe
+from cytosyn_aug.slides.seams import SeamMeter, tile_lines
 from cytosyn_aug.stain.density import tissue_weight
 from cytosyn_aug.stain.methods import fit_reference, method_of
-from cytosyn_aug.whole_slides import normalize_slide
 
 pytest.importorskip("tifffile", reason="normalising slides is not tested")
 

@@ -9,8 +9,8 @@ from typing import Literal
 from cytosyn_aug.config import Method, Preserve
 from cytosyn_aug.io.slide import LEAST_MPP, MOST_MPP
 from cytosyn_aug.io.tile_source import MAX_TILES
-from cytosyn_aug.slide_view import Region
-from cytosyn_aug.slide_writer import Codec, Compression
+from cytosyn_aug.slides.pyramid import Codec, Compression
+from cytosyn_aug.slides.view import Region
 from cytosyn_aug.stain.estimate import EditRecipe
 
 SLIDES_COMMAND = "normalize-slide"  # as a run of slides names itself in `run.json`
@@ -81,7 +81,8 @@ class SlideReport:
         num_tiles: Tiles of the finest level.
         num_bytes: Size of the file.
         tissue: Share of tissue, 0 to 1.
-        seam_ratio: Of the result's tiles, see `cytosyn_aug.seams`; None where too little is tissue.
+        seam_ratio: Of the result's tiles, see `cytosyn_aug.slides.seams`; None where too little is
+        tissue.
         seam_ratio_before: The same of the slide's own colours.
         damaged: Corners, in level-0 pixels, of blocks that could not be decoded and are black.
         notes: Remarks on the slide.

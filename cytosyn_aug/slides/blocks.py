@@ -16,9 +16,9 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from cytosyn_aug.io.slide import Slide, SlideError
-from cytosyn_aug.seams import SeamMeter, TileLines, tile_lines
-from cytosyn_aug.slide_view import SlideView
-from cytosyn_aug.slide_writer import TILE_PX, Codec, halve
+from cytosyn_aug.slides.pyramid import TILE_PX, Codec, halve
+from cytosyn_aug.slides.seams import SeamMeter, TileLines, tile_lines
+from cytosyn_aug.slides.view import SlideView
 from cytosyn_aug.stain.colour_table import ColourTable
 
 _TRIAL_BLOCKS = 16
@@ -31,7 +31,7 @@ class Block(NamedTuple):
     Attributes:
         row, column: Its place.
         encoded: Its new pixels, compressed.
-        half: Its new pixels, by `cytosyn_aug.slide_writer.halve`.
+        half: Its new pixels, by `cytosyn_aug.slides.pyramid.halve`.
         tissue: Sum of the tissue weights of its pixels.
         lines: For seams, before and after; None of a block that is cut off by the slide's edge.
         digest: SHA-256 of its new pixels.

@@ -35,16 +35,17 @@ from cytosyn_aug.io.files import atomic_file, remove_leftovers
 from cytosyn_aug.io.slide import Slide, SlideError
 from cytosyn_aug.io.tile_source import read_slide_tiles
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.slide_blocks import PYRAMID, BlockMaker, BlockTotals
-from cytosyn_aug.slide_recipe import SlideRecipe, SlideReport
-from cytosyn_aug.slide_view import SlideView
-from cytosyn_aug.slide_writer import (
+from cytosyn_aug.slides.blocks import PYRAMID, BlockMaker, BlockTotals
+from cytosyn_aug.slides.pyramid import (
     SOFTWARE,
     TILE_PX,
     Codec,
     PyramidWriter,
     level_sizes,
 )
+from cytosyn_aug.slides.recipe import SlideRecipe, SlideReport
+from cytosyn_aug.slides.threads import in_order
+from cytosyn_aug.slides.view import SlideView
 from cytosyn_aug.stain.colour_table import ColourTable, Recolour
 from cytosyn_aug.stain.methods import (
     Reference,
@@ -53,7 +54,6 @@ from cytosyn_aug.stain.methods import (
     recolour_to,
     reference_digest,
 )
-from cytosyn_aug.threads import in_order
 
 SUFFIXES = (".tif", ".tiff")
 _TRIAL_BLOCKS = 48

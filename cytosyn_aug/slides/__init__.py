@@ -1,0 +1,1 @@
+"""Whole slides: one slide in, one pyramid out."""
