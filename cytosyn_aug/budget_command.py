@@ -36,7 +36,7 @@ def add_command(add: AddCommand) -> None:
 
 
 def _budget(args: argparse.Namespace) -> int:
-    from cytosyn_aug.budget import Fleet, Volume, labour, storage
+    from cytosyn_aug.cli.budget import Fleet, Volume, labour, storage
 
     volume = Volume(
         slides=args.slides,

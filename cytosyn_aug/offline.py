@@ -21,19 +21,13 @@ from typing import Literal
 from cytosyn_aug.cache.encodings import Contents
 from cytosyn_aug.cache.store import LatentCache
 from cytosyn_aug.config import Method, Preserve
-from cytosyn_aug.laboratories import Given, References
-from cytosyn_aug.listing import InputKind
 from cytosyn_aug.model.conditions import Conditions
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.offline_recipes import (
-    AugmentRecipe,
-    Mode,
-    NormalizeRecipe,
-    SampleRecipe,
-    Source,
-)
-from cytosyn_aug.outputs import Format
-from cytosyn_aug.plans import (
+from cytosyn_aug.report import report
+from cytosyn_aug.runs.execute import Summary, Work, do_run
+from cytosyn_aug.runs.listing import InputKind
+from cytosyn_aug.runs.outputs import Format
+from cytosyn_aug.runs.plan import (
     UNIT_TILES,
     Tiles,
     plan_augment,
@@ -41,10 +35,16 @@ from cytosyn_aug.plans import (
     plan_normalize,
     plan_sample,
 )
-from cytosyn_aug.ray_actors import RayCluster
-from cytosyn_aug.report import report
-from cytosyn_aug.running import Summary, Work, do_run
-from cytosyn_aug.slide_runs import plan_slides
+from cytosyn_aug.runs.ray_actors import RayCluster
+from cytosyn_aug.runs.recipes import (
+    AugmentRecipe,
+    Mode,
+    NormalizeRecipe,
+    SampleRecipe,
+    Source,
+)
+from cytosyn_aug.runs.references import Given, References
+from cytosyn_aug.runs.slides import plan_slides
 from cytosyn_aug.slides.recipe import SlideRecipe
 
 __all__ = [
@@ -85,8 +85,8 @@ def augment(
     """Write variants of all tiles of an input, and a manifest that says how each was made.
 
     Args:
-        source: IN; see `cytosyn_aug.inputs`.
-        out: OUT; see `cytosyn_aug.run_folder`.
+        source: IN; see `cytosyn_aug.runs.inputs`.
+        out: OUT; see `cytosyn_aug.runs.folder`.
         generator: The model; its batch size is part of the run.
         references: Laboratories to restain to: references, saved ones, or folders of tiles.
         variants: See `AugmentRecipe`, as for all down to `seed`.
@@ -146,8 +146,8 @@ def normalize(
     """Restain all tiles of an input to one reference, and write a manifest.
 
     Args:
-        source: IN; see `cytosyn_aug.inputs`.
-        out: OUT; see `cytosyn_aug.run_folder`.
+        source: IN; see `cytosyn_aug.runs.inputs`.
+        out: OUT; see `cytosyn_aug.runs.folder`.
         generator: The model.
         reference: A reference of the method's kind, a saved one, a folder of tiles or a slide, or
             several of these two for one reference.
@@ -230,7 +230,7 @@ def cache(
     The manifest is in `runs/` of the cache, one a set of tiles.
 
     Args:
-        source: IN; see `cytosyn_aug.inputs`.
+        source: IN; see `cytosyn_aug.runs.inputs`.
         folder: CACHE, which `LatentCache.open` reads.
         generator: The model.
         contents: "moments" of the autoencoder, "features" of the encoder, or both.
@@ -271,7 +271,7 @@ def sample(
     """Generate tiles, and write a manifest.
 
     Args:
-        out: OUT; see `cytosyn_aug.run_folder`.
+        out: OUT; see `cytosyn_aug.runs.folder`.
         generator: The model.
         n: Tiles.
         conditions: CLS vectors [N, D], or a file of them; tile k is given row k modulo N. None

@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+from cytosyn_aug.cli.slurm import SlurmJob, array_script
 from cytosyn_aug.config import Method
 from cytosyn_aug.slide_command import FILE_SUFFIXES
-from cytosyn_aug.slurm import SlurmJob, array_script
 from cytosyn_aug.work_options import (
     add_model,
     add_tile_work,

@@ -13,9 +13,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cytosyn_aug.manifest import Manifest, open_manifest
 from cytosyn_aug.pace import Pace, measure_pace
-from cytosyn_aug.run_folder import RUN_NAME
 from cytosyn_aug.run_measures import (
     Measures,
     ReferenceColour,
@@ -24,6 +22,8 @@ from cytosyn_aug.run_measures import (
 )
 from cytosyn_aug.run_pictures import RunPictures
 from cytosyn_aug.run_seams import SlideSeams, measure_seams
+from cytosyn_aug.runs.folder import RUN_NAME
+from cytosyn_aug.runs.manifest import Manifest, open_manifest
 from cytosyn_aug.tallies import Row, Tally, tally_rows
 
 NUM_PAIRS = 12

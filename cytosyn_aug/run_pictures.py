@@ -18,10 +18,10 @@ from cytosyn_aug.cache.store import LatentCache
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.io.image_files import ItemError, read_picture
 from cytosyn_aug.io.tar_files import Member, list_members
-from cytosyn_aug.listing import Item, make_listing
-from cytosyn_aug.manifest import Manifest
-from cytosyn_aug.reading import Loaded, Reader
-from cytosyn_aug.table_inputs import is_slide
+from cytosyn_aug.runs.listing import Item, make_listing
+from cytosyn_aug.runs.manifest import Manifest
+from cytosyn_aug.runs.reading import Loaded, Reader
+from cytosyn_aug.runs.tables import is_slide
 
 _TAR = ".tar"
 

@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 import torch
 
 from cytosyn_aug.images import optical_density
-from cytosyn_aug.manifest import Manifest
 from cytosyn_aug.run_pictures import RunPictures
+from cytosyn_aug.runs.manifest import Manifest
 from cytosyn_aug.slides.seams import SeamMeter, tile_lines
 from cytosyn_aug.stain.density import tissue_weight
 from cytosyn_aug.tallies import Row, Tally

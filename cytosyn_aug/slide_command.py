@@ -132,7 +132,7 @@ def _many(args: argparse.Namespace, recipe: SlideRecipe, generator: TileGenerato
 def _one(args: argparse.Namespace, recipe: SlideRecipe, generator: TileGenerator | None) -> int:
     from tqdm import tqdm
 
-    from cytosyn_aug.laboratories import open_references
+    from cytosyn_aug.runs.references import open_references
     from cytosyn_aug.slides.normalize import is_made, normalize_slide, try_slide
 
     opened, _ = open_references([args.reference], generator, args.method)

@@ -18,8 +18,8 @@ from cytosyn_aug.config import TileSpec
 from cytosyn_aug.io.slide import SLIDE_SUFFIXES, Slide, SlideError
 from cytosyn_aug.io.slide_tiles import candidate_positions, slide_mask
 from cytosyn_aug.io.tissue import TissueConfig
-from cytosyn_aug.manifest import open_manifest
 from cytosyn_aug.run_measures import structure_score
+from cytosyn_aug.runs.manifest import open_manifest
 from cytosyn_aug.slides.normalize import open_written, provenance_of
 from cytosyn_aug.slides.recipe import SLIDES_COMMAND
 from cytosyn_aug.stain.colour import colour_distance

@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cytosyn_aug.listing import corner
-from cytosyn_aug.manifest import Manifest
+from cytosyn_aug.runs.listing import corner
+from cytosyn_aug.runs.manifest import Manifest
 
 SAMPLE_ROWS = 1024
 NUM_WORST = 6

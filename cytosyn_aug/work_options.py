@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cytosyn_aug.model.generator import TileGenerator
-    from cytosyn_aug.ray_actors import RayCluster
-    from cytosyn_aug.running import Summary, Work
+    from cytosyn_aug.runs.execute import Summary, Work
+    from cytosyn_aug.runs.ray_actors import RayCluster
 
 _DTYPES = ["float32", "bfloat16", "float16"]
 _NAMED = 20
@@ -97,7 +97,7 @@ def load_generator(args: argparse.Namespace) -> TileGenerator:
 
 def work_of(args: argparse.Namespace) -> Work:
     """Return how a run is to be worked on."""
-    from cytosyn_aug.running import Work
+    from cytosyn_aug.runs.execute import Work
 
     return Work(
         shard=args.shard,
@@ -111,7 +111,7 @@ def work_of(args: argparse.Namespace) -> Work:
 
 
 def _ray(args: argparse.Namespace) -> RayCluster | None:
-    from cytosyn_aug.ray_actors import RayCluster
+    from cytosyn_aug.runs.ray_actors import RayCluster
 
     given = {
         "address": args.address,

@@ -23,14 +23,15 @@ from unittest.mock import patch
 import torch
 from PIL import Image
 
-from cytosyn_aug import StainReference, TileGenerator, offline, plans
-from cytosyn_aug.batch_edits import Edit, Edited, augment_edit
+from cytosyn_aug import StainReference, TileGenerator, offline
 from cytosyn_aug.demo import load_laboratories
-from cytosyn_aug.inputs import list_inputs
-from cytosyn_aug.offline_recipes import AugmentRecipe
-from cytosyn_aug.ray_actors import RayCluster
-from cytosyn_aug.reading import Loaded, Reader
-from cytosyn_aug.running import Work
+from cytosyn_aug.runs import plan as plans
+from cytosyn_aug.runs.edits import Edit, Edited, augment_edit
+from cytosyn_aug.runs.execute import Work
+from cytosyn_aug.runs.inputs import list_inputs
+from cytosyn_aug.runs.ray_actors import RayCluster
+from cytosyn_aug.runs.reading import Loaded, Reader
+from cytosyn_aug.runs.recipes import AugmentRecipe
 
 
 def main() -> None:

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.inputs import list_inputs
-from cytosyn_aug.listing import Listing
-from cytosyn_aug.run_folder import RunFolder, Unit, open_run
-from cytosyn_aug.running import cut_units
-from cytosyn_aug.unit_rows import MANIFEST_NAME
+from cytosyn_aug.runs.execute import cut_units
+from cytosyn_aug.runs.folder import RunFolder, Unit, open_run
+from cytosyn_aug.runs.inputs import list_inputs
+from cytosyn_aug.runs.listing import Listing
+from cytosyn_aug.runs.receipts import MANIFEST_NAME
 
 T = TypeVar("T")
 

@@ -13,9 +13,9 @@ from conftest import damage_tile
 from PIL import Image
 
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.inputs import find_kind, list_inputs, list_whole_slides
 from cytosyn_aug.io.image_files import ItemError
-from cytosyn_aug.reading import Reader
+from cytosyn_aug.runs.inputs import find_kind, list_inputs, list_whole_slides
+from cytosyn_aug.runs.reading import Reader
 
 TILE = TileSpec(size_px=64)
 RNG = np.random.default_rng(0)

@@ -17,7 +17,7 @@ from cytosyn_aug import offline
 from cytosyn_aug.cache.encodings import features_cached
 from cytosyn_aug.cache.store import LatentCache
 from cytosyn_aug.images import tile_key
-from cytosyn_aug.running import Work
+from cytosyn_aug.runs.execute import Work
 from cytosyn_aug.transforms.cached_variants import CachedVariants
 
 QUIET = Work(progress=False)

@@ -11,7 +11,7 @@ from test_image_files import DEEP, png
 
 from cytosyn_aug import offline
 from cytosyn_aug.cli import main
-from cytosyn_aug.running import Work
+from cytosyn_aug.runs.execute import Work
 
 QUIET = Work(progress=False)
 GOOD = Image.fromarray(synthetic_tiles(1)[0].permute(1, 2, 0).contiguous().numpy())

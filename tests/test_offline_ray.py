@@ -19,17 +19,20 @@ from conftest import synthetic_tiles, write_slide
 from test_offline import QUIET, augment, digest, rows
 from test_offline_runs import command
 
-from cytosyn_aug import StainReference, offline, plans, ray_actors, running
+from cytosyn_aug import StainReference, offline
 from cytosyn_aug.cache.store import LatentCache
 from cytosyn_aug.cli import main
-from cytosyn_aug.offline_recipes import NormalizeRecipe, SampleRecipe
-from cytosyn_aug.plans import Tiles
-from cytosyn_aug.ray_actors import Death, RayCluster, on_actors
-from cytosyn_aug.run_folder import open_run
-from cytosyn_aug.running import cut_units
-from cytosyn_aug.slide_runs import plan_slides
+from cytosyn_aug.runs import execute as running
+from cytosyn_aug.runs import plan as plans
+from cytosyn_aug.runs import ray_actors
+from cytosyn_aug.runs.execute import cut_units
+from cytosyn_aug.runs.folder import open_run
+from cytosyn_aug.runs.plan import Tiles
+from cytosyn_aug.runs.ray_actors import Death, RayCluster, on_actors
+from cytosyn_aug.runs.recipes import NormalizeRecipe, SampleRecipe
+from cytosyn_aug.runs.slides import plan_slides
+from cytosyn_aug.runs.unit_work import UnitWorker, software
 from cytosyn_aug.slides.recipe import SlideRecipe
-from cytosyn_aug.unit_work import UnitWorker, software
 
 MARK = "CYTOSYN_AUG_TEST_MARK"
 SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "180"}  # when busy

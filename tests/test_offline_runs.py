@@ -26,7 +26,7 @@ from test_offline import QUIET, augment, digest, rows
 from cytosyn_aug import TileGenerator, offline
 from cytosyn_aug.cache.store import LatentCache
 from cytosyn_aug.cli import main, parse
-from cytosyn_aug.running import Work
+from cytosyn_aug.runs.execute import Work
 
 
 def command(tree, out, model_folder, laboratories, *more):
@@ -220,7 +220,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 from cytosyn_aug.cli import main, parse
-from cytosyn_aug.run_folder import RunFolder
+from cytosyn_aug.runs.folder import RunFolder
 
 mine, others = Path("units"), Path(sys.argv[1]) / "units"
 real_claim, real_receipt = RunFolder.claim, RunFolder.write_receipt

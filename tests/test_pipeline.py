@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from cytosyn_aug.batch_edits import Edited
 from cytosyn_aug.io.image_files import ItemError
-from cytosyn_aug.listing import Item, make_listing
-from cytosyn_aug.outputs import Written
-from cytosyn_aug.pipeline import Job, Threads, run_job
-from cytosyn_aug.reading import Loaded
-from cytosyn_aug.run_folder import open_run
-from cytosyn_aug.running import cut_units
+from cytosyn_aug.runs.edits import Edited
+from cytosyn_aug.runs.execute import cut_units
+from cytosyn_aug.runs.folder import open_run
+from cytosyn_aug.runs.listing import Item, make_listing
+from cytosyn_aug.runs.outputs import Written
+from cytosyn_aug.runs.pipeline import Job, Threads, run_job
+from cytosyn_aug.runs.reading import Loaded
 
 
 @dataclass
@@ -93,7 +93,7 @@ def test_tiles_that_wait_are_bounded_in_number_and_in_bytes(tmp_path, monkeypatc
     recorder = Recorder()
     run(job_of(recorder, names), tmp_path / "a", readers=2, read_ahead=12)
     assert recorder.most_waiting <= 12 + 4 + 2  # and a batch, and what is in readers' hands
-    monkeypatch.setattr("cytosyn_aug.pipeline._MAX_WAITING_BYTES", 5 * 64 * 64 * 3)
+    monkeypatch.setattr("cytosyn_aug.runs.pipeline._MAX_WAITING_BYTES", 5 * 64 * 64 * 3)
     recorder = Recorder(side=64)
     run(job_of(recorder, names), tmp_path / "b", readers=2, read_ahead=64)
     assert recorder.most_waiting <= 5 + 4 + 2

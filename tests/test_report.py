@@ -19,10 +19,10 @@ from test_page import check_page
 
 from cytosyn_aug import offline, run_facts
 from cytosyn_aug.cli import main
-from cytosyn_aug.manifest import open_manifest
 from cytosyn_aug.run_facts import gather
 from cytosyn_aug.run_pictures import RunPictures
-from cytosyn_aug.unit_rows import ROW_SCHEMA
+from cytosyn_aug.runs.manifest import open_manifest
+from cytosyn_aug.runs.receipts import ROW_SCHEMA
 
 SECTIONS = [
     "Before and after",

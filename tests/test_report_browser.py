@@ -12,7 +12,7 @@ from PIL import Image
 from test_offline import QUIET
 
 from cytosyn_aug import offline
-from cytosyn_aug.manifest import open_manifest
+from cytosyn_aug.runs.manifest import open_manifest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [

@@ -3,7 +3,7 @@
 import pyarrow.parquet as pq
 import pytest
 
-from cytosyn_aug.run_folder import RUN_NAME, Unit, open_run
+from cytosyn_aug.runs.folder import RUN_NAME, Unit, open_run
 
 UNITS = [Unit(0, 0, 2, "aa"), Unit(1, 2, 4, "bb")]
 

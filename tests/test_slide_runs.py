@@ -13,20 +13,15 @@ from conftest import damage_tile, synthetic_tiles, write_slide
 from test_offline import QUIET, digest, rows
 from test_page import check_page
 
-from cytosyn_aug import (
-    DensityReference,
-    StainReference,
-    listing,
-    normalize_slide,
-    offline,
-    slide_runs,
-)
+from cytosyn_aug import DensityReference, StainReference, normalize_slide, offline
 from cytosyn_aug.cli import main
-from cytosyn_aug.run_folder import RunFolder, open_run
-from cytosyn_aug.running import cut_units
+from cytosyn_aug.runs import listing
+from cytosyn_aug.runs import slides as slide_runs
+from cytosyn_aug.runs.execute import cut_units
+from cytosyn_aug.runs.folder import RunFolder, open_run
+from cytosyn_aug.runs.unit_work import software
 from cytosyn_aug.slides.blocks import BlockMaker
 from cytosyn_aug.slides.recipe import SlideRecipe
-from cytosyn_aug.unit_work import software
 
 pytestmark = pytest.mark.usefixtures("remembered_tables")
 SIDE = 112

@@ -28,7 +28,7 @@ from typing import Any
 
 from cytosyn_aug.config import config_digest
 from cytosyn_aug.io.files import remove_leftovers, write_atomically
-from cytosyn_aug.run_folder import differences
+from cytosyn_aug.runs.folder import differences
 from training.catalogue import Outcome, Summary, members, publish, software
 from training.cutting import (
     CutUnit,

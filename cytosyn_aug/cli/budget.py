@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from cytosyn_aug.cache.diagnosis import THUMBNAIL
 from cytosyn_aug.cache.spec import CacheSpec, Field
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.outputs import BYTES_PER_PIXEL
+from cytosyn_aug.runs.outputs import BYTES_PER_PIXEL
 
 Stored = Literal["png", "webp", "tar", "latents"]
 

@@ -14,26 +14,20 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
 
-from cytosyn_aug.batch_edits import (
+from cytosyn_aug.cache.encodings import Contents, encodings_spec
+from cytosyn_aug.cache.spec import CacheSpec
+from cytosyn_aug.model.conditions import Conditions, read_conditions
+from cytosyn_aug.model.generator import TileGenerator
+from cytosyn_aug.runs.edits import (
     augment_edit,
     normalize_edit,
     sample_edit,
     size_check,
 )
-from cytosyn_aug.cache.encodings import Contents, encodings_spec
-from cytosyn_aug.cache.spec import CacheSpec
-from cytosyn_aug.inputs import list_inputs
-from cytosyn_aug.laboratories import (
-    References,
-    describe_references,
-    open_references,
-    tensors_digest,
-)
-from cytosyn_aug.listing import InputKind, Item, Listing, make_listing
-from cytosyn_aug.model.conditions import Conditions, read_conditions
-from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.offline_recipes import AugmentRecipe, NormalizeRecipe, SampleRecipe
-from cytosyn_aug.outputs import (
+from cytosyn_aug.runs.folder import RunFolder
+from cytosyn_aug.runs.inputs import list_inputs
+from cytosyn_aug.runs.listing import InputKind, Item, Listing, make_listing
+from cytosyn_aug.runs.outputs import (
     BYTES_PER_PIXEL,
     ENCODERS,
     Format,
@@ -44,13 +38,19 @@ from cytosyn_aug.outputs import (
     same_name,
     variant_name,
 )
-from cytosyn_aug.reading import Loaded, Reader
-from cytosyn_aug.record_edits import moments_edit, variants_to_records
-from cytosyn_aug.run_folder import RunFolder
-from cytosyn_aug.slide_sources import SlideSources, note_slides
+from cytosyn_aug.runs.reading import Loaded, Reader
+from cytosyn_aug.runs.recipes import AugmentRecipe, NormalizeRecipe, SampleRecipe
+from cytosyn_aug.runs.record_edits import moments_edit, variants_to_records
+from cytosyn_aug.runs.references import (
+    References,
+    describe_references,
+    open_references,
+    tensors_digest,
+)
+from cytosyn_aug.runs.slide_sources import SlideSources, note_slides
+from cytosyn_aug.runs.unit_work import Run, TileTask
 from cytosyn_aug.stain.methods import fit_reference
 from cytosyn_aug.transforms.variants import records_spec
-from cytosyn_aug.unit_work import Run, TileTask
 
 UNIT_TILES = 256
 _IMAGE_FORMATS = ("png", "webp", "tar")
@@ -61,7 +61,7 @@ class Tiles:
     """What a run works on.
 
     Attributes:
-        source: IN; see `cytosyn_aug.inputs`.
+        source: IN; see `cytosyn_aug.runs.inputs`.
         kind: What it is; None looks.
         mpp: Scale in microns per pixel: of tiles, None for the model's; of slides, None for what
             they state.

@@ -19,7 +19,7 @@ from cytosyn_aug.config import TileSpec
 from cytosyn_aug.io.image_files import MAX_PIXELS, ItemError, read_picture
 from cytosyn_aug.io.slide import MAX_ENLARGEMENT, Slide, SlideError
 from cytosyn_aug.io.tissue import TissueConfig, reason_to_reject, tile_quality
-from cytosyn_aug.listing import Item, Listing
+from cytosyn_aug.runs.listing import Item, Listing
 
 _MAX_OPEN_SLIDES = 4  # a thread; a unit seldom spans more
 _MAX_MASK_BYTES = 4 * MAX_PIXELS

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cytosyn_aug.io.image_files import TILE_SUFFIXES
 from cytosyn_aug.io.tar_files import Member, list_members
-from cytosyn_aug.listing import (
+from cytosyn_aug.runs.listing import (
     Item,
     Listing,
     corner,
@@ -118,7 +118,7 @@ def _tile(folder: Path, shard: str, key: str, kinds: dict[str, list[Member]]) ->
             label = _text(folder / shard, kinds["cls"][-1])
         except (OSError, ValueError) as problem:
             error = error or f"has a label that is no short UTF-8 text: {problem}"
-    # Dots of keys that we wrote ourselves, see `cytosyn_aug.outputs.TarOutput`.
+    # Dots of keys that we wrote ourselves, see `cytosyn_aug.runs.outputs.TarOutput`.
     stem = key.replace("%2E", ".")
     slide, x, y = corner(f"{stem}.png")
     name = f"{shard}/{image.name}"

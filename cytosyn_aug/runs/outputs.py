@@ -28,8 +28,8 @@ from cytosyn_aug.cache.store import LatentCache
 from cytosyn_aug.io.files import atomic_file, check_inside, flush_folder, refuse_links
 from cytosyn_aug.io.image_files import encode_png, encode_webp
 from cytosyn_aug.io.tar_files import ShardWriter
-from cytosyn_aug.listing import Item
-from cytosyn_aug.run_folder import RunFolder
+from cytosyn_aug.runs.folder import RunFolder
+from cytosyn_aug.runs.listing import Item
 
 Format = Literal["png", "webp", "tar", "latents", "images"]
 # What images become files by; caches hold no files.

@@ -17,20 +17,20 @@ from types import MappingProxyType
 from typing import Any
 
 from cytosyn_aug.config import Method, TileSpec
-from cytosyn_aug.inputs import list_whole_slides
 from cytosyn_aug.io.files import check_inside
 from cytosyn_aug.io.slide import Slide, SlideError
-from cytosyn_aug.laboratories import Given, describe_references, open_references
-from cytosyn_aug.listing import Item, Listing
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.pipeline import Row
-from cytosyn_aug.plans import check_apart, settings_digest
-from cytosyn_aug.run_folder import RunFolder, Unit
+from cytosyn_aug.runs.folder import RunFolder, Unit
+from cytosyn_aug.runs.inputs import list_whole_slides
+from cytosyn_aug.runs.listing import Item, Listing
+from cytosyn_aug.runs.pipeline import Row
+from cytosyn_aug.runs.plan import check_apart, settings_digest
+from cytosyn_aug.runs.references import Given, describe_references, open_references
+from cytosyn_aug.runs.unit_work import Run
 from cytosyn_aug.slides.normalize import normalize_in_steps, try_slide
 from cytosyn_aug.slides.recipe import SLIDES_COMMAND, SlideRecipe, SlideReport
 from cytosyn_aug.slides.view import SlideView
 from cytosyn_aug.stain.methods import Reference
-from cytosyn_aug.unit_work import Run
 
 _TRIAL_SLIDES = 3
 _MAX_NAMED = 20
@@ -91,7 +91,7 @@ def plan_slides(
 
 @dataclass(frozen=True, kw_only=True)
 class SlideTask:
-    """A `cytosyn_aug.unit_work.Task` over slides.
+    """A `cytosyn_aug.runs.unit_work.Task` over slides.
 
     Attributes:
         listing: The slides.
@@ -174,7 +174,7 @@ class SlideTask:
 
 
 class SlideJob:
-    """Slides one after the other; see `cytosyn_aug.unit_work.UnitJob`.
+    """Slides one after the other; see `cytosyn_aug.runs.unit_work.UnitJob`.
 
     Args:
         task: What is done.

@@ -21,14 +21,14 @@ import PIL
 import pyarrow as pa
 import torch
 
-from cytosyn_aug.batch_edits import Edit, Edited
 from cytosyn_aug.io.image_files import ItemError, check_strictness
-from cytosyn_aug.listing import Item, Listing
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.outputs import Output
-from cytosyn_aug.pipeline import Job, Row, Threads, give_up, run_job
-from cytosyn_aug.reading import Loaded
-from cytosyn_aug.run_folder import RUN_NAME, RunFolder, Unit, open_run
+from cytosyn_aug.runs.edits import Edit, Edited
+from cytosyn_aug.runs.folder import RUN_NAME, RunFolder, Unit, open_run
+from cytosyn_aug.runs.listing import Item, Listing
+from cytosyn_aug.runs.outputs import Output
+from cytosyn_aug.runs.pipeline import Job, Row, Threads, give_up, run_job
+from cytosyn_aug.runs.reading import Loaded
 
 
 class UnitJob(Protocol):
@@ -63,7 +63,7 @@ class Run:
     Attributes:
         folder: Where receipts and the manifest go: OUT.
         identity: What makes it this run, as JSON holds it.
-        context: What a report needs, recorded but not compared; see `cytosyn_aug.run_folder`.
+        context: What a report needs, recorded but not compared; see `cytosyn_aug.runs.folder`.
         listing: The items.
         unit_items: How many of them are a work unit.
         generator: The model; None if none is needed.
@@ -87,7 +87,7 @@ class TileTask:
 
     Attributes:
         generator: The model.
-        listing: See `cytosyn_aug.pipeline.Job`, as for all down to `constants`.
+        listing: See `cytosyn_aug.runs.pipeline.Job`, as for all down to `constants`.
         read: Reads a tile.
         edit: Makes variants of tiles.
         make_output: Returns where results go, making what must exist.
@@ -177,7 +177,7 @@ class TileTask:
 
 
 class TileJob:
-    """Tiles through readers, the model and writers; see `cytosyn_aug.pipeline`.
+    """Tiles through readers, the model and writers; see `cytosyn_aug.runs.pipeline`.
 
     Args:
         generator: The model.

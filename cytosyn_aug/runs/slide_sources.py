@@ -17,12 +17,12 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from cytosyn_aug.batch_edits import stack_tiles
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.io.image_files import ItemError
 from cytosyn_aug.io.tile_source import MAX_TILES
-from cytosyn_aug.listing import Item, Listing
-from cytosyn_aug.reading import Loaded
+from cytosyn_aug.runs.edits import stack_tiles
+from cytosyn_aug.runs.listing import Item, Listing
+from cytosyn_aug.runs.reading import Loaded
 from cytosyn_aug.stain.estimate import central_tiles
 
 _MAX_SLIDES = 256  # kept at a time; a run meets them one after the other

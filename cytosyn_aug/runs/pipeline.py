@@ -20,17 +20,17 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from cytosyn_aug.batch_edits import Edit, Edited
 from cytosyn_aug.io.image_files import ItemError
-from cytosyn_aug.listing import Item, Listing
-from cytosyn_aug.outputs import Output, Place, Result
-from cytosyn_aug.reading import Loaded
-from cytosyn_aug.run_folder import RunFolder, Unit
+from cytosyn_aug.runs.edits import Edit, Edited
+from cytosyn_aug.runs.folder import RunFolder, Unit
+from cytosyn_aug.runs.listing import Item, Listing
+from cytosyn_aug.runs.outputs import Output, Place, Result
+from cytosyn_aug.runs.reading import Loaded
 
 # Larger tiles go through in smaller batches, so that memory stays the same.
 _MAX_BATCH_PIXELS = 16 * 1024 * 1024
 _MAX_WAITING_BYTES = 256 * 1024 * 1024
-Row = dict[str, Any]  # one of `cytosyn_aug.run_folder.ROW_SCHEMA`; Any: cells
+Row = dict[str, Any]  # one of `cytosyn_aug.runs.folder.ROW_SCHEMA`; Any: cells
 
 
 class Entry(NamedTuple):

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from cytosyn_aug.batch_edits import Edit, Edited, stack_tiles
 from cytosyn_aug.cache.diagnosis import THUMBNAIL, thumbnails
 from cytosyn_aug.cache.encodings import Contents
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.reading import Loaded
+from cytosyn_aug.runs.edits import Edit, Edited, stack_tiles
+from cytosyn_aug.runs.reading import Loaded
 
 
 def variants_to_records(generator: TileGenerator, edit: Edit, *, is_latent: bool) -> Edit:

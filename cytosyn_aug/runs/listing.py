@@ -197,7 +197,7 @@ def _name_problem(name: str, stem: str) -> str:
 
 def _claim(first: dict[bytes, str], stem: str, name: str) -> str:
     """Note who writes under a stem; return what is wrong with a second one."""
-    key = stem.replace("%2E", ".")  # the same in tar shards, see `cytosyn_aug.outputs.TarOutput`
+    key = stem.replace("%2E", ".")  # the same in tar shards, see `runs.outputs.TarOutput`
     other = first.setdefault(hashlib.blake2b(key.encode(), digest_size=16).digest(), name)
     if other is name:
         return ""

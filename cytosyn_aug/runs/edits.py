@@ -20,8 +20,8 @@ from cytosyn_aug.images import pixels_to_images
 from cytosyn_aug.io.image_files import ItemError
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.model.solvers import sample_noise
-from cytosyn_aug.offline_recipes import AugmentRecipe, NormalizeRecipe, SampleRecipe
-from cytosyn_aug.reading import Loaded
+from cytosyn_aug.runs.reading import Loaded
+from cytosyn_aug.runs.recipes import AugmentRecipe, NormalizeRecipe, SampleRecipe
 from cytosyn_aug.stain.colour import colour_distance
 from cytosyn_aug.stain.density import DensityMap, apply_density_map, blend_with_identity, is_tissue
 from cytosyn_aug.stain.estimate import (

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 
 from cytosyn_aug.io.image_files import MAX_PIXELS, TILE_SUFFIXES
 from cytosyn_aug.io.slide import SLIDE_SUFFIXES
-from cytosyn_aug.listing import Item, Listing, corner, make_listing, output_stem
+from cytosyn_aug.runs.listing import Item, Listing, corner, make_listing, output_stem
 
 EITHER_SUFFIXES = tuple(s for s in SLIDE_SUFFIXES if s in TILE_SUFFIXES)
 _MAX_SLIDES = 65_536  # remembered, for tables whose rows go to and fro

@@ -30,7 +30,7 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow as pa
 
 from cytosyn_aug.io.files import refuse_links, remove_leftovers, write_atomically
-from cytosyn_aug.unit_rows import (
+from cytosyn_aug.runs.receipts import (
     MANIFEST_NAME,
     DamagedError,
     Results,

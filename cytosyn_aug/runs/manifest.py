@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cytosyn_aug.run_folder import RECEIPTS_NAME, RUN_NAME, WORK_NAME, parse_run
-from cytosyn_aug.unit_rows import (
+from cytosyn_aug.runs.folder import RECEIPTS_NAME, RUN_NAME, WORK_NAME, parse_run
+from cytosyn_aug.runs.receipts import (
     MANIFEST_NAME,
     ROW_SCHEMA,
     DamagedError,

@@ -26,7 +26,7 @@ from cytosyn_aug.io.image_files import TILE_SUFFIXES, masked_stem
 from cytosyn_aug.io.slide import SLIDE_SUFFIXES, Slide
 from cytosyn_aug.io.slide_tiles import candidate_positions, slide_mask
 from cytosyn_aug.io.tissue import TissueConfig
-from cytosyn_aug.listing import (
+from cytosyn_aug.runs.listing import (
     InputKind,
     Item,
     Listing,
@@ -35,8 +35,8 @@ from cytosyn_aug.listing import (
     make_listing,
     output_stem,
 )
-from cytosyn_aug.shard_inputs import list_shards
-from cytosyn_aug.table_inputs import EITHER_SUFFIXES, list_slide_table, list_table, looks_like_slide
+from cytosyn_aug.runs.tables import EITHER_SUFFIXES, list_slide_table, list_table, looks_like_slide
+from cytosyn_aug.runs.tar_inputs import list_shards
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))

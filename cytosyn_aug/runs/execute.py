@@ -20,10 +20,10 @@ import torch
 from tqdm import tqdm
 
 from cytosyn_aug.io.image_files import check_strictness
-from cytosyn_aug.listing import Listing
-from cytosyn_aug.ray_actors import RayCluster, on_actors
-from cytosyn_aug.run_folder import RUN_NAME, RunFolder, Unit, check_free, open_run
-from cytosyn_aug.unit_work import Run, UnitWorker, software
+from cytosyn_aug.runs.folder import RUN_NAME, RunFolder, Unit, check_free, open_run
+from cytosyn_aug.runs.listing import Listing
+from cytosyn_aug.runs.ray_actors import RayCluster, on_actors
+from cytosyn_aug.runs.unit_work import Run, UnitWorker, software
 
 _MAX_NAMED = 100
 # Slides are counted as far as they are: a third of one is done after minutes.

@@ -1,0 +1,1 @@
+"""Data sets as resumable runs: list inputs, plan, execute, record."""
