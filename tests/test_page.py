@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cytosyn_aug.pace import measure_pace
-from cytosyn_aug.page import Html, escaped, flattened, picture, shortened, table, whole_page
-from cytosyn_aug.plots import (
+from cytosyn_aug.report.html import Html, escaped, flattened, picture, shortened, table, whole_page
+from cytosyn_aug.report.svg import (
     Curve,
     Mark,
     Points,
@@ -23,6 +22,7 @@ from cytosyn_aug.plots import (
     plot_points,
     ticks,
 )
+from cytosyn_aug.report.throughput import measure_pace
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)>\n\u202egpj.\udcff&amp;'
 _VOID = {"meta", "img", "br"}

@@ -17,10 +17,11 @@ from PIL import Image
 from test_offline import QUIET, augment, digest, read
 from test_page import check_page
 
-from cytosyn_aug import offline, run_facts
+from cytosyn_aug import offline
 from cytosyn_aug.cli import main
-from cytosyn_aug.run_facts import gather
-from cytosyn_aug.run_pictures import RunPictures
+from cytosyn_aug.report import run_data as run_facts
+from cytosyn_aug.report.pictures import RunPictures
+from cytosyn_aug.report.run_data import gather
 from cytosyn_aug.runs.manifest import open_manifest
 from cytosyn_aug.runs.receipts import ROW_SCHEMA
 

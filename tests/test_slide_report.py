@@ -10,10 +10,10 @@ from conftest import synthetic_tiles, write_slide
 from test_page import check_page
 
 from cytosyn_aug import DensityReference, offline
-from cytosyn_aug.slide_facts import gather_slide, source_of
+from cytosyn_aug.report.slide_data import gather_slide, source_of
+from cytosyn_aug.report.tissue_colours import ColourDistribution
 from cytosyn_aug.slides.normalize import normalize_slide
 from cytosyn_aug.slides.recipe import SlideRecipe
-from cytosyn_aug.tissue_colours import ColourDistribution
 
 pytest.importorskip("tifffile", reason="reports on slides are not tested")
 

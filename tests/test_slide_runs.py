@@ -368,7 +368,7 @@ def test_the_report_of_a_run_shows_slides_and_names_what_failed(
     text = check_page(offline.report(normalised, out=tmp_path / "a.html").read_text()).whole_text
     assert "normal/broken.svs failed: (8 bytes) is of a format" in text
     assert "not compared" not in text  # where the slides lay is known
-    monkeypatch.setattr("cytosyn_aug.slide_report._MAX_SHOWN", 2)
+    monkeypatch.setattr("cytosyn_aug.report.slide_page._MAX_SHOWN", 2)
     found = check_page(offline.report(normalised, out=tmp_path / "b.html").read_text())
     assert "2 of 3 slides are shown" in found.whole_text
     assert found.whole_text.count("What the file says of itself") == 2

@@ -5,7 +5,7 @@ import torch
 from conftest import synthetic_tiles
 
 from cytosyn_aug.images import density_to_grey, optical_density
-from cytosyn_aug.structure import gradient_correlation
+from cytosyn_aug.report.structure import gradient_correlation
 
 TILES = synthetic_tiles(3)
 

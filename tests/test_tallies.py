@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cytosyn_aug.report.tallies import MAX_NAMED, SAMPLE_ROWS, Histogram, tally_rows
 from cytosyn_aug.runs.folder import RUN_NAME
 from cytosyn_aug.runs.manifest import open_manifest
 from cytosyn_aug.runs.receipts import ROW_SCHEMA
-from cytosyn_aug.tallies import MAX_NAMED, SAMPLE_ROWS, Histogram, tally_rows
 
 UNIT = 100
 

@@ -6,7 +6,7 @@ import torch
 from conftest import synthetic_tiles
 
 from cytosyn_aug.images import density_to_grey
-from cytosyn_aug.tissue_colours import (
+from cytosyn_aug.report.tissue_colours import (
     EOSIN,
     HAEMATOXYLIN,
     MAX_SIDE,

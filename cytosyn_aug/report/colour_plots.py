@@ -1,14 +1,15 @@
 """Plots of tissue colours before and after, beside those of references.
 
-In each axis of `cytosyn_aug.tissue_colours` and in two planes, a*-b* and haematoxylin-eosin.
+In each axis of `cytosyn_aug.report.tissue_colours` and in two planes, a*-b* and haematoxylin-eosin.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from cytosyn_aug.page import Html, group, joined
-from cytosyn_aug.plots import (
+from cytosyn_aug.report.html import Html, group, joined
+from cytosyn_aug.report.measures import ReferenceColour
+from cytosyn_aug.report.svg import (
     COLOURS,
     GREY,
     Curve,
@@ -18,9 +19,8 @@ from cytosyn_aug.plots import (
     plot_curves,
     plot_points,
 )
-from cytosyn_aug.run_measures import ReferenceColour
-from cytosyn_aug.tallies import Histogram
-from cytosyn_aug.tissue_colours import (
+from cytosyn_aug.report.tallies import Histogram
+from cytosyn_aug.report.tissue_colours import (
     LAB,
     STAINS,
     ColourDistribution,

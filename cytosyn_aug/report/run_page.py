@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-from cytosyn_aug import run_plots as plots
-from cytosyn_aug import run_sections as sections
-from cytosyn_aug.page import Html, escaped, group, paragraph, whole_page
-from cytosyn_aug.run_facts import Facts
+from cytosyn_aug.report import run_plots as plots
+from cytosyn_aug.report import sections
+from cytosyn_aug.report.html import Html, escaped, group, paragraph, whole_page
+from cytosyn_aug.report.run_data import Facts
 
 # Below these a reader should look; see LOG.md for what real runs measure.
 LEAST_STRUCTURE = 0.8

@@ -18,12 +18,12 @@ from cytosyn_aug.config import TileSpec
 from cytosyn_aug.io.slide import SLIDE_SUFFIXES, Slide, SlideError
 from cytosyn_aug.io.slide_tiles import candidate_positions, slide_mask
 from cytosyn_aug.io.tissue import TissueConfig
-from cytosyn_aug.run_measures import structure_score
+from cytosyn_aug.report.measures import structure_score
+from cytosyn_aug.report.tissue_colours import ColourDistribution
 from cytosyn_aug.runs.manifest import open_manifest
 from cytosyn_aug.slides.normalize import open_written, provenance_of
 from cytosyn_aug.slides.recipe import SLIDES_COMMAND
 from cytosyn_aug.stain.colour import colour_distance
-from cytosyn_aug.tissue_colours import ColourDistribution
 
 _WRITTEN = (".tif", ".tiff")
 _OVERVIEW_PX = 560
@@ -38,7 +38,7 @@ class SlideTile(NamedTuple):
         x, y: Its corner in pixels of the result's finest level.
         before: uint8 [H, W, 3], or None.
         after: uint8 [H, W, 3].
-        structure: See `cytosyn_aug.structure`; None if there is nothing to compare.
+        structure: See `cytosyn_aug.report.structure`; None if there is nothing to compare.
         distance: Mean distance in CIE Lab, or None.
     """
 

@@ -15,11 +15,11 @@ import numpy as np
 
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.io.tile_source import read_tiles
-from cytosyn_aug.run_pictures import RunPictures
+from cytosyn_aug.report.pictures import RunPictures
+from cytosyn_aug.report.structure import gradient_correlation
+from cytosyn_aug.report.tallies import Row
+from cytosyn_aug.report.tissue_colours import ColourDistribution, as_images, colour_of_grey
 from cytosyn_aug.runs.manifest import Manifest
-from cytosyn_aug.structure import gradient_correlation
-from cytosyn_aug.tallies import Row
-from cytosyn_aug.tissue_colours import ColourDistribution, as_images, colour_of_grey
 
 _REFERENCE_TILES = 32
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from cytosyn_aug.io.files import write_atomically
-from cytosyn_aug.run_facts import gather
-from cytosyn_aug.run_report import run_page
+from cytosyn_aug.report.run_data import gather
+from cytosyn_aug.report.run_page import run_page
+from cytosyn_aug.report.slide_data import find_run, find_slides
+from cytosyn_aug.report.slide_page import slides_page
 from cytosyn_aug.runs.folder import RUN_NAME
-from cytosyn_aug.slide_facts import find_run, find_slides
-from cytosyn_aug.slide_report import slides_page
 from cytosyn_aug.slides.recipe import SLIDES_COMMAND
 
 NUM_TILES = 96

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cytosyn_aug.page import Html, escaped
+from cytosyn_aug.report.html import Html, escaped
 
 GREY = "#6b7280"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b38600", "#3aa0d8")

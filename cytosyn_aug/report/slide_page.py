@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from cytosyn_aug.colour_plots import READING, plot_colours, swatch
 from cytosyn_aug.io.slide import SlideError
-from cytosyn_aug.page import (
+from cytosyn_aug.report.colour_plots import READING, plot_colours, swatch
+from cytosyn_aug.report.html import (
     Html,
     code,
     escaped,
@@ -21,8 +21,8 @@ from cytosyn_aug.page import (
     table,
     whole_page,
 )
-from cytosyn_aug.run_report import is_moved, own_version
-from cytosyn_aug.slide_facts import (
+from cytosyn_aug.report.run_page import is_moved, own_version
+from cytosyn_aug.report.slide_data import (
     FoundSlides,
     SlideFacts,
     SlideTile,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from cytosyn_aug.page import (
+from cytosyn_aug.report.html import (
     Html,
     code,
     escaped,
@@ -19,9 +19,9 @@ from cytosyn_aug.page import (
     shortened,
     table,
 )
-from cytosyn_aug.run_facts import NUM_PAIRS, Facts, spread
-from cytosyn_aug.run_pictures import Picture
-from cytosyn_aug.tallies import MAX_NAMED, NUM_WORST, Group, Row, tile_name
+from cytosyn_aug.report.pictures import Picture
+from cytosyn_aug.report.run_data import NUM_PAIRS, Facts, spread
+from cytosyn_aug.report.tallies import MAX_NAMED, NUM_WORST, Group, Row, tile_name
 
 _MAX_GROUPS = 20
 _MAX_REASONS = 10

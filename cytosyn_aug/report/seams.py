@@ -15,11 +15,11 @@ import pyarrow.compute as pc
 import torch
 
 from cytosyn_aug.images import optical_density
-from cytosyn_aug.run_pictures import RunPictures
+from cytosyn_aug.report.pictures import RunPictures
+from cytosyn_aug.report.tallies import Row, Tally
 from cytosyn_aug.runs.manifest import Manifest
 from cytosyn_aug.slides.seams import SeamMeter, tile_lines
 from cytosyn_aug.stain.density import tissue_weight
-from cytosyn_aug.tallies import Row, Tally
 
 NUM_SLIDES = 4
 _WINDOW = 6  # tiles in each direction from the middle one

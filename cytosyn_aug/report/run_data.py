@@ -13,18 +13,18 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cytosyn_aug.pace import Pace, measure_pace
-from cytosyn_aug.run_measures import (
+from cytosyn_aug.report.measures import (
     Measures,
     ReferenceColour,
     measure_references,
     measure_results,
 )
-from cytosyn_aug.run_pictures import RunPictures
-from cytosyn_aug.run_seams import SlideSeams, measure_seams
+from cytosyn_aug.report.pictures import RunPictures
+from cytosyn_aug.report.seams import SlideSeams, measure_seams
+from cytosyn_aug.report.tallies import Row, Tally, tally_rows
+from cytosyn_aug.report.throughput import Pace, measure_pace
 from cytosyn_aug.runs.folder import RUN_NAME
 from cytosyn_aug.runs.manifest import Manifest, open_manifest
-from cytosyn_aug.tallies import Row, Tally, tally_rows
 
 NUM_PAIRS = 12
 NUM_CONTENTS = 6

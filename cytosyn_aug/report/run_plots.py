@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from cytosyn_aug.colour_plots import READING, plot_colours, swatch
-from cytosyn_aug.page import Html, group, heading, joined, paragraph, shortened, table
-from cytosyn_aug.plots import COLOURS, Curve, Mark, Range, plot_bars, plot_curves
-from cytosyn_aug.run_facts import Facts
-from cytosyn_aug.tallies import Histogram
-from cytosyn_aug.tissue_colours import LAB
+from cytosyn_aug.report.colour_plots import READING, plot_colours, swatch
+from cytosyn_aug.report.html import Html, group, heading, joined, paragraph, shortened, table
+from cytosyn_aug.report.run_data import Facts
+from cytosyn_aug.report.svg import COLOURS, Curve, Mark, Range, plot_bars, plot_curves
+from cytosyn_aug.report.tallies import Histogram
+from cytosyn_aug.report.tissue_colours import LAB
 
 _REJECTED = "#b91c1c"
 _SHARES = (0.01, 0.05, 0.5, 0.95, 0.99)
