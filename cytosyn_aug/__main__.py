@@ -2,6 +2,6 @@
 
 import sys
 
-from cytosyn_aug.cli import main
+from cytosyn_aug.cli.main import main
 
 sys.exit(main())

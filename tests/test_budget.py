@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from cytosyn_aug.cache.encodings import encodings_spec
-from cytosyn_aug.cli import main, parse
 from cytosyn_aug.cli.budget import Fleet, Volume, labour, storage
+from cytosyn_aug.cli.main import main, parse
 
 PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
 

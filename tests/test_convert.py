@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from cytosyn_aug.cli import main
+from cytosyn_aug.cli.main import main
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.model import convert as conversion
 from cytosyn_aug.model.checkpoint import load_model

@@ -3,7 +3,7 @@ import re
 import pytest
 
 from cytosyn_aug import demo
-from cytosyn_aug.cli import main
+from cytosyn_aug.cli.main import main
 from cytosyn_aug.demo import CONTENT, LABORATORIES, load_laboratories
 
 

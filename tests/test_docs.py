@@ -129,7 +129,7 @@ def run_example(command, tmp_path):
 
 def test_help_loads_no_torch():
     code = (
-        "import sys, cytosyn_aug.cli as c\n"
+        "import sys, cytosyn_aug.cli.main as c\n"
         "for name in ['demo', 'augment', 'normalize', 'cache', 'sample', 'slurm',\n"
         "             'report', 'budget']:\n"
         "    try: c.main([name, '--help'])\n"

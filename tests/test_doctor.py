@@ -8,9 +8,9 @@ import torch
 from conftest import random_parts, write_released
 
 from cytosyn_aug import demo
-from cytosyn_aug.cli import main
+from cytosyn_aug.cli.doctor import IMAGENET_MEAN, IMAGENET_STD, examine, verdict
+from cytosyn_aug.cli.main import main
 from cytosyn_aug.demo import load_samples
-from cytosyn_aug.doctor import IMAGENET_MEAN, IMAGENET_STD, examine, verdict
 from cytosyn_aug.model.encoder import Features
 from cytosyn_aug.model.generator import TileGenerator
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageCms
 from test_image_files import DEEP, png
 
 from cytosyn_aug import offline
-from cytosyn_aug.cli import main
+from cytosyn_aug.cli.main import main
 from cytosyn_aug.runs.execute import Work
 
 QUIET = Work(progress=False)

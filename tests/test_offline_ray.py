@@ -21,7 +21,7 @@ from test_offline_runs import command
 
 from cytosyn_aug import StainReference, offline
 from cytosyn_aug.cache.store import LatentCache
-from cytosyn_aug.cli import main
+from cytosyn_aug.cli.main import main
 from cytosyn_aug.runs import execute as running
 from cytosyn_aug.runs import plan as plans
 from cytosyn_aug.runs import ray_actors
@@ -119,7 +119,7 @@ def test_an_interrupted_run_leaves_no_process_and_resumes(
     many = ["--variants", "40", "--strength", "0.2", "1", "--unit-tiles", "1"]
     words = command(tree, out, model_folder, laboratories, *many)
     process = subprocess.Popen(
-        [sys.executable, "-m", "cytosyn_aug.cli", *words, *RAY, "--actors", "1"],
+        [sys.executable, "-m", "cytosyn_aug.cli.main", *words, *RAY, "--actors", "1"],
         env=os.environ | SETTINGS | {MARK: str(out)},
         start_new_session=True,  # a group of its own, all of which a terminal interrupts
         stderr=subprocess.PIPE,

@@ -25,7 +25,7 @@ from test_offline import QUIET, augment, digest, rows
 
 from cytosyn_aug import TileGenerator, offline
 from cytosyn_aug.cache.store import LatentCache
-from cytosyn_aug.cli import main, parse
+from cytosyn_aug.cli.main import main, parse
 from cytosyn_aug.runs.execute import Work
 
 
@@ -141,7 +141,7 @@ def test_a_folder_of_something_else_is_refused(tree, tmp_path, small, laboratori
 def kill(words, out, folder):
     """Start a command and kill it at some moment after it began to write."""
     before = len(list(out.rglob("*")))
-    process = start_python("-m", "cytosyn_aug.cli", *words, folder=folder)
+    process = start_python("-m", "cytosyn_aug.cli.main", *words, folder=folder)
     while len(list(out.rglob("*"))) == before and process.is_alive():
         time.sleep(0.01)
     time.sleep(random.Random(process.pid).uniform(0, 0.5))
@@ -219,7 +219,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from cytosyn_aug.cli import main, parse
+from cytosyn_aug.cli.main import main, parse
 from cytosyn_aug.runs.folder import RunFolder
 
 mine, others = Path("units"), Path(sys.argv[1]) / "units"
@@ -291,7 +291,7 @@ def test_another_kind_of_machine_differs_by_one_grey_level(
             *("--mode", "resample", "--variants", "2", "--steps", "2"),
         ],
     }
-    there = "import json, sys, torch; from cytosyn_aug.cli import main\n"
+    there = "import json, sys, torch; from cytosyn_aug.cli.main import main\n"
     there += "assert torch.backends.cpu.get_cpu_capability() == 'DEFAULT'\n"
     there += "assert not any([main(words) for words in json.loads(sys.argv[1])])"
     for mode, line in words.items():

@@ -18,7 +18,7 @@ from test_offline import QUIET, augment, digest, read
 from test_page import check_page
 
 from cytosyn_aug import offline
-from cytosyn_aug.cli import main
+from cytosyn_aug.cli.main import main
 from cytosyn_aug.report import run_data as run_facts
 from cytosyn_aug.report.pictures import RunPictures
 from cytosyn_aug.report.run_data import gather

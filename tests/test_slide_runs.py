@@ -14,7 +14,7 @@ from test_offline import QUIET, digest, rows
 from test_page import check_page
 
 from cytosyn_aug import DensityReference, StainReference, normalize_slide, offline
-from cytosyn_aug.cli import main
+from cytosyn_aug.cli.main import main
 from cytosyn_aug.runs import listing
 from cytosyn_aug.runs import slides as slide_runs
 from cytosyn_aug.runs.execute import cut_units

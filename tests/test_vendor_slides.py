@@ -12,7 +12,7 @@ from PIL import Image
 from vendor_slides import PHOTO_STEP, write_mrxs, write_ndpi, write_svs, write_tif
 
 from cytosyn_aug import MacenkoReference, offline
-from cytosyn_aug.cli import main
+from cytosyn_aug.cli.main import main
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.io.slide import Slide, SlideError
 from cytosyn_aug.io.tile_source import read_tiles

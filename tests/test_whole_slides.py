@@ -18,7 +18,7 @@ from cytosyn_aug import (
     StainNormalize,
     StainReference,
 )
-from cytosyn_aug.cli import main
+from cytosyn_aug.cli.main import main
 from cytosyn_aug.images import optical_density
 from cytosyn_aug.io.files import atomic_file
 from cytosyn_aug.io.slide import SlideError

@@ -1,6 +1,6 @@
 """The commands for whole data sets: augment, normalize, cache, sample, and slurm around them.
 
-No torch is imported to show help; for exit codes see `cytosyn_aug.work_options`.
+No torch is imported to show help; for exit codes see `cytosyn_aug.cli.options`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from cytosyn_aug.cli.slurm import SlurmJob, array_script
-from cytosyn_aug.config import Method
-from cytosyn_aug.slide_command import FILE_SUFFIXES
-from cytosyn_aug.work_options import (
+from cytosyn_aug.cli.options import (
     add_model,
     add_tile_work,
     add_work,
@@ -24,6 +21,9 @@ from cytosyn_aug.work_options import (
     shared_path,
     work_of,
 )
+from cytosyn_aug.cli.slides import FILE_SUFFIXES
+from cytosyn_aug.cli.slurm import SlurmJob, array_script
+from cytosyn_aug.config import Method
 
 AddCommand = Callable[[str, Callable[..., int], str, str], argparse.ArgumentParser]
 _IN = "folder of tiles, .csv or .parquet with paths, tar shards (file or folder), or slides"

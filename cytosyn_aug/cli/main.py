@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cytosyn_aug.budget_command import add_command as add_budget
-from cytosyn_aug.offline_command import add_commands
-from cytosyn_aug.report_command import add_report
-from cytosyn_aug.slide_command import add_command as add_slides
+from cytosyn_aug.cli.budget_command import add_command as add_budget
+from cytosyn_aug.cli.datasets import add_commands
+from cytosyn_aug.cli.report import add_report
+from cytosyn_aug.cli.slides import add_command as add_slides
 
 if TYPE_CHECKING:  # --help must answer without loading torch
     from cytosyn_aug.model.generator import TileGenerator
@@ -170,7 +170,7 @@ def _load(args: argparse.Namespace) -> TileGenerator:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from cytosyn_aug.info import describe_model, info_text
+    from cytosyn_aug.cli.info import describe_model, info_text
 
     facts = describe_model(_load(args))
     print(json.dumps(facts, indent=2) if args.json else info_text(facts))
@@ -178,9 +178,9 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    from cytosyn_aug.cli.doctor import as_json, examine, verdict
+    from cytosyn_aug.cli.info import describe_model, environment, info_text, inventory
     from cytosyn_aug.demo import load_samples
-    from cytosyn_aug.doctor import as_json, examine, verdict
-    from cytosyn_aug.info import describe_model, environment, info_text, inventory
     from cytosyn_aug.io.files import write_atomically
 
     content: dict[str, object] = {"environment": environment()}

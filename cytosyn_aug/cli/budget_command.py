@@ -10,7 +10,7 @@ AddCommand = Callable[[str, Callable[..., int], str, str], argparse.ArgumentPars
 
 
 def add_command(add: AddCommand) -> None:
-    """Add the command to a parser; see `cytosyn_aug.offline_command.add_commands`."""
+    """Add the command to a parser; see `cytosyn_aug.cli.datasets.add_commands`."""
     budget = add(
         "budget",
         _budget,

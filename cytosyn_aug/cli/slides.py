@@ -1,7 +1,7 @@
 """The command for whole slides: normalize-slide. No torch is imported to show help.
 
 One slide to one file, or any number of slides to a folder as a run, which is resumed, shared and
-recorded as those of tiles are. For exit codes see `cytosyn_aug.work_options`.
+recorded as those of tiles are. For exit codes see `cytosyn_aug.cli.options`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from cytosyn_aug.config import Method
-from cytosyn_aug.work_options import (
+from cytosyn_aug.cli.options import (
     add_model,
     add_work,
     load_generator,
@@ -22,6 +21,7 @@ from cytosyn_aug.work_options import (
     shared_path,
     work_of,
 )
+from cytosyn_aug.config import Method
 
 if TYPE_CHECKING:
     from cytosyn_aug.model.generator import TileGenerator
