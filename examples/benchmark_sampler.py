@@ -36,7 +36,7 @@ from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.model.sampler import Forward, Guidance, bind_velocity, draw_latents, time_grid
 from cytosyn_aug.model.solvers import Velocity, euler, guide, linear_grid
 from cytosyn_aug.model.transformer import SiT
-from training.precision import has_fast_bfloat16
+from training.engine.precision import has_fast_bfloat16
 
 GUIDANCE = Guidance(2.5, 0.0, 0.75)
 NUM_FEATURES = 768

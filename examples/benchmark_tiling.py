@@ -32,9 +32,9 @@ from cytosyn_aug.io.image_files import encode_tile
 from cytosyn_aug.io.slide import Reading, Slide, grid_positions
 from cytosyn_aug.io.slide_tiles import slide_mask
 from cytosyn_aug.io.tissue import TissueConfig, TissueMask, reason_to_reject, tile_quality
-from training.cutting import CutUnit, ScanUnit, TileRecipe, cut, scan
-from training.sources import list_slides
-from training.workers import Death, run_units
+from training.data.cutting import CutUnit, ScanUnit, TileRecipe, cut, scan
+from training.data.sources import list_slides
+from training.data.workers import Death, run_units
 
 Corners = list[tuple[int, int]]
 

@@ -47,11 +47,11 @@ from cytosyn_aug.model.solvers import (
     sample_noise,
     shifted_grid,
 )
-from training.comparison import ReferenceSet
-from training.comparison import compare as score
-from training.extractors import load_extractor
-from training.kept import KeptResults
-from training.metrics import principal_components
+from training.evaluation.comparison import ReferenceSet
+from training.evaluation.comparison import compare as score
+from training.evaluation.extractors import load_extractor
+from training.evaluation.kept import KeptResults
+from training.evaluation.metrics import principal_components
 
 FORWARDS = (1, 2, 4, 8)
 NUM_COMPONENTS = 16
@@ -281,7 +281,7 @@ def plot(rows: list[dict[str, object]], file: Path) -> None:
 
 def main() -> None:
     """Compare and write `table.md` and `plot.png`."""
-    from training.data import load_tiles
+    from training.data.batches import load_tiles
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="model folder; default: tiny")

@@ -12,9 +12,9 @@ from conftest import synthetic_tiles
 
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.model.solvers import linear_grid
-from training.comparison import ReferenceSet
-from training.extractors import load_extractor
-from training.metrics import principal_components
+from training.evaluation.comparison import ReferenceSet
+from training.evaluation.extractors import load_extractor
+from training.evaluation.metrics import principal_components
 
 FILE = Path(__file__).parent.parent / "examples" / "compare_samplers.py"
 F64 = torch.float64

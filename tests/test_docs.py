@@ -31,7 +31,7 @@ MODULES = [
     "cytosyn_aug.transforms.stain_transfer",
     "cytosyn_aug.transforms.cached_variants",
     "cytosyn_aug.transforms.stain_views",
-    "training.perception",
+    "training.stages.perception",
 ]
 
 

@@ -19,8 +19,8 @@ from cytosyn_aug.model.sampler import (
 )
 from cytosyn_aug.model.solvers import bind_student, guide
 from cytosyn_aug.model.transformer import SiT
-from training.distil import build_student
 from training.recipes import smoke_distil
+from training.stages.distil import build_student
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # one large product rounds otherwise than many small ones
 

@@ -6,7 +6,7 @@ from cytosyn_aug import EditRecipe, StainReference
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.stain.density import apply_density_map, pool_moments, tissue_moments
 from cytosyn_aug.stain.estimate import redraw, resample
-from training.restaining import stain_change
+from training.evaluation.restaining import stain_change
 
 PIXELS_ONLY = EditRecipe(probe_share=0.0)
 PROBE_ONLY = EditRecipe(probe_share=1.0)

@@ -28,8 +28,8 @@ def test_a_tile_costs_a_third_of_what_tinys_own_decoder_does():
     from torch.utils.flop_counter import FlopCounterMode
 
     from cytosyn_aug.model.generator import TileGenerator
-    from training.decoder import build_decoder
     from training.recipes import tiny_decoder
+    from training.stages.decoder import build_decoder
 
     flop = []
     generator = TileGenerator.from_pretrained()

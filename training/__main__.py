@@ -38,15 +38,7 @@ from torch import Tensor
 
 from cytosyn_aug.model.checkpoint import load_model
 from cytosyn_aug.model.generator import Sampler, TileGenerator
-from training.data import identify, load_tiles, open_tiles
-from training.evaluate import Evaluation, evaluate
-from training.export import export
-from training.loop import recipe_dict, train
-from training.model_card import CardSources, parts_text
-from training.parallel import join_world
-from training.plan import launch_text, plan, plan_evaluation, plan_latents
-from training.restaining import gap_closed, known_answer, methods
-from training.stages import (
+from training.build import (
     TRAINED,
     Sources,
     build_stage,
@@ -55,8 +47,16 @@ from training.stages import (
     find_recipe,
     write_latents,
 )
+from training.data.batches import identify, load_tiles, open_tiles
+from training.engine.distributed import join_world
+from training.engine.loop import recipe_dict, train
+from training.engine.weights import stage_weights
+from training.evaluation.evaluate import Evaluation, evaluate
+from training.evaluation.restaining import gap_closed, known_answer, methods
+from training.export import export
+from training.model_card import CardSources, parts_text
+from training.plan import launch_text, plan, plan_evaluation, plan_latents
 from training.tile_command import main as run_tile_command
-from training.weights import stage_weights
 
 
 def main() -> None:
@@ -131,9 +131,11 @@ def main() -> None:
 
 
 def _add_evaluation(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `training.evaluate.Evaluation`; what is left out keeps its default."""
-    group = parser.add_argument_group("evaluate", "see training/evaluate.py")
-    group.add_argument("--extractors", nargs="+", help="judges, see training/extractors.py")
+    """Add the options of an evaluation; what is left out keeps its default."""
+    group = parser.add_argument_group("evaluate", "judge a model")
+    group.add_argument(
+        "--extractors", nargs="+", help="networks that judge, see training/evaluation"
+    )
     group.add_argument("--num", type=int, dest="num_tiles", help="tiles of held-out slides")
     group.add_argument("--num-training", type=int, dest="num_training_tiles")
     group.add_argument(

@@ -16,8 +16,8 @@ from torch import nn
 
 from cytosyn_aug.io.files import write_atomically
 from cytosyn_aug.model.checkpoint import ModelParts
+from training.evaluation.report import markdown_table, number_text
 from training.plan import tile_flop
-from training.report import markdown_table, number_text
 
 CARD_NAME = "README.md"
 CURVES_NAME = "training.png"

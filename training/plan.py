@@ -14,12 +14,12 @@ from torch import nn
 
 from cytosyn_aug.model.checkpoint import ModelParts
 from training import recipes
-from training.card import NUM_SOURCES, NUM_VARIATIONS
-from training.evaluate import Evaluation
+from training.build import NEEDS, TRAINED, find_latents_recipe, find_recipe
+from training.evaluation.claims import NUM_SOURCES, NUM_VARIATIONS
+from training.evaluation.evaluate import Evaluation
 from training.pass_costs import count_flop
-from training.stages import NEEDS, TRAINED, find_latents_recipe, find_recipe
+from training.stages.vae import VaeRecipe, build_vae
 from training.step_costs import decode_flop, encode_flop, step_uses, tile_encoder
-from training.vae import VaeRecipe, build_vae
 
 _FLOAT = 4
 _CORES_PER_GPU = 12
@@ -85,7 +85,7 @@ def plan(name: str, stage: str) -> Plan:
 
     Args:
         name: Recipe, as in `training.recipes` before the underscore.
-        stage: One of `training.stages.TRAINED`.
+        stage: One of `training.build.TRAINED`.
 
     Raises:
         ValueError: There is no such recipe, or none of a network it builds on.

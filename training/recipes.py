@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from training.cutting import TileRecipe
-from training.decoder import DecoderRecipe
-from training.distil import DistilRecipe
-from training.encoder import EncoderRecipe
-from training.loop import LoopConfig
-from training.repae import RepaeRecipe
-from training.sit import SitRecipe
-from training.vae import VaeRecipe
-from training.views import LatentsRecipe
+from training.data.cutting import TileRecipe
+from training.engine.loop import LoopConfig
+from training.stages.decoder import DecoderRecipe
+from training.stages.distil import DistilRecipe
+from training.stages.encoder import EncoderRecipe
+from training.stages.latents import LatentsRecipe
+from training.stages.repae import RepaeRecipe
+from training.stages.sit import SitRecipe
+from training.stages.vae import VaeRecipe
 
 NUM_GPUS = {"xl": 8}
 """GPUs that share a run, by the name before the underscore; one where it is not here."""

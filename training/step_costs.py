@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from cytosyn_aug.model.encoder import TileEncoder
 from cytosyn_aug.model.transformer import SiT
-from training.decoder import DecoderRecipe, build_decoder
-from training.discriminator import PatchDiscriminator
-from training.distil import DistilRecipe, build_student
-from training.encoder import EncoderRecipe, build_encoder
-from training.mean_flow import RULES
+from training.build import Recipe, find_recipe
 from training.pass_costs import Kept, count_flop, kept_bytes
-from training.perception import PerceptualNetwork, texture_distance
-from training.repae import RepaeRecipe, frozen
-from training.sit import SitRecipe, build_transformer
-from training.stages import Recipe, find_recipe
-from training.vae import VaeRecipe, build_vae
+from training.stages.decoder import DecoderRecipe, build_decoder
+from training.stages.discriminator import PatchDiscriminator
+from training.stages.distil import DistilRecipe, build_student
+from training.stages.encoder import EncoderRecipe, build_encoder
+from training.stages.mean_flow import RULES
+from training.stages.perception import PerceptualNetwork, texture_distance
+from training.stages.repae import RepaeRecipe, frozen
+from training.stages.sit import SitRecipe, build_transformer
+from training.stages.vae import VaeRecipe, build_vae
 
 # Passes of a step in units of a forward pass: a backward pass costs one for the inputs' gradient
 # and one for the weights'.

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from training import recipes
-from training.cutting import TileRecipe
-from training.shards import verify
-from training.sources import Listing, Named, list_slides
-from training.tile_folders import list_tiles
-from training.tiles import describe, make_tiles
+from training.data.cutting import TileRecipe
+from training.data.shards import verify
+from training.data.sources import Listing, Named, list_slides
+from training.data.tile_folders import list_tiles
+from training.data.tiles import describe, make_tiles
 
 _EXAMPLES = """examples:
   python -m training tile --slides SLIDES --manifest gdc_manifest.txt --recipe xl --out TILES

@@ -9,7 +9,7 @@ import torch
 from conftest import synthetic_tiles
 from PIL import Image
 
-from training.codecs import check_codecs, codec_of, count_codecs, is_lossy, recompress
+from training.evaluation.codecs import check_codecs, codec_of, count_codecs, is_lossy, recompress
 
 PICTURE = Image.fromarray(synthetic_tiles(1, size=64)[0].permute(1, 2, 0).numpy())
 

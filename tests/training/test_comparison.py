@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from training.comparison import ReferenceSet, compare, frechet_excess
-from training.metrics import (
+from training.evaluation.comparison import ReferenceSet, compare, frechet_excess
+from training.evaluation.metrics import (
     fit_normal,
     frechet_distance,
     kernel_distance,
     principal_components,
 )
-from training.neighbours import manifold_scores
+from training.evaluation.neighbours import manifold_scores
 
 F64 = torch.float64
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from training.data import (
+from training.data.batches import (
     Batches,
     crop_and_turn,
     draw_views,

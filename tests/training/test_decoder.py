@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import random_parts, synthetic_tiles
 
-from training.data import TileSet
-from training.decoder import DecoderStage, build_decoder
+from training.data.batches import TileSet
 from training.pass_costs import count_flop
 from training.recipes import smoke_decoder, xl_decoder, xl_vae
-from training.vae import build_vae
+from training.stages.decoder import DecoderStage, build_decoder
+from training.stages.vae import build_vae
 
 
 class Twin(torch.nn.Module):

@@ -8,13 +8,13 @@ from conftest import random_parts, synthetic_tiles
 
 from cytosyn_aug.model.solvers import guide
 from cytosyn_aug.model.transformer import SiT
-from training.data import TileSet
-from training.distil import DistilStage, build_student, guided_velocity
-from training.latents import LatentSpace
-from training.loop import recipe_dict, train
+from training.data.batches import TileSet
+from training.engine.loop import recipe_dict, train
 from training.recipes import smoke_distil, smoke_latents, tiny_distil, tiny_sit, xl_distil
-from training.sit import build_transformer
-from training.views import StoredViews, write_views
+from training.stages.distil import DistilStage, build_student, guided_velocity
+from training.stages.frozen import LatentSpace
+from training.stages.latents import StoredViews, write_views
+from training.stages.sit import build_transformer
 
 
 @pytest.fixture(scope="module")

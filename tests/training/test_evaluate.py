@@ -7,12 +7,12 @@ import torch
 from conftest import SIZE, synthetic_tiles
 from PIL import Image
 
-from training import card
-from training import evaluate as stage
-from training.card import check_tiles
-from training.data import TileSet
-from training.evaluate import Evaluation, evaluate
-from training.judgement import half_floors
+from training.data.batches import TileSet
+from training.evaluation import claims as card
+from training.evaluation import evaluate as stage
+from training.evaluation.claims import check_tiles
+from training.evaluation.evaluate import Evaluation, evaluate
+from training.evaluation.judgement import half_floors
 
 NUM_HELD_OUT, NUM_TRAINING = 12, 40
 

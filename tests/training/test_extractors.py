@@ -14,9 +14,9 @@ from torchvision.transforms import v2
 
 from cytosyn_aug.images import images_to_pixels
 from cytosyn_aug.model.generator import TileGenerator
-from training import extractors
-from training.extractors import BATCH_SIZE, load_extractor
-from training.perception import PerceptualNetwork
+from training.evaluation import extractors
+from training.evaluation.extractors import BATCH_SIZE, load_extractor
+from training.stages.perception import PerceptualNetwork
 
 ROUNDING = {"rtol": 1e-4, "atol": 1e-4}  # of float32 kernels that differ by batch shape
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from training.extractors import load_extractor
-from training.kept import KeptResults, images_digest
+from training.evaluation.extractors import load_extractor
+from training.evaluation.kept import KeptResults, images_digest
 
 
 def forbidden():
@@ -48,7 +48,7 @@ def test_images_are_known_by_shape_and_bytes():
 
 def test_kept_features_are_those_of_the_network(tmp_path, monkeypatch):
     """Split among files without a change, and found without the network the second time."""
-    monkeypatch.setattr("training.extractors.TILES_PER_FILE", 16)
+    monkeypatch.setattr("training.evaluation.extractors.TILES_PER_FILE", 16)
     images = torch.randint(256, (19, 3, 224, 224), dtype=torch.uint8)
     kept = load_extractor("tiny", kept=KeptResults(tmp_path))
     assert torch.equal(kept.features(images), load_extractor("tiny").features(images))

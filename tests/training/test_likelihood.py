@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-from training import likelihood
-from training.likelihood import Mixture, fit_mixture, likelihood_reference
+from training.evaluation import likelihood
+from training.evaluation.likelihood import Mixture, fit_mixture, likelihood_reference
 
 F64 = torch.float64
 WIDTH = 24

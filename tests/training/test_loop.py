@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from training.data import Batches, step_generator
-from training.loop import LoopConfig, train
-from training.weights import stage_weights
+from training.data.batches import Batches, step_generator
+from training.engine.loop import LoopConfig, train
+from training.engine.weights import stage_weights
 
 CONFIG = LoopConfig(
     num_steps=8, learning_rate=1e-2, warmup_steps=3, cooldown_steps=2, report_every_steps=4

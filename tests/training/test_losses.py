@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from training.losses import alignment, kl_to_standard_normal, pooled_colour, velocity_error
+from training.stages.losses import alignment, kl_to_standard_normal, pooled_colour, velocity_error
 
 
 def test_kl_is_torchs():

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from training.data import step_generator
-from training.losses import cauchy_error
-from training.mean_flow import (
+from training.data.batches import step_generator
+from training.stages.losses import cauchy_error
+from training.stages.mean_flow import (
     RULES,
     from_derivative,
     from_difference,

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from training import metrics
-from training.metrics import (
+from training.evaluation import metrics
+from training.evaluation.metrics import (
     NormalFit,
     cosine_similarity,
     fit_normal,

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from training.muon import Muon, orthogonalise, split_parameters
+from training.engine.muon import Muon, orthogonalise, split_parameters
 
 
 def test_singular_values_come_close_to_one():

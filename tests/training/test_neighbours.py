@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_metrics import reference_sets
 
-from training import neighbours
-from training.neighbours import (
+from training.evaluation import neighbours
+from training.evaluation.neighbours import (
     manifold_scores,
     nearest_neighbours,
     nearness,

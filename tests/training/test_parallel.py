@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.parallel import row_shares
-from training.weights import stage_weights
+from training.engine.distributed import row_shares
+from training.engine.weights import stage_weights
 
 NUM_STEPS = 5
 # Runs of two gloo processes, one of which kills itself in the last, once.
@@ -20,11 +20,11 @@ from dataclasses import replace
 from pathlib import Path
 sys.path[:0] = {paths!r}
 import torch
-import training.loop
+import training.engine.loop
 from test_loop import CONFIG, Regression, unreadable
 from test_repae import make_stage
-from training.loop import LoopConfig, save_checkpoint, train
-from training.parallel import average_gradients, is_true_anywhere, join_world
+from training.engine.loop import LoopConfig, save_checkpoint, train
+from training.engine.distributed import average_gradients, is_true_anywhere, join_world
 
 place, device = join_world()
 layer = torch.nn.Linear(2, 1)
@@ -44,13 +44,13 @@ if is_first_life:
     if place.rank:
         unreadable(stage, 0)
     else:  # slower than the other process
-        training.loop.save_checkpoint = lambda *x: (time.sleep(1), save_checkpoint(*x))
+        training.engine.loop.save_checkpoint = lambda *x: (time.sleep(1), save_checkpoint(*x))
     try:
         train(stage, CONFIG, folder / "unread", recipe={{}})
     except OSError as error:
         assert (folder / "unread" / "checkpoint.pt").exists()
         (folder / f"fault_{{place.rank}}").write_text(str(error))
-    training.loop.save_checkpoint = save_checkpoint
+    training.engine.loop.save_checkpoint = save_checkpoint
 stage = make_stage()
 losses = stage.losses
 
@@ -121,7 +121,7 @@ def test_where_one_process_cannot_read_all_end_when_the_first_has_saved(runs):
 def test_two_processes_reach_the_weights_of_one(runs, tmp_path):
     from test_loop import CONFIG, Regression
 
-    from training.loop import train
+    from training.engine.loop import train
 
     train(Regression(), CONFIG, tmp_path, recipe={})
     shared = stage_weights(runs / "regression", "any")

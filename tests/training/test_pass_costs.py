@@ -7,8 +7,8 @@ from timm.models.vision_transformer import Attention
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from training.discriminator import PatchDiscriminator
 from training.pass_costs import Kept, kept_bytes, saved_bytes
+from training.stages.discriminator import PatchDiscriminator
 
 
 def test_a_layer_keeps_its_input_and_a_copy_of_its_weight_in_bfloat16():

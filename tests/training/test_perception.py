@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from training.perception import PerceptualNetwork, texture_distance
+from training.stages.perception import PerceptualNetwork, texture_distance
 
 
 @pytest.fixture

@@ -9,16 +9,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cytosyn_aug.model.encoder import TileEncoder
 from training.__main__ import main
-from training.data import TileSet
-from training.encoder import build_encoder
+from training.build import TRAINED
+from training.data.batches import TileSet
 from training.pass_costs import FusedAttention, saved_bytes
 from training.plan import plan
 from training.recipes import tiny_encoder, tiny_repae, tiny_sit, tiny_vae, xl_repae, xl_sit, xl_vae
-from training.repae import RepaeStage
-from training.sit import build_transformer
-from training.stages import TRAINED
+from training.stages.encoder import build_encoder
+from training.stages.repae import RepaeStage
+from training.stages.sit import build_transformer
+from training.stages.vae import build_vae
 from training.step_costs import step_uses
-from training.vae import build_vae
 
 
 @pytest.mark.parametrize("stage", TRAINED)

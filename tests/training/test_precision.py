@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from training import precision
+from training.engine import precision
 
 
 @pytest.mark.parametrize("is_fast", [True, False])

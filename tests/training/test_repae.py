@@ -8,11 +8,11 @@ from conftest import SIZE, random_parts, synthetic_tiles
 from torch import nn
 
 from cytosyn_aug.model.transformer import SiT
-from training.data import TileSet, step_generator
-from training.discriminator import PatchDiscriminator, judge_loss
-from training.loop import recipe_dict, train
+from training.data.batches import TileSet, step_generator
+from training.engine.loop import recipe_dict, train
 from training.recipes import smoke_repae
-from training.repae import (
+from training.stages.discriminator import PatchDiscriminator, judge_loss
+from training.stages.repae import (
     RepaeStage,
     _windows,
     batch_moments,
@@ -132,7 +132,7 @@ def test_alignment_of_latents_leaves_the_running_statistics_and_velocity_moves_t
 
 def _inputs(stage):
     draws = stage._draws(step_generator(stage.recipe.seed, 0))
-    from training.data import crop_and_turn, restain
+    from training.data.batches import crop_and_turn, restain
 
     images = crop_and_turn(stage.tiles.images[stage.batches.index(0)], draws.views, SIZE)
     return stage._batch(restain(images, draws.maps)), draws

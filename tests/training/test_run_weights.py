@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import random_parts
 
-from training.resume import NAMES
-from training.stages import Sources, load_vae
-from training.weights import mean_weights, stage_weights
+from training.build import Sources, load_vae
+from training.engine.checkpoints import NAMES
+from training.engine.weights import mean_weights, stage_weights
 
 
 def save_run(folder, step, num_steps, value):

@@ -14,11 +14,11 @@ from PIL import Image
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.io.image_files import decode_tile, encode_tile
 from cytosyn_aug.io.tar_files import ShardWriter
-from training.cutting import TileRecipe
-from training.data import StoredTiles, TileSet, open_tiles, spread_evenly
-from training.shards import TileStore, verify
-from training.tile_folders import list_tiles
-from training.tiles import make_tiles
+from training.data.batches import StoredTiles, TileSet, open_tiles, spread_evenly
+from training.data.cutting import TileRecipe
+from training.data.shards import TileStore, verify
+from training.data.tile_folders import list_tiles
+from training.data.tiles import make_tiles
 
 RECIPE = TileRecipe(tile=TileSpec(size_px=64))
 

@@ -1,7 +1,7 @@
 import pytest
 
-from training.sources import list_slides
-from training.tile_folders import list_tiles
+from training.data.sources import list_slides
+from training.data.tile_folders import list_tiles
 
 DX, TS = "TCGA-3L-AA1B-01Z-00-DX1.UUID1.svs", "TCGA-CR-7395-01A-01-TS1.UUID2.svs"
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.splits import (
+from training.data.splits import (
     Member,
     apportion,
     assign_splits,

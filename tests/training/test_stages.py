@@ -12,16 +12,16 @@ from PIL import Image
 from cytosyn_aug.images import pixels_to_images
 from cytosyn_aug.model.checkpoint import load_model
 from cytosyn_aug.model.generator import TileGenerator
-from training import card
 from training.__main__ import main
-from training.data import TileSet, load_tiles
-from training.encoder import EncoderStage, _Teacher
-from training.latents import LatentSpace, mean_token
-from training.losses import alignment
+from training.data.batches import TileSet, load_tiles
+from training.engine.weights import stage_weights
+from training.evaluation import claims as card
 from training.recipes import smoke_encoder, smoke_sit
-from training.sit import SitStage
-from training.views import StoredViews
-from training.weights import stage_weights
+from training.stages.encoder import EncoderStage, _Teacher
+from training.stages.frozen import LatentSpace, mean_token
+from training.stages.latents import StoredViews
+from training.stages.losses import alignment
+from training.stages.sit import SitStage
 
 TILES_PER_SLIDE = 6  # each passes VGG, and some AlexNet
 
@@ -216,7 +216,7 @@ def test_the_transformer_is_aligned_to_centred_tokens(runs, data, monkeypatch):
         seen.append(target)
         return alignment(projected, target)
 
-    monkeypatch.setattr("training.sit.alignment", watch)
+    monkeypatch.setattr("training.stages.sit.alignment", watch)
     parts = load_model(runs / "model")
     views = StoredViews(runs / "latents")
     space = LatentSpace(parts.vae, parts.encoder)

@@ -1,6 +1,6 @@
 import pytest
 
-from training.tcga import parse_barcode, patient_and_site, read_manifest
+from training.data.tcga import parse_barcode, patient_and_site, read_manifest
 
 UUID = "8923A151-A690-40B7-9E5A-FCBEDFC2394F"
 HEADER = "id\tfilename\tmd5\tsize\tstate\n"

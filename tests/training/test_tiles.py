@@ -22,15 +22,15 @@ from cytosyn_aug.config import TileSpec
 from cytosyn_aug.io.image_files import decode_tile
 from cytosyn_aug.io.slide import Slide
 from cytosyn_aug.io.tissue import TissueConfig
-from training import tiles
-from training.cutting import TileRecipe, take
-from training.data import StoredTiles, load_tiles
+from training.data import tiles
+from training.data.batches import StoredTiles, load_tiles
+from training.data.cutting import TileRecipe, take
+from training.data.shards import TileStore
+from training.data.sources import list_slides
+from training.data.tile_folders import list_tiles
+from training.data.tiles import make_tiles
 from training.recipes import smoke_tile
-from training.shards import TileStore
-from training.sources import list_slides
 from training.tile_command import main
-from training.tile_folders import list_tiles
-from training.tiles import make_tiles
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = TileRecipe(
@@ -110,8 +110,9 @@ def run_elsewhere(slides, out, *, before="", num_workers=0):
     """Run the stage in a process of its own, without torch, after some code."""
     code = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from training.cutting import TileRecipe; from training.sources import list_slides\n"
-        "from training.tiles import make_tiles\n"
+        "from training.data.cutting import TileRecipe\n"
+        "from training.data.sources import list_slides\n"
+        "from training.data.tiles import make_tiles\n"
         "from cytosyn_aug.config import TileSpec; from cytosyn_aug.io.tissue import TissueConfig\n"
         f"{before}\n"
         "if __name__ == '__main__':\n"

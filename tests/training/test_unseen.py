@@ -10,12 +10,12 @@ import torch
 from conftest import slide_picture, write_slide
 from test_tiles import RECIPE, cut, rows, tree
 
-from training.codecs import count_codecs
-from training.data import load_tiles
-from training.evaluate import Evaluation, _training_tiles
+from training.data.batches import load_tiles
+from training.data.tile_folders import list_tiles
+from training.data.tiles import make_tiles
+from training.evaluation.codecs import count_codecs
+from training.evaluation.evaluate import Evaluation, _training_tiles
 from training.recipes import smoke_tile, xl_tile
-from training.tile_folders import list_tiles
-from training.tiles import make_tiles
 
 APART = replace(RECIPE, unseen_share=0.3)
 GRID = "#####\n#####\n#####\n#####\n#####"

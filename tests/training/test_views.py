@@ -8,10 +8,10 @@ from conftest import random_parts, synthetic_tiles
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from training.data import Batches, TileSet
-from training.latents import LatentSpace, mean_token, measure_latents
+from training.data.batches import Batches, TileSet
 from training.recipes import smoke_latents
-from training.views import StoredViews, write_views
+from training.stages.frozen import LatentSpace, mean_token, measure_latents
+from training.stages.latents import StoredViews, write_views
 
 EVERY = slice(None)
 
@@ -102,7 +102,7 @@ def test_processes_share_the_shards_and_the_last_describes_them(
 ):
     other = tmp_path / "other"
     for rank, missing in ((0, 1), (1, 0)):
-        monkeypatch.setattr("training.views.world", lambda rank=rank: _Place(rank, 2))
+        monkeypatch.setattr("training.stages.latents.world", lambda rank=rank: _Place(rank, 2))
         assert write(space, tiles, other) == missing
         assert (other / "latents.json").exists() == (missing == 0)
     for name, found in everything(other).items():

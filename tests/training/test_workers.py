@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from training.workers import Death, run_units
+from training.data.workers import Death, run_units
 
 
 def square(number):

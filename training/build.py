@@ -1,0 +1,295 @@
+"""Stages put together: what each needs of data and networks, from runs or from model folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+from cytosyn_aug.config import TileSpec
+from cytosyn_aug.model.checkpoint import ModelParts, load_encoder, load_model
+from cytosyn_aug.model.decoder import SmallDecoder
+from cytosyn_aug.model.drafts import load_strictly
+from cytosyn_aug.model.encoder import StainProbe, TileEncoder
+from cytosyn_aug.model.transformer import SiT
+from training import recipes
+from training.data.batches import Tiles, identify, load_tiles, open_tiles, spread_evenly
+from training.engine.checkpoints import is_run
+from training.engine.loop import Stage
+from training.engine.weights import bare_autoencoder, load_stage, mean_weights, stage_weights
+from training.stages.decoder import DecoderRecipe, DecoderStage, build_decoder
+from training.stages.distil import DistilRecipe, DistilStage, build_student
+from training.stages.encoder import EncoderRecipe, EncoderStage, build_encoder
+from training.stages.frozen import LatentSpace, measure_latents, set_latent_statistics
+from training.stages.latents import LatentsRecipe, StoredViews, write_views
+from training.stages.repae import RepaeRecipe, RepaeStage
+from training.stages.sit import SitRecipe, SitStage, build_transformer
+from training.stages.vae import VaeRecipe, VaeStage, build_vae
+
+Recipe = VaeRecipe | EncoderRecipe | SitRecipe | RepaeRecipe | DistilRecipe | DecoderRecipe
+TRAINED = ("vae", "encoder", "sit", "repae", "distil", "decoder")
+# What a stage cannot do without, besides data.
+NEEDS = {
+    "latents": ("vae", "encoder"),
+    "sit": ("vae", "encoder", "latents"),
+    "repae": ("vae", "encoder"),
+    "distil": ("vae", "encoder", "latents", "teacher"),
+    "decoder": ("vae",),
+    "export": ("vae", "encoder", "sit"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sources:
+    """Where a stage takes its networks from: run folders or model folders.
+
+    Attributes:
+        recipe: Name before the underscore in `training.recipes`; runs are shaped by it.
+        vae: Autoencoders, whose weights are averaged.
+        encoder: Also a folder or safetensors file of H0-mini under timm's names.
+        latents: What the latents stage wrote.
+        sit: Transformer.
+        teacher: Transformer that is distilled.
+        student: Few-step transformer.
+        decoder: Small decoder.
+    """
+
+    recipe: str
+    vae: tuple[Path, ...] = ()
+    encoder: Path | None = None
+    latents: Path | None = None
+    sit: Path | None = None
+    teacher: Path | None = None
+    student: Path | None = None
+    decoder: Path | None = None
+
+    def missing(self, stage: str) -> list[str]:
+        """Return the names of what a stage needs and was not given."""
+        return [name for name in NEEDS.get(stage, ()) if not getattr(self, name)]
+
+    def runs(self) -> dict[str, Path]:
+        """Return the run folders among them, by the stage they are of, in the order of training."""
+        autoencoders = {
+            "vae" if k == 0 else f"vae {k + 1}": folder for k, folder in enumerate(self.vae)
+        }
+        others = {
+            "encoder": self.encoder,
+            "sit": self.sit,
+            "distil": self.student,
+            "decoder": self.decoder,
+        }
+        found: dict[str, Path] = {}
+        for name, folder in (autoencoders | others).items():
+            if folder is not None and is_run(folder) and folder not in found.values():
+                found[name] = folder
+        return found
+
+
+def find_recipe(name: str, stage: str) -> Recipe:
+    """Return the recipe of a trained stage.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    recipe = _recipe_function(name, stage)()
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def _recipe_function(name: str, stage: str) -> Callable[[], object]:
+    function = getattr(recipes, f"{name}_{stage}", None)
+    if function is None:
+        known = sorted(k for k in vars(recipes) if k.endswith(f"_{stage}"))
+        raise ValueError(f"no recipe {name}_{stage} in training/recipes.py; there are {known}")
+    return function  # type: ignore[no-any-return]
+
+
+def build_stage(
+    recipe: Recipe,
+    data: Path,
+    sources: Sources,
+    run_folder: Path,
+    device: torch.device,
+    compiles: bool = False,
+) -> Stage:
+    """Return a stage with its data and networks loaded.
+
+    Args:
+        recipe: What to train.
+        data: Folder with train/ and val/.
+        sources: The networks it starts from or builds on.
+        run_folder: Receives what is computed once and kept.
+        device: Where it runs.
+        compiles: Compile the step with `torch.compile`.
+    """
+    train, val = data / "train", data / "val"
+    if isinstance(recipe, VaeRecipe):
+        return VaeStage(recipe, open_tiles(train), open_tiles(val), device, compiles)
+    if isinstance(recipe, EncoderRecipe):
+        cache = run_folder / "teacher"
+        return EncoderStage(recipe, load_tiles(train), load_tiles(val), device, cache, compiles)
+    vae = load_vae(sources)
+    if isinstance(recipe, DecoderRecipe):
+        return DecoderStage(recipe, open_tiles(train), open_tiles(val), vae, device, compiles)
+    encoder = load_tile_encoder(sources)
+    if isinstance(recipe, RepaeRecipe):
+        tiles = open_tiles(train)
+        networks = (vae, _untaught_transformer(sources, vae, encoder, tiles), encoder)
+        return RepaeStage(recipe, tiles, open_tiles(val), *networks, device, compiles)
+    space = LatentSpace(vae.to(device), encoder.to(device))
+    assert sources.latents is not None
+    views = StoredViews(sources.latents)
+    views.check(space)
+    if isinstance(recipe, SitRecipe):
+        return SitStage(recipe, views, open_tiles(val), space, compiles)
+    assert sources.teacher is not None
+    teacher = load_transformer(sources, sources.teacher)
+    return DistilStage(recipe, views, open_tiles(val), space, teacher, compiles)
+
+
+def write_latents(
+    name: str, data: Path, sources: Sources, folder: Path, device: torch.device
+) -> int:
+    """Run the latents stage; see `training.stages.latents.write_views`."""
+    space = LatentSpace(load_vae(sources).to(device), load_tile_encoder(sources).to(device))
+    tiles = open_tiles(data / "train")
+    return write_views(space, tiles, find_latents_recipe(name), folder, identify(data))
+
+
+def find_latents_recipe(name: str) -> LatentsRecipe:
+    """Return the recipe of the latents stage.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    recipe = _recipe_function(name, "latents")()
+    assert isinstance(recipe, LatentsRecipe)
+    return recipe
+
+
+def export_parts(sources: Sources) -> ModelParts:
+    """Return the trained networks as the parts of a model folder."""
+    assert sources.sit is not None
+    transformer = load_transformer(sources, sources.sit)
+    encoder, probe = _encoder_parts(sources)
+    student = None
+    if sources.student is not None:
+        recipe = find_recipe(sources.recipe, "distil")
+        assert isinstance(recipe, DistilRecipe)
+        student = build_student(recipe, transformer)
+        load_stage(sources.student, "distil", student, prefix="student.")
+    vae = load_vae(sources)
+    decoder = load_decoder(sources, vae)
+    return ModelParts(
+        vae,
+        transformer,
+        encoder,
+        probe,
+        TileSpec(size_px=8 * transformer.config["input_size"]),
+        digest="",
+        student=student,
+        decoder=decoder,
+    )
+
+
+def _encoder_parts(sources: Sources) -> tuple[TileEncoder | None, StainProbe | None]:
+    """Return the encoder and its probe for a model folder; neither for H0-mini.
+
+    H0-mini's licence allows no copies; whoever loads the model passes it as `encoder`.
+    """
+    source = sources.encoder
+    assert source is not None
+    if is_run(source):
+        encoder = load_tile_encoder(sources)
+        probe = StainProbe(conditioning_dim=encoder.config["embed_dim"])
+        load_stage(source, "encoder", probe, prefix="stain_probe.")
+        return encoder, probe
+    if not (source / "model_index.json").is_file():
+        return None, None
+    parts = load_model(source)
+    return parts.encoder, parts.stain_probe
+
+
+def load_vae(sources: Sources) -> AutoencoderKL:
+    """Return the mean of the autoencoders, frozen; that of a folder has its own shape."""
+    first = sources.vae[0]
+    if is_run(first):
+        recipe = find_recipe(sources.recipe, "vae")
+        assert isinstance(recipe, VaeRecipe)
+        vae = build_vae(recipe)
+    else:
+        vae = bare_autoencoder(first) or load_model(first, encoder=None).vae
+    weights = mean_weights([stage_weights(source, "vae") for source in sources.vae])
+    load_strictly(vae, weights, str(first))
+    return vae.eval().requires_grad_(False)
+
+
+def load_decoder(sources: Sources, vae: AutoencoderKL) -> SmallDecoder | None:
+    """Return the small decoder of a run, shaped by the recipe, or of a model folder; frozen."""
+    if sources.decoder is None:
+        return None
+    if not is_run(sources.decoder):
+        return load_model(sources.decoder, encoder=None).decoder
+    recipe = find_recipe(sources.recipe, "decoder")
+    assert isinstance(recipe, DecoderRecipe)
+    decoder = build_decoder(recipe, vae.config["latent_channels"])
+    load_stage(sources.decoder, "decoder", decoder)
+    return decoder
+
+
+def load_tile_encoder(sources: Sources) -> TileEncoder:
+    """Return the encoder of a run, of a model folder, or H0-mini itself, frozen."""
+    source = sources.encoder
+    assert source is not None
+    if is_run(source):
+        recipe = find_recipe(sources.recipe, "encoder")
+        assert isinstance(recipe, EncoderRecipe)
+        trained = load_stage(source, "encoder", build_encoder(recipe), prefix="encoder.")
+        assert isinstance(trained, TileEncoder)
+        return trained
+    if not (source / "model_index.json").is_file():
+        return load_encoder(source)
+    encoder = load_model(source).encoder
+    if encoder is None:
+        raise ValueError(f"{source} holds no encoder; pass --encoder with H0-mini's folder")
+    return encoder
+
+
+def load_transformer(sources: Sources, source: Path) -> SiT:
+    """Return the transformer of a run, shaped by the recipe, or of a model folder as it is."""
+    if not is_run(source):
+        return load_model(source, encoder=None).transformer
+    recipe = find_recipe(sources.recipe, "sit")
+    assert isinstance(recipe, SitRecipe)
+    width = stage_weights(source, "sit")["y_embedder.linear.weight"].shape[1]
+    transformer = load_stage(source, "sit", build_transformer(recipe, width))
+    assert isinstance(transformer, SiT)
+    return transformer
+
+
+def _untaught_transformer(
+    sources: Sources, vae: AutoencoderKL, encoder: TileEncoder, tiles: Tiles
+) -> SiT:
+    """Return a transformer with projector: of a source if given, else untaught.
+
+    An untaught one begins with the statistics of stored latents, or else of 256 tiles.
+    """
+    recipe = find_recipe(sources.recipe, "sit")
+    assert isinstance(recipe, SitRecipe)
+    transformer = build_transformer(recipe, encoder.config["embed_dim"])
+    if sources.sit is None:
+        if sources.latents is not None:
+            known = StoredViews(sources.latents)
+            known.check(LatentSpace(vae, encoder))
+            moments = (known.latent_mean, known.latent_variance)
+        else:
+            moments = measure_latents(LatentSpace(vae, encoder).encode(spread_evenly(tiles, 256)))
+        set_latent_statistics(transformer, *moments)
+        return transformer
+    weights = stage_weights(sources.sit, "sit")
+    kept = {k: v for k, v in transformer.state_dict().items() if k.startswith("projectors.")}
+    load_strictly(transformer, kept | weights, str(sources.sit))  # folders have no projector
+    return transformer

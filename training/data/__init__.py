@@ -1,0 +1,1 @@
+"""From slides to batches: sources, splits, tiles, shards."""

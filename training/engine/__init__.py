@@ -1,0 +1,1 @@
+"""The loop that trains any stage: steps, checkpoints, processes."""

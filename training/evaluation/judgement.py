@@ -1,0 +1,171 @@
+"""What one extractor says of a model: scores, floors, memorisation and the gap between slides.
+
+Four questions, each with what real tiles would answer beside it:
+
+* How far are generated tiles from real tiles of held-out slides, and how far is real from real?
+* Do they come nearer to training tiles than held-out tiles do?
+* Do they explain held-out tiles as well as training tiles do (feature likelihood divergence)?
+* Are they better for slides that were trained on than for slides that were not?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from training.data.batches import TileSet
+from training.evaluation.comparison import TILES_PER_COMPONENT, ReferenceSet, Scores, compare
+from training.evaluation.extractors import Extractor
+from training.evaluation.likelihood import FeatureLikelihood, likelihood_reference
+from training.evaluation.metrics import cosine_similarity, principal_components
+from training.evaluation.neighbours import Nearness, nearest_neighbours, nearness
+
+GENERATED, ROUND_TRIPS = "generated", "round trips"
+GAP_METRICS = ("frechet_projected", "kernel", "precision", "recall", "coverage", "cosine")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MadeTiles:
+    """Real tiles and, row by row, what a model made of them; uint8 [N, 3, H, W] each.
+
+    Attributes:
+        real: The sources.
+        generated: Sampled from noise and the sources' features.
+        round_trips: Encoded and decoded: the floor of any transformer.
+    """
+
+    real: TileSet
+    generated: Tensor
+    round_trips: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EvaluationSets:
+    """All tiles of an evaluation.
+
+    Attributes:
+        held_out: Of slides that no training stage has seen.
+        training_slides: Of slides that were trained on.
+        bank: uint8 [M, 3, H, W], training tiles, none of which is in `training_slides`.
+    """
+
+    held_out: MadeTiles
+    training_slides: MadeTiles
+    bank: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Judgement:
+    """The answers of one extractor.
+
+    Attributes:
+        name: Name of the extractor.
+        provenance: Its weights and preprocessing.
+        num_features: Width of its features.
+        scores: Against real tiles of held-out slides, by set.
+        floors: Real against real, by how the two sets were chosen.
+        gap: By set, the scores for held-out slides and those for slides that were trained on.
+        nearness: To training tiles, by set.
+        likelihood: Feature likelihood divergence, by set.
+        cosines: Cosine of each made tile to its source, by set; float64 [N].
+        distances: Distance to the nearest training tile, by set; float64 [N].
+        nearest: Position in the bank of each generated tile's nearest training tile, int64 [N].
+    """
+
+    name: str
+    provenance: dict[str, object]
+    num_features: int
+    scores: dict[str, Scores]
+    floors: dict[str, Scores]
+    gap: dict[str, tuple[Scores, Scores]]
+    nearness: dict[str, Nearness]
+    likelihood: dict[str, FeatureLikelihood]
+    cosines: dict[str, Tensor]
+    distances: dict[str, Tensor]
+    nearest: Tensor
+
+
+def judge(extractor: Extractor, sets: EvaluationSets, *, seed: int = 0) -> Judgement:
+    """Return what an extractor says of the sets.
+
+    The projected Frechet distance uses one basis throughout, the leading components of the
+    training tiles, one for ten held-out tiles, so that all its values can be compared.
+
+    Args:
+        extractor: The judge.
+        sets: What to judge.
+        seed: Seed of the subsets of the feature likelihood divergence.
+    """
+    bank = extractor.features(sets.bank)
+    unseen, known = (_features(extractor, s) for s in (sets.held_out, sets.training_slides))
+    number = max(1, min(len(unseen["real"]), len(known["real"])) // TILES_PER_COMPONENT)
+    basis = principal_components(bank, number)
+    reference, seen_reference = (ReferenceSet.of(s["real"], basis) for s in (unseen, known))
+    made = (GENERATED, ROUND_TRIPS)
+    scores = {k: compare(reference, unseen[k], paired=True) for k in made}
+    gap = {k: (scores[k], compare(seen_reference, known[k], paired=True)) for k in made}
+    floors = {"tiles of training slides": compare(reference, known["real"])}
+    floors |= half_floors(unseen["real"], sets.held_out.real.slide_index, basis)
+    others = {
+        GENERATED: unseen[GENERATED],
+        "generated from training tiles": known[GENERATED],
+        ROUND_TRIPS: unseen[ROUND_TRIPS],
+        "real, of training slides": known["real"],
+    }
+    nearest = {k: nearest_neighbours(x, bank) for k, x in others.items()}
+    held_out_distances = nearest_neighbours(unseen["real"], bank)[0]
+    likelihood = likelihood_reference(bank, unseen["real"], seed=seed)
+    return Judgement(
+        name=extractor.name,
+        provenance=extractor.provenance(),
+        num_features=bank.shape[1],
+        scores=scores,
+        floors=floors,
+        gap=gap,
+        nearness={k: nearness(d, held_out_distances) for k, (d, _) in nearest.items()},
+        likelihood={k: likelihood.score(x) for k, x in others.items()},
+        cosines={k: cosine_similarity(unseen["real"], unseen[k]) for k in made},
+        distances={"real, held out": held_out_distances} | {k: d for k, (d, _) in nearest.items()},
+        nearest=nearest[GENERATED][1],
+    )
+
+
+def half_floors(features: Tensor, slide_index: Tensor, basis: Tensor) -> dict[str, Scores]:
+    """Return real-against-real scores of halves: of the tiles, and of the slides.
+
+    Halves of the tiles share their slides, so they show sampling error alone; halves of the slides
+    show how far patients lie apart. Both have half the tiles, which raises Frechet distances.
+
+    Args:
+        features: float64 [N, F] of real tiles.
+        slide_index: int64 [N], the slide of each.
+        basis: Directions of the projected Frechet distance.
+    """
+    order = torch.arange(len(features))
+    masks = {"half of the tiles against the other": order % 2 == 0}
+    if len(slide_index.unique()) > 1:
+        masks["half of the slides against the other"] = slide_index % 2 == 0
+    return {
+        name: compare(ReferenceSet.of(features[mask], basis), features[~mask])
+        for name, mask in masks.items()
+    }
+
+
+def gap_rows(held_out: Scores, training: Scores) -> Mapping[str, tuple[float, float, float]]:
+    """Return value for held-out slides, for training slides, and the first less the second."""
+    rows = {}
+    for metric in GAP_METRICS:
+        a, b = getattr(held_out, metric), getattr(training, metric)
+        rows[metric] = (a, b, a - b)
+    return rows
+
+
+def _features(extractor: Extractor, made: MadeTiles) -> dict[str, Tensor]:
+    return {
+        "real": extractor.features(made.real.images),
+        GENERATED: extractor.features(made.generated),
+        ROUND_TRIPS: extractor.features(made.round_trips),
+    }
