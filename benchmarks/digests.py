@@ -139,7 +139,9 @@ def transforms(folder: Path) -> Iterator[tuple[str, str]]:
     yield (
         "sample/sde",
         digest(
-            generator.sample(features.cls[:1], steps=4, sampler="euler", guidance_scale=1.5, seed=5)
+            generator.sample(
+                features.cls[:1], steps=4, sampler="euler_maruyama", guidance_scale=1.5, seed=5
+            )
         ),
     )
     yield from _digest_albumentations(generator, several, macenko, tiles)

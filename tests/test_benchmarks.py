@@ -2,26 +2,22 @@
 
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-
 
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
-    """Runs an example in this process, which has torch already, and returns what it printed."""
+    """Runs a benchmark in this process, which has torch already, and returns what it printed."""
     num_threads = torch.get_num_threads()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(EXAMPLES))
 
     def run(name, *arguments):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         code = None
         try:
-            runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+            runpy.run_module(f"benchmarks.{name}", run_name="__main__", alter_sys=True)
         except SystemExit as end:
             code = end.code
         said = capsys.readouterr()
@@ -34,7 +30,7 @@ def run(monkeypatch, capsys, tmp_path):
 
 def test_normalisers_are_measured_beside_torchstain(run):
     pytest.importorskip("torchstain", reason="without torchstain nothing is compared with it")
-    out = run("benchmark_normalisers.py", "--rounds", "1")
+    out = run("normalisers", "--rounds", "1")
     ratios = {line[:38].strip(): float(line.split()[-1]) for line in out.splitlines()[2:]}
     assert ratios["torchstain Macenko"] == ratios["torchstain Reinhard"] == 1
     assert {"MacenkoNormalize", "ReinhardNormalize", "DensityTransport"} < ratios.keys()
@@ -42,18 +38,18 @@ def test_normalisers_are_measured_beside_torchstain(run):
 
 
 def test_a_run_is_measured_beside_the_bare_generator(run):
-    out = run("benchmark_offline.py", "--tiles", "8", "--repeats", "1")
+    out = run("runs", "--tiles", "8", "--repeats", "1")
     assert "ratio of processor time" in out
 
 
 def test_units_are_measured(run):
-    assert "bytes of memory a tile" in run("benchmark_units.py", "--tiles", "512")
+    assert "bytes of memory a tile" in run("units", "--tiles", "512")
 
 
 def test_a_slide_is_measured_beside_each_tile_alone(run, synthetic_slide, tmp_path):
     pytest.importorskip("tifffile", reason="without tifffile no slide is measured")
     slide = synthetic_slide(grid="###\n###", side=448, mpp="0.5", power="20")
-    out = run("normalize_slide.py", slide, tmp_path / "out.ome.tif", "--method", "macenko")
+    out = run("slides", slide, tmp_path / "out.ome.tif", "--method", "macenko")
     assert "each tile alone" in out
 
 
@@ -68,7 +64,7 @@ def test_samplers_are_timed_beside_their_distance(run, tmp_path):
         '{"sampler": "Euler", "forwards": 2, "frechet": 11.76}',
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    out = run("benchmark_sampler.py", "--compare", tmp_path, "--repeats", "1")
+    out = run("sampler", "--compare", tmp_path, "--repeats", "1")
     table = [line.split("|")[1:5] for line in out.splitlines() if line.startswith("|")]
     assert [[cell.strip() for cell in row[:3]] for row in table[2:4]] == [
         ["student", "1", "1.07"], ["Euler", "2", "11.76"],
@@ -76,4 +72,4 @@ def test_samplers_are_timed_beside_their_distance(run, tmp_path):
     assert all(float(row[3]) > 0 for row in table[2:4])
     (tmp_path / "comparison.json").write_text('{"model": "another", "guidance": 1.0}')
     with pytest.raises(ValueError, match="compares model another"):
-        run("benchmark_sampler.py", "--compare", tmp_path)
+        run("sampler", "--compare", tmp_path)

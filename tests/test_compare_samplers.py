@@ -1,31 +1,21 @@
 """The comparison is fair: every row costs the forwards it states, and its solvers are right."""
 
-import importlib.util
 import itertools
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import synthetic_tiles
 
+from benchmarks import compare_samplers
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.model.solvers import linear_grid
 from training.evaluation.comparison import ReferenceSet
 from training.evaluation.extractors import load_extractor
 from training.evaluation.metrics import principal_components
 
-FILE = Path(__file__).parent.parent / "examples" / "compare_samplers.py"
 F64 = torch.float64
-
-
-@pytest.fixture(scope="module")
-def example():
-    spec = importlib.util.spec_from_file_location("compare_samplers", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def field(x, t):
@@ -39,24 +29,24 @@ def exact():
 
 
 @pytest.mark.parametrize("name", ["heun", "unipc"])
-def test_solvers_of_the_comparison_are_of_second_order(example, name):
+def test_solvers_of_the_comparison_are_of_second_order(name):
     def solve(steps):
         start = torch.full((1, 1, 1, 1), 0.8, dtype=torch.float32 if name == "unipc" else F64)
         if name == "unipc":
-            return example.unipc(field, start, steps).item()
-        return example.heun(field, start, linear_grid(steps)).item()
+            return compare_samplers.unipc(field, start, steps).item()
+        return compare_samplers.heun(field, start, linear_grid(steps)).item()
 
     errors = [abs(solve(n) - exact()) for n in (16, 32, 64)]
     assert all(coarse > 3 * fine for coarse, fine in itertools.pairwise(errors))
 
 
-def test_every_row_costs_the_forwards_it_states(example, student_folder, monkeypatch):
+def test_every_row_costs_the_forwards_it_states(student_folder, monkeypatch):
     generator = TileGenerator.from_pretrained(student_folder)
     calls = []
     for name in ("velocity", "student"):
         monkeypatch.setattr(generator, name, lambda x, *rest: calls.append(len(x)) or x)
-    rows = list(example.runs(generator, 1.0, 12))
-    assert {r.sampler for r in rows} == set(example.SAMPLERS)
+    rows = list(compare_samplers.runs(generator, 1.0, 12))
+    assert {r.sampler for r in rows} == set(compare_samplers.SAMPLERS)
     for run in rows:
         calls.clear()
         latents = run.draw(range(2), torch.zeros(2, 24))
@@ -64,57 +54,59 @@ def test_every_row_costs_the_forwards_it_states(example, student_folder, monkeyp
         assert latents.shape == (2, *generator.latent_shape)
 
 
-def test_a_set_has_no_distance_to_itself_and_full_recall(example):
+def test_a_set_has_no_distance_to_itself_and_full_recall():
     features = torch.randn(60, 20, dtype=F64, generator=torch.Generator().manual_seed(0))
     real = ReferenceSet.of(features, principal_components(features, 4))
-    same = example.measure(real, features)
+    same = compare_samplers.measure(real, features)
     assert same == pytest.approx({"frechet": 0, "recall": 1, "coverage": 1}, abs=1e-6)
-    far = example.measure(real, features + 100)
+    far = compare_samplers.measure(real, features + 100)
     assert far["frechet"] > 1000
     assert far["recall"] == far["coverage"] == 0
 
 
 def test_real_tiles_are_looked_at_once_and_another_comparison_is_refused(
-    example, student_folder, tmp_path, monkeypatch
+    student_folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(example, "FORWARDS", (1, 2))  # for time only
+    monkeypatch.setattr("FORWARDS", (1, 2))  # for time only
     generator = TileGenerator.from_pretrained(student_folder)
     own = load_extractor("own", own=generator.encoder)
     loaded = {"alexnet": lambda kept: replace(own, kept=kept)}  # for time: a smaller network
-    monkeypatch.setattr(example, "load_extractor", lambda name, device, kept: loaded[name](kept))
+    monkeypatch.setattr("load_extractor", lambda name, device, kept: loaded[name](kept))
     images = synthetic_tiles(40)
     settings = {"scale": 1.0, "num_reference": 0, "is_few_step": False}
-    rows = example.compare(generator, images, tmp_path, samplers=["student"], **settings)
+    rows = compare_samplers.compare(generator, images, tmp_path, samplers=["student"], **settings)
     assert [(r["sampler"], r["forwards"]) for r in rows] == [
         ("real", 0), ("student", 1), ("student", 2),
     ]  # fmt: skip
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / "kept").iterdir()}
     both = ["student", "Euler"]
-    more = example.compare(generator, images, tmp_path, samplers=both, **settings)
+    more = compare_samplers.compare(generator, images, tmp_path, samplers=both, **settings)
     assert more[:3] == rows
     assert [r["forwards"] for r in more[3:]] == [1, 2]
     assert {f: f.stat().st_mtime_ns for f in before} == before
     assert len(list((tmp_path / "kept").iterdir())) == len(before) + 2  # of what was drawn
     with pytest.raises(ValueError, match=r"another comparison \(was, now\): .*'tiles'"):
-        example.compare(generator, images.flip(0), tmp_path, samplers=["Euler"], **settings)
+        compare_samplers.compare(
+            generator, images.flip(0), tmp_path, samplers=["Euler"], **settings
+        )
     with pytest.raises(ValueError, match=r"'guidance': \(1\.0, 2\.0\)"):
-        example.compare(
+        compare_samplers.compare(
             generator, images, tmp_path, samplers=["Euler"], **settings | {"scale": 2.0}
         )
 
 
-def test_the_plot_shows_every_sampler_of_the_table(example, tmp_path, monkeypatch):
+def test_the_plot_shows_every_sampler_of_the_table(tmp_path, monkeypatch):
     figures = pytest.importorskip("matplotlib.figure", reason="without matplotlib no plot is drawn")
     drawn = []
     save = figures.Figure.savefig
     monkeypatch.setattr(
         figures.Figure, "savefig", lambda f, *a, **k: drawn.append(f) or save(f, *a, **k)
     )
-    names = [name for name in example.SAMPLERS if name != "ODE"]
+    names = [name for name in compare_samplers.SAMPLERS if name != "ODE"]
     rows = [{"sampler": n, "forwards": f, "frechet": 9.0 / f, "recall": 0.1} for n in names
             for f in (2, 4)]  # fmt: skip
     real = {"sampler": "real", "forwards": 0, "frechet": 0.01, "recall": 0.9}
-    example.plot([real, *rows], tmp_path / "plot.png")
+    compare_samplers.plot([real, *rows], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
     legend = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert legend == [n if n != "SDE" else "SDE, 2 forwards" for n in names]

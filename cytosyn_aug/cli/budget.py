@@ -21,7 +21,7 @@ Stored = Literal["png", "webp", "tar", "latents"]
 # beside LMDB"): decode and hash a tile; encode and write a result.
 READ_S = 0.0018
 WRITE_S: dict[str, float] = {"png": 0.0035, "webp": 0.0016, "tar": 0.0013, "latents": 1 / 15_468}
-# By examples/benchmark_units.py, of one processor.
+# By benchmarks/units.py, of one processor.
 LIST_S = 18e-6  # a tile of a tree of files
 CUT_S = 6e-6  # a tile
 LOOK_S = 1.9e-3  # a finished unit

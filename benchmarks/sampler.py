@@ -1,6 +1,6 @@
 """Time sampling beside REPA-E's published code and diffusers' solvers: same weights, same process.
 
-usage: python examples/benchmark_sampler.py [REPAE_CHECKOUT] [--size base] [--steps 8] [--batch 4]
+usage: python -m benchmarks.sampler [REPAE_CHECKOUT] [--size base] [--steps 8] [--batch 4]
        [--repeats 9] [--compile] [--compare REPORT]
 REPAE_CHECKOUT is a clone of https://github.com/End2End-Diffusion/REPA-E, of which models/sit.py and
 samplers.py are imported as they are. SiT-B/2 with all layers random, guidance 2.5 in t <= 0.75.
@@ -8,7 +8,7 @@ The rows take turns, and medians of their times are compared. The exit status is
 than theirs in float32, not twice as fast in bfloat16, or further from theirs than 1e-5 and 2e-2.
 Without kernels for bfloat16 those rows are left out, and a line says so.
 
---compare prints, for the rows in a REPORT of examples/compare_samplers.py on the embedded model,
+--compare prints, for the rows in a REPORT of benchmarks/compare_samplers.py on the embedded model,
 forwards beside Frechet distance and time, without a checkout nothing but that. --compile adds our
 Euler with the network compiled as a whole.
 """
@@ -24,8 +24,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from compare_samplers import heun, runs, unipc
-from compare_with_repae import NULL_CLASS, FeatureEmbedder, load, randomise
+from benchmarks.compare_samplers import heun, runs, unipc
+from benchmarks.compare_with_repae import NULL_CLASS, FeatureEmbedder, load, randomise
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )

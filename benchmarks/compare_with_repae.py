@@ -1,6 +1,6 @@
 """Compare this package's transformer and samplers with REPA-E's own code, number by number.
 
-usage: python examples/compare_with_repae.py REPAE_CHECKOUT [--size small|xl]
+usage: python -m benchmarks.compare_with_repae REPAE_CHECKOUT [--size small|xl]
 REPAE_CHECKOUT is a clone of https://github.com/End2End-Diffusion/REPA-E (MIT), of which
 models/sit.py and samplers.py are imported as they are. Random weights, no downloads. Errors are
 max |ours - theirs| / max |theirs|; the exit status is 1 if one reaches 1e-5 in float32 or 1e-7 in

@@ -4,7 +4,7 @@ Rounds of all methods are interleaved, so that other load on the machine hits th
 counts is the ratio of median CPU times. torchstain takes one tile at a time; ours takes a batch.
 torchstain is told to skip the images of single stains, which ours does not make either.
 
-usage: pip install -e ".[training]" && python examples/benchmark_normalisers.py [--rounds 7]
+usage: pip install -e ".[training]" && python -m benchmarks.normalisers [--rounds 7]
 """
 
 import argparse

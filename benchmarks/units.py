@@ -2,9 +2,9 @@
 
 No pixels are read: the tiles are empty files, and their receipts are written without them. What is
 printed goes into the formulas of docs/scale.md; those of tiles themselves are measured by
-examples/benchmark_offline.py and by `--dry-run`.
+benchmarks/runs.py and by `--dry-run`.
 
-usage: python examples/benchmark_units.py [--tiles 100000] [--unit-tiles 256]
+usage: python -m benchmarks.units [--tiles 100000] [--unit-tiles 256]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Measure how much of the bare generator's throughput a whole run reaches.
 
-usage: python examples/benchmark_offline.py [--mode resample] [--format webp] [--model DIR] [--ray]
+usage: python -m benchmarks.runs [--mode resample] [--format webp] [--model DIR] [--ray]
 Restains (or resamples) tiles in memory, and the same tiles from files to files with resume and
 manifest, in turn, and prints the medians and their ratio. `--pause-ms` puts a pause in place of the
 network, as a GPU would leave the processor free: then the ratio says whether reading and writing

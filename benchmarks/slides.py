@@ -1,6 +1,6 @@
 """Normalise a slide, and measure speed and seams; compare with changing each tile alone.
 
-usage: python examples/normalize_slide.py SLIDE OUT.ome.tif [--method cytosyn] [--to CMU]
+usage: python -m benchmarks.slides SLIDE OUT.ome.tif [--method cytosyn] [--to CMU]
                                           [--picture seams.png] [--slide-mpp 0.5]
 
 1. The slide is written as a pyramid. Tiles of 512 px a second are those of the finest level, glass

@@ -1,6 +1,6 @@
 """Measure the tile stage beside OpenSlide's own read and PIL's resize: tiles/s and the ratio.
 
-    python examples/benchmark_tiling.py SLIDE [--repeats 7] [--workers 2] [--copies 4]
+    python -m benchmarks.tiling SLIDE [--repeats 7] [--workers 2] [--copies 4]
 
 1. One process: the same tiles of the same slide, read and reduced by three lines of OpenSlide and
    PIL, and by ours (alpha, retry, tile checks; encoding excluded). The two take turns, tile row by

@@ -1,6 +1,6 @@
 """Compare samplers of a model at equal numbers of forwards: one table and one plot.
 
-usage: python examples/compare_samplers.py --model FOLDER --data SLIDES --out REPORT [--num 1000]
+usage: python -m benchmarks.compare_samplers --model FOLDER --data SLIDES --out REPORT [--num 1000]
 SLIDES holds <slide>/<tile>. Of 2 x num tiles, evenly spaced, every second one is a source: tiles
 are drawn from its features, from the same noise by every sampler, and compared with the other half.
 The real sources compared with that half give the floor. Rows are kept in REPORT/rows.jsonl and the

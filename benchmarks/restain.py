@@ -7,7 +7,7 @@ Rounds of all ways are interleaved, so that other load on the machine hits them 
     slide     the stain of its slide was measured once
     redrawn   preserve="none": the diffusion model draws the recoloured tile anew
 
-usage: python examples/benchmark_restain.py [--model FOLDER] [--rounds 5] [--threads 2]
+usage: python -m benchmarks.restain [--model FOLDER] [--rounds 5] [--threads 2]
 """
 
 import argparse

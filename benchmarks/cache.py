@@ -1,7 +1,7 @@
 """Measure the cache beside LMDB, in turns in the same run; prints Markdown.
 
     pip install lmdb
-    python examples/benchmark_cache.py [--records 20000] [--entries 1000000] [--repeats 5]
+    python -m benchmarks.cache [--records 20000] [--entries 1000000] [--repeats 5]
 
 1. Writes and reads of records as of CytoSyn (moments in float16, features in float32: 15.7 kB), by
    one writer and by two readers in processes of their own, in random order. Both libraries make
