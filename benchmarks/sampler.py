@@ -24,13 +24,13 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from benchmarks.compare_samplers import heun, runs, unipc
-from benchmarks.compare_with_repae import NULL_CLASS, FeatureEmbedder, load, randomise
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
 from torch import Tensor, nn
 
+from benchmarks.compare_samplers import heun, runs, unipc
+from benchmarks.compare_with_repae import NULL_CLASS, FeatureEmbedder, load, randomise
 from cytosyn_aug.demo import load_laboratories
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.model.sampler import Forward, Guidance, bind_velocity, draw_latents, time_grid

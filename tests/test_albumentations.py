@@ -10,8 +10,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import SIZE, synthetic_tiles
-from python_process import start_python
 from torch.utils.data import DataLoader, Dataset
 
 from cytosyn_aug import (
@@ -26,6 +24,8 @@ from cytosyn_aug import (
     fill_variants,
     variants_spec,
 )
+from tests.support.python_process import start_python
+from tests.support.synthetic import SIZE, synthetic_tiles
 
 alb = pytest.importorskip("albumentations", reason="the albumentations adapter is not tested")
 caa = pytest.importorskip("cytosyn_aug.albumentations")

@@ -1,48 +1,21 @@
 """Whole data sets: what comes out, how a run resumes and is shared, and how it ends."""
 
-import hashlib
 import io
 import tarfile
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import SIZE, synthetic_tiles
-from conftest import save_tile as save
-from PIL import Image
 
 import cytosyn_aug
 from cytosyn_aug import offline
 from cytosyn_aug.cache.encodings import features_cached
 from cytosyn_aug.cache.store import LatentCache
 from cytosyn_aug.images import tile_key
-from cytosyn_aug.runs.execute import Work
 from cytosyn_aug.transforms.cached_variants import CachedVariants
-
-QUIET = Work(progress=False)
-
-
-def read(file):
-    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
-
-
-def digest(folder):
-    """Return every file below a folder with the hash of its bytes."""
-    return {
-        f.relative_to(folder).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest()
-        for f in sorted(folder.rglob("*"))
-        if f.is_file()
-    }
-
-
-def rows(out):
-    return pq.read_table(out / "manifest.parquet").to_pylist()
-
-
-def augment(tree, out, small, laboratories, **changes):
-    settings = {"references": laboratories, "variants": 2, "unit_tiles": 3, "work": QUIET}
-    return offline.augment(tree, out, small, **settings | changes)
+from tests.support.offline_runs import QUIET, augment, digest, read, rows
+from tests.support.synthetic import SIZE, synthetic_tiles
+from tests.support.synthetic import save_tile as save
 
 
 def test_augment_mirrors_the_tree_and_says_how(tree, tmp_path, small, laboratories):

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from conftest import SIZE, random_parts
 from safetensors.torch import save_file
 
 from cytosyn_aug.model.checkpoint import load_model
+from tests.support.synthetic import SIZE, random_parts
 from training.export import export
 from training.model_card import CardSources
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import random_parts
 from timm.models.vision_transformer import Attention
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.support.synthetic import random_parts
 from training.pass_costs import Kept, kept_bytes, saved_bytes
 from training.stages.discriminator import PatchDiscriminator
 
