@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from cytosyn_aug.stain.macenko import MacenkoReference
     from cytosyn_aug.stain.reference import StainReference
     from cytosyn_aug.stain.reinhard import ReinhardReference
+    from cytosyn_aug.stain.transport import DensityReference
     from cytosyn_aug.transforms.cached_variants import CachedVariants, LatentVariant
     from cytosyn_aug.transforms.classical import (
-        DensityReference,
         DensityTransport,
         MacenkoNormalize,
         ReinhardNormalize,
@@ -48,7 +48,7 @@ _HOMES = {
     "CacheSpec": "cache.spec",
     "CachedVariants": "transforms.cached_variants",
     "ConditionedResample": "transforms.resample",
-    "DensityReference": "transforms.classical",
+    "DensityReference": "stain.transport",
     "DensityTransport": "transforms.classical",
     "EditRecipe": "stain.estimate",
     "FeatureTable": "model.conditions",

@@ -20,11 +20,11 @@ from cytosyn_aug.stain.estimate import EditRecipe
 from cytosyn_aug.stain.macenko import MacenkoReference
 from cytosyn_aug.stain.reference import StainReference, check_reference, list_references
 from cytosyn_aug.stain.reinhard import ReinhardReference
+from cytosyn_aug.stain.transport import DensityReference
 from cytosyn_aug.transforms import cached_variants as variants
 from cytosyn_aug.transforms import classical
 from cytosyn_aug.transforms import resample as resampling
 from cytosyn_aug.transforms import stain_transfer as transforms
-from cytosyn_aug.transforms.classical import DensityReference
 from cytosyn_aug.transforms.draws import Mode, Sampling
 from cytosyn_aug.transforms.schedules import Probability, Scheduled
 from cytosyn_aug.transforms.serialization import read_argument

@@ -23,7 +23,7 @@ from cytosyn_aug.stain.density import DensityMoments, pool_moments
 from cytosyn_aug.stain.methods import KINDS, Reference, fit_reference
 from cytosyn_aug.stain.reference import StainReference
 from cytosyn_aug.stain.reinhard import ReinhardReference, lab_to_grey
-from cytosyn_aug.transforms.classical import DensityReference
+from cytosyn_aug.stain.transport import DensityReference
 
 Given = Reference | Path | str | Sequence[Path | str]
 References = Mapping[str, Given] | Sequence[Given]

@@ -32,7 +32,7 @@ from cytosyn_aug.stain.estimate import EditRecipe, reference_statistics
 from cytosyn_aug.stain.macenko import MacenkoReference, normalising_map
 from cytosyn_aug.stain.reference import StainReference
 from cytosyn_aug.stain.reinhard import ReinhardReference, grey_to_lab, match_colour
-from cytosyn_aug.transforms.classical import DensityReference
+from cytosyn_aug.stain.transport import DensityReference
 
 Reference = StainReference | MacenkoReference | ReinhardReference | DensityReference
 

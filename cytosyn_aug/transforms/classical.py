@@ -14,26 +14,18 @@ that do not tell their stain (blank, black, of one colour) come back unchanged. 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from cytosyn_aug.autocast import isolated
-from cytosyn_aug.config import TileSpec, Triple
 from cytosyn_aug.images import optical_density
-from cytosyn_aug.io.json_files import load_record, save_record
-from cytosyn_aug.io.tile_source import MAX_TILES, TileSource, read_tiles
 from cytosyn_aug.stain.density import (
     MIN_TISSUE,
-    POOL_PX,
     DensityMoments,
     apply_density_map,
     blend_with_identity,
     match_moments,
-    pool_moments,
     recolour_density,
     tissue_moments,
     tissue_weight,
@@ -45,6 +37,7 @@ from cytosyn_aug.stain.reinhard import (
     lab_moments,
     match_colour,
 )
+from cytosyn_aug.stain.transport import DensityReference, check_pooled
 from cytosyn_aug.transforms.draws import Mode
 from cytosyn_aug.transforms.sample_metadata import NO_FACTS, Facts
 from cytosyn_aug.transforms.schedules import Probability, Scheduled, check_scheduled, value_at
@@ -52,61 +45,6 @@ from cytosyn_aug.transforms.tile_transform import Edit, TileTransform
 
 _CHUNK = 2
 Reference = TypeVar("Reference")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DensityReference:
-    """Mean and covariance of the optical density of the tissue of a set of tiles.
-
-    Attributes:
-        mean: Mean of RGB.
-        covariance: Triples of the covariance.
-        num_tiles: Tiles it was fitted to.
-
-    Example:
-        >>> tiles = TileGenerator.from_pretrained().sample(per_condition=2, steps=2, seed=0)
-        >>> reference = DensityReference.fit(tiles)
-        >>> len(reference.mean), len(reference.covariance), reference.num_tiles
-        (3, 3, 2)
-    """
-
-    mean: Triple
-    covariance: tuple[Triple, Triple, Triple]
-    num_tiles: int
-
-    @classmethod
-    @isolated()
-    def fit(
-        cls,
-        tiles: TileSource,
-        *,
-        tile: TileSpec | None = None,
-        max_tiles: int = MAX_TILES,
-    ) -> DensityReference:
-        """Fit to the tissue of all tiles together; see `MacenkoReference.fit`."""
-        images = read_tiles(tiles, tile or TileSpec(), max_tiles)
-        _check_pooled(images.shape[2], images.shape[3])
-        pooled = pool_moments(tissue_moments(images))
-        if not (pooled.tissue >= MIN_TISSUE).all():
-            raise ValueError(f"the {len(images)} tiles show no tissue; fit to tiles with tissue")
-        mean, (r, g, b) = pooled.mean[0].tolist(), pooled.covariance[0].tolist()
-        rows = (tuple(r), tuple(g), tuple(b))
-        return cls(mean=tuple(mean), covariance=rows, num_tiles=len(images))
-
-    def save(self, file: Path | str) -> None:
-        """Write a .json file."""
-        save_record(file, self)
-
-    @classmethod
-    def load(cls, file: Path | str) -> DensityReference:
-        """Read a saved reference; raises ValueError if it is not one."""
-        return load_record(cls, file)
-
-    def moments(self, device: torch.device) -> DensityMoments:
-        """Return the reference as a batch of one."""
-        mean = torch.tensor([self.mean], dtype=torch.float64, device=device)
-        covariance = torch.tensor([self.covariance], dtype=torch.float64, device=device)
-        return DensityMoments(mean, covariance, torch.ones(1, dtype=torch.float64, device=device))
 
 
 # Generic comes first: __init_subclass__ of torchvision does not hand on to what follows it.
@@ -254,7 +192,7 @@ class DensityTransport(ClassicalTransform[DensityReference]):
     reference_kind = DensityReference
 
     def _check_size(self, height_px: int, width_px: int) -> None:
-        _check_pooled(height_px, width_px)
+        check_pooled(height_px, width_px)
 
     def _change(self, grey: Tensor, strength: Tensor) -> Edit:
         own = tissue_moments(grey)
@@ -265,11 +203,3 @@ class DensityTransport(ClassicalTransform[DensityReference]):
         change = match_moments(start, self.reference.moments(grey.device))
         recoloured = apply_density_map(grey, blend_with_identity(change, strength))
         return Edit(recoloured, own.tissue >= MIN_TISSUE)
-
-
-def _check_pooled(height_px: int, width_px: int) -> None:
-    if min(height_px, width_px) < POOL_PX:
-        raise ValueError(
-            f"image is {width_px}x{height_px} px, and optical density is averaged over squares: "
-            f"expected at least {POOL_PX}x{POOL_PX} px; give whole tiles"
-        )

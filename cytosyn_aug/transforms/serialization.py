@@ -23,7 +23,7 @@ from cytosyn_aug.stain.estimate import EditRecipe
 from cytosyn_aug.stain.macenko import MacenkoReference
 from cytosyn_aug.stain.reference import StainReference
 from cytosyn_aug.stain.reinhard import ReinhardReference
-from cytosyn_aug.transforms.classical import DensityReference
+from cytosyn_aug.stain.transport import DensityReference
 from cytosyn_aug.transforms.schedules import Ramp
 
 _CACHE = "cytosyn_aug.LatentCache"
