@@ -23,7 +23,7 @@ from cytosyn_aug.report.tissue_colours import ColourDistribution
 from cytosyn_aug.runs.manifest import open_manifest
 from cytosyn_aug.slides.normalize import open_written, provenance_of
 from cytosyn_aug.slides.recipe import SLIDES_COMMAND
-from cytosyn_aug.stain.colour import colour_distance
+from cytosyn_aug.stain.lab import colour_distance
 
 _WRITTEN = (".tif", ".tiff")
 _OVERVIEW_PX = 560

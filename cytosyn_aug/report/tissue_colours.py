@@ -20,7 +20,7 @@ from torch import Tensor
 from cytosyn_aug.images import optical_density
 from cytosyn_aug.report.tallies import Histogram
 from cytosyn_aug.stain.density import MIN_TISSUE, tissue_weight
-from cytosyn_aug.stain.reinhard import grey_to_lab, lab_to_grey
+from cytosyn_aug.stain.lab import grey_to_lab, lab_to_grey
 
 HAEMATOXYLIN, EOSIN = (0.65, 0.70, 0.29), (0.07, 0.99, 0.11)
 _RESIDUAL = (0.27, 0.57, 0.78)

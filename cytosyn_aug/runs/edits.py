@@ -22,7 +22,6 @@ from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.model.solvers import sample_noise
 from cytosyn_aug.runs.reading import Loaded
 from cytosyn_aug.runs.recipes import AugmentRecipe, NormalizeRecipe, SampleRecipe
-from cytosyn_aug.stain.colour import colour_distance
 from cytosyn_aug.stain.density import DensityMap, apply_density_map, blend_with_identity, is_tissue
 from cytosyn_aug.stain.estimate import (
     EditRecipe,
@@ -34,6 +33,7 @@ from cytosyn_aug.stain.estimate import (
     reference_statistics,
     resample,
 )
+from cytosyn_aug.stain.lab import colour_distance
 from cytosyn_aug.stain.reference import StainReference
 from cytosyn_aug.transforms.classical import (
     DensityTransport,

@@ -20,9 +20,10 @@ from cytosyn_aug.io.slide import Slide
 from cytosyn_aug.io.tile_source import sampled_files
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.stain.density import DensityMoments, pool_moments
+from cytosyn_aug.stain.lab import lab_to_grey
 from cytosyn_aug.stain.methods import KINDS, Reference, fit_reference
 from cytosyn_aug.stain.reference import StainReference
-from cytosyn_aug.stain.reinhard import ReinhardReference, lab_to_grey
+from cytosyn_aug.stain.reinhard import ReinhardReference
 from cytosyn_aug.stain.transport import DensityReference
 
 Given = Reference | Path | str | Sequence[Path | str]

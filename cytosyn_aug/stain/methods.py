@@ -29,9 +29,10 @@ from cytosyn_aug.stain.density import (
     tissue_weight,
 )
 from cytosyn_aug.stain.estimate import EditRecipe, reference_statistics
+from cytosyn_aug.stain.lab import grey_to_lab
 from cytosyn_aug.stain.macenko import MacenkoReference, normalising_map
 from cytosyn_aug.stain.reference import StainReference
-from cytosyn_aug.stain.reinhard import ReinhardReference, grey_to_lab, match_colour
+from cytosyn_aug.stain.reinhard import ReinhardReference, match_colour
 from cytosyn_aug.stain.transport import DensityReference
 
 Reference = StainReference | MacenkoReference | ReinhardReference | DensityReference

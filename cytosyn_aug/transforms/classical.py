@@ -30,13 +30,9 @@ from cytosyn_aug.stain.density import (
     tissue_moments,
     tissue_weight,
 )
+from cytosyn_aug.stain.lab import grey_to_lab
 from cytosyn_aug.stain.macenko import MacenkoReference, Stains, estimate_stains, normalising_map
-from cytosyn_aug.stain.reinhard import (
-    ReinhardReference,
-    grey_to_lab,
-    lab_moments,
-    match_colour,
-)
+from cytosyn_aug.stain.reinhard import ReinhardReference, lab_moments, match_colour
 from cytosyn_aug.stain.transport import DensityReference, check_pooled
 from cytosyn_aug.transforms.draws import Mode
 from cytosyn_aug.transforms.sample_metadata import NO_FACTS, Facts

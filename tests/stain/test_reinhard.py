@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from cytosyn_aug import ReinhardNormalize, ReinhardReference
-from cytosyn_aug.stain.reinhard import grey_to_lab, lab_moments, lab_to_grey, pool_lab_moments
+from cytosyn_aug.stain.lab import grey_to_lab, lab_to_grey
+from cytosyn_aug.stain.reinhard import lab_moments, pool_lab_moments
 from tests.support.synthetic import synthetic_tiles
 
 
