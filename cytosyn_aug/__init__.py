@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cytosyn_aug.slides.normalize import normalize_slide
     from cytosyn_aug.slides.recipe import SlideRecipe, SlideReport
     from cytosyn_aug.stain.density import is_tissue
-    from cytosyn_aug.stain.estimate import EditRecipe, redraw_latents
+    from cytosyn_aug.stain.estimate import EditRecipe
     from cytosyn_aug.stain.macenko import MacenkoReference
     from cytosyn_aug.stain.reference import StainReference
     from cytosyn_aug.stain.reinhard import ReinhardReference
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         MacenkoNormalize,
         ReinhardNormalize,
     )
+    from cytosyn_aug.transforms.redraw import redraw_latents
     from cytosyn_aug.transforms.replay import ReplayBank
     from cytosyn_aug.transforms.resample import ConditionedResample
     from cytosyn_aug.transforms.schedules import Ramp
@@ -79,7 +80,7 @@ _HOMES = {
     "is_tissue": "stain.density",
     "normalize_slide": "slides.normalize",
     "plan_memory": "model.memory",
-    "redraw_latents": "stain.estimate",
+    "redraw_latents": "transforms.redraw",
     "tile_key": "images",
     "variants_spec": "transforms.variants",
 }

@@ -29,9 +29,7 @@ from cytosyn_aug.stain.estimate import (
     check_scale,
     estimate_stain,
     match_statistics,
-    redraw,
     reference_statistics,
-    resample,
 )
 from cytosyn_aug.stain.lab import colour_distance
 from cytosyn_aug.stain.reference import StainReference
@@ -40,6 +38,7 @@ from cytosyn_aug.transforms.classical import (
     MacenkoNormalize,
     ReinhardNormalize,
 )
+from cytosyn_aug.transforms.redraw import redraw, resample
 from cytosyn_aug.transforms.tile_transform import TileTransform
 from cytosyn_aug.transforms.variants import derive_seed
 

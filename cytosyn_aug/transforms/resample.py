@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cytosyn_aug.images import check_sides
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.stain.estimate import resample
 from cytosyn_aug.transforms.draws import MAX_SEED, Mode
+from cytosyn_aug.transforms.redraw import resample
 from cytosyn_aug.transforms.sample_metadata import NO_FACTS, Facts
 from cytosyn_aug.transforms.schedules import Probability
 from cytosyn_aug.transforms.tile_transform import Edit, TileTransform

@@ -33,7 +33,6 @@ from cytosyn_aug.stain.estimate import (
     estimate_stain,
     match_statistics,
     measured_statistics,
-    redraw,
     reference_statistics,
 )
 from cytosyn_aug.stain.reference import StainReference, check_reference, list_references
@@ -45,6 +44,7 @@ from cytosyn_aug.transforms.draws import (
     group_by_laboratory,
     without_laboratory,
 )
+from cytosyn_aug.transforms.redraw import redraw
 from cytosyn_aug.transforms.sample_metadata import LABORATORY, NO_FACTS, Facts, read_fact
 from cytosyn_aug.transforms.schedules import Probability, Scheduled, check_scheduled, value_at
 from cytosyn_aug.transforms.tile_transform import Edit, TileTransform, missing_fact, warn_once

@@ -12,7 +12,7 @@ from cytosyn_aug import (
 from cytosyn_aug.model.checkpoint import EMBEDDED_MODEL, load_model
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.model.solvers import bind_student, flow_map, sample_noise
-from cytosyn_aug.stain.estimate import redraw
+from cytosyn_aug.transforms.redraw import redraw
 from tests.support.synthetic import SIZE, random_parts, synthetic_tiles
 
 

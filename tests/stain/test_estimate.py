@@ -4,7 +4,7 @@ import torch
 from cytosyn_aug import EditRecipe, StainReference
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.stain.density import apply_density_map, pool_moments, tissue_moments
-from cytosyn_aug.stain.estimate import redraw, resample
+from cytosyn_aug.transforms.redraw import redraw, resample
 from tests.support.synthetic import random_parts, synthetic_tiles
 from training.evaluation.restaining import stain_change
 
