@@ -30,8 +30,13 @@ from PIL import Image
 
 from cytosyn_aug.io.image_files import encode_tile
 from cytosyn_aug.io.slide import Reading, Slide, grid_positions
-from cytosyn_aug.io.slide_tiles import slide_mask
-from cytosyn_aug.io.tissue import TissueConfig, TissueMask, reason_to_reject, tile_quality
+from cytosyn_aug.io.tissue import (
+    TissueConfig,
+    TissueMask,
+    reason_to_reject,
+    slide_mask,
+    tile_quality,
+)
 from training.data.cutting import CutUnit, ScanUnit, TileRecipe, cut, scan
 from training.data.sources import list_slides
 from training.data.workers import Death, run_units

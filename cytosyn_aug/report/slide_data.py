@@ -16,8 +16,7 @@ from PIL import Image
 
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.io.slide import SLIDE_SUFFIXES, Slide, SlideError
-from cytosyn_aug.io.slide_tiles import candidate_positions, slide_mask
-from cytosyn_aug.io.tissue import TissueConfig
+from cytosyn_aug.io.tissue import TissueConfig, candidate_positions, slide_mask
 from cytosyn_aug.report.measures import structure_score
 from cytosyn_aug.report.tissue_colours import ColourDistribution
 from cytosyn_aug.runs.manifest import open_manifest

@@ -7,7 +7,7 @@
     slides   cut at the model's scale, where the tissue rules of training find tissue
 
 A mask lies beside its tile: `a/tile.png` and `a/tile_mask.png`, or `a/tile.mask.png` as in unpacked
-shards. No image is opened here but slides, for which `cytosyn_aug.io.slide_tiles` says what is
+shards. No image is opened here but slides, for which `cytosyn_aug.io.tissue` says what is
 tissue.
 No torch here.
 """
@@ -24,8 +24,7 @@ from pathlib import Path
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.io.image_files import TILE_SUFFIXES, masked_stem
 from cytosyn_aug.io.slide import SLIDE_SUFFIXES, Slide
-from cytosyn_aug.io.slide_tiles import candidate_positions, slide_mask
-from cytosyn_aug.io.tissue import TissueConfig
+from cytosyn_aug.io.tissue import TissueConfig, candidate_positions, slide_mask
 from cytosyn_aug.runs.listing import (
     InputKind,
     Item,

@@ -15,8 +15,7 @@ from PIL import Image
 
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.io.slide import Reading, Slide, SlideError
-from cytosyn_aug.io.slide_tiles import candidate_positions
-from cytosyn_aug.io.tissue import TissueConfig, TissueMask
+from cytosyn_aug.io.tissue import TissueConfig, TissueMask, candidate_positions
 from training.data.sources import GivenTile
 
 

@@ -26,12 +26,13 @@ from cytosyn_aug.config import TileSpec, config_digest
 from cytosyn_aug.io.files import atomic_file, write_atomically
 from cytosyn_aug.io.image_files import encode_tile
 from cytosyn_aug.io.slide import Grid, Slide, SlideError
-from cytosyn_aug.io.slide_tiles import candidate_positions, slide_mask
 from cytosyn_aug.io.tar_files import ShardWriter
 from cytosyn_aug.io.tissue import (
     TissueConfig,
     TissueMask,
+    candidate_positions,
     reason_to_reject,
+    slide_mask,
     tile_quality,
 )
 from training.data.candidates import (
