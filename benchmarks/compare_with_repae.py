@@ -20,8 +20,15 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from cytosyn_aug.model.flow import interpolate, velocity_target
-from cytosyn_aug.model.solvers import euler, euler_maruyama, guide, linear_grid, reference_grid
+from cytosyn_aug.model.solvers import (
+    euler,
+    euler_maruyama,
+    guide,
+    interpolate,
+    linear_grid,
+    reference_grid,
+    velocity_target,
+)
 from cytosyn_aug.model.transformer import SiT
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-7}

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from cytosyn_aug.model.conditions import Conditions, check_finite, read_conditions
-from cytosyn_aug.model.flow import interpolate, velocity_target
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.model.solvers import sample_noise
+from cytosyn_aug.model.solvers import interpolate, sample_noise, velocity_target
 from cytosyn_aug.stain.density import tissue_moments
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

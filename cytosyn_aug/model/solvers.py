@@ -232,3 +232,23 @@ def sample_noise(seeds: Sequence[int], shape: Sequence[int], stream: int = 0) ->
         generator = torch.Generator().manual_seed((int(state[0]) << 31) ^ int(state[1]))
         rows.append(torch.randn(tuple(shape), dtype=torch.float32, generator=generator))
     return torch.stack(rows)
+
+
+def interpolate(x: Tensor, eps: Tensor, t: Tensor | float) -> Tensor:
+    """Return x_t = (1 - t) x + t eps; a tensor t must broadcast against x."""
+    return (1 - t) * x + t * eps
+
+
+def velocity_target(x: Tensor, eps: Tensor) -> Tensor:
+    """Return the velocity dx_t/dt = eps - x of the path, what the transformer learns."""
+    return eps - x
+
+
+def denoised(x_t: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
+    """Return the data end x = x_t - t v of the straight line through x_t with velocity v."""
+    return x_t - t * v
+
+
+def noised(x_t: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
+    """Return the noise end eps = x_t + (1 - t) v of the straight line through x_t."""
+    return x_t + (1 - t) * v

@@ -14,9 +14,8 @@ from torch import Tensor
 from cytosyn_aug.autocast import isolated
 from cytosyn_aug.images import FiniteImages, finite_images
 from cytosyn_aug.model.conditions import Conditions
-from cytosyn_aug.model.flow import interpolate
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.model.solvers import sample_noise
+from cytosyn_aug.model.solvers import interpolate, sample_noise
 from cytosyn_aug.stain.density import (
     is_tissue,
 )

@@ -25,9 +25,15 @@ from scipy.stats import wasserstein_distance
 from skimage.color import rgb2lab
 from torch import Tensor
 
-from cytosyn_aug.model.flow import interpolate
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.model.solvers import adams_bashforth2, euler, guide, linear_grid, sample_noise
+from cytosyn_aug.model.solvers import (
+    adams_bashforth2,
+    euler,
+    guide,
+    interpolate,
+    linear_grid,
+    sample_noise,
+)
 from cytosyn_aug.stain.density import (
     DensityMap,
     apply_density_map,

@@ -20,12 +20,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cytosyn_aug.model.flow import interpolate
 from cytosyn_aug.model.solvers import (
     adams_bashforth2,
     bind_student,
     flow_map,
     guide,
+    interpolate,
     linear_grid,
     polynomial_grid,
 )

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from cytosyn_aug.images import images_to_pixels
 from cytosyn_aug.model.encoder import TileEncoder
-from cytosyn_aug.model.flow import interpolate, velocity_target
+from cytosyn_aug.model.solvers import interpolate, velocity_target
 from cytosyn_aug.model.transformer import SiT
 from training.data.batches import (
     Batches,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cytosyn_aug.model.flow import interpolate, velocity_target
+from cytosyn_aug.model.solvers import interpolate, velocity_target
 from cytosyn_aug.model.transformer import SiT
 from training.data.batches import Batches, Tiles, spread_evenly, step_generator
 from training.engine.contact_sheets import write_comparison

@@ -1,6 +1,6 @@
 import torch
 
-from cytosyn_aug.model.flow import denoised, interpolate, noised, velocity_target
+from cytosyn_aug.model.solvers import denoised, interpolate, noised, velocity_target
 
 
 def test_the_path_starts_at_data_and_ends_at_noise():
