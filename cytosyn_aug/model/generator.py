@@ -26,11 +26,12 @@ from cytosyn_aug.model.sampler import (
     Guidance,
     Sampler,
     choose_guidance,
+    compile_forward,
+    compile_rows,
     draw_latents,
     time_grid,
 )
 from cytosyn_aug.model.solvers import sample_noise
-from cytosyn_aug.model.static_graphs import compile_forward, compile_rows
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
