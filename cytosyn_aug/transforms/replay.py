@@ -46,9 +46,9 @@ from cytosyn_aug.autocast import isolated
 from cytosyn_aug.images import finite_images
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.stain.density import is_tissue
-from cytosyn_aug.transforms.edits import Edit, check_draws, run_edit
 from cytosyn_aug.transforms.schedules import Scheduled, check_scheduled, value_at
 from cytosyn_aug.transforms.tile_transform import TileTransform
+from cytosyn_aug.transforms.variants import Edit, check_draws, run_edit
 
 _MAX_SEED = 2**62
 

@@ -20,9 +20,9 @@ from cytosyn_aug import (
     StainViews,
 )
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.transforms.edits import run_edit
 from cytosyn_aug.transforms.replay import ReplayBank, ReplayCounts
 from cytosyn_aug.transforms.schedules import Ramp
+from cytosyn_aug.transforms.variants import run_edit
 
 
 @pytest.fixture(scope="module")
