@@ -1,7 +1,7 @@
 """What a run will cost, before it starts: parameters, bytes and FLOP, counted on the meta device.
 
 Networks are built without memory, and a sample or two go through each, so that a plan for 683 M
-parameters takes seconds. What a step does with each network is in `training.step_costs`.
+parameters takes seconds. What a step does with each network is in `training.costs`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from torch import nn
 from cytosyn_aug.model.checkpoint import ModelParts
 from training import recipes
 from training.build import NEEDS, TRAINED, find_latents_recipe, find_recipe
+from training.costs import count_flop, decode_flop, encode_flop, step_uses, tile_encoder
 from training.evaluation.claims import NUM_SOURCES, NUM_VARIATIONS
 from training.evaluation.evaluate import Evaluation
-from training.pass_costs import count_flop
 from training.stages.vae import VaeRecipe, build_vae
-from training.step_costs import decode_flop, encode_flop, step_uses, tile_encoder
 
 _FLOAT = 4
 _CORES_PER_GPU = 12
@@ -39,7 +38,7 @@ class Plan:
         parameters: Trained parameters of each network.
         state_bytes: Weights, gradients, optimiser and moving average of a process, all float32.
         frozen_bytes: Weights of networks that are only run.
-        activation_bytes: What a pass keeps for its backward pass; see `training.pass_costs`.
+        activation_bytes: What a pass keeps for its backward pass; see `training.costs`.
         checkpoint_bytes: One of the two checkpoints that a run keeps.
         flop_per_sample: Of a training step.
     """

@@ -10,15 +10,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from cytosyn_aug.model.encoder import TileEncoder
 from training.__main__ import main
 from training.build import TRAINED
+from training.costs import FusedAttention, saved_bytes, step_uses
 from training.data.batches import TileSet
-from training.pass_costs import FusedAttention, saved_bytes
 from training.plan import plan
 from training.recipes import tiny_encoder, tiny_repae, tiny_sit, tiny_vae, xl_repae, xl_sit, xl_vae
 from training.stages.encoder import build_encoder
 from training.stages.repae import RepaeStage
 from training.stages.sit import build_transformer
 from training.stages.vae import build_vae
-from training.step_costs import step_uses
 
 
 @pytest.mark.parametrize("stage", TRAINED)
@@ -53,7 +52,7 @@ def test_the_end_to_end_run_fits_its_gpus_in_two_passes_and_not_in_one(end_to_en
 def test_a_step_of_the_stage_itself_keeps_what_is_planned(monkeypatch):
     """Tiny and in float32, since there is no autocast on meta: all networks and their passes."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
-    monkeypatch.setattr("training.pass_costs.gpu_autocast", nullcontext)
+    monkeypatch.setattr("training.costs.gpu_autocast", nullcontext)
     recipe = replace(tiny_repae(), is_centred=False)
     tiles = TileSet(torch.zeros(48, 3, 224, 224, dtype=torch.uint8), ("a",), torch.zeros(48))
     with torch.device("meta"):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.support.synthetic import random_parts, synthetic_tiles
+from training.costs import count_flop
 from training.data.batches import TileSet
-from training.pass_costs import count_flop
 from training.recipes import smoke_decoder, xl_decoder, xl_vae
 from training.stages.decoder import DecoderStage, build_decoder
 from training.stages.vae import build_vae

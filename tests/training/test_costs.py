@@ -7,7 +7,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.support.synthetic import random_parts
-from training.pass_costs import Kept, kept_bytes, saved_bytes
+from training.costs import Kept, kept_bytes, saved_bytes
 from training.stages.discriminator import PatchDiscriminator
 
 

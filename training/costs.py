@@ -1,21 +1,27 @@
-"""What a training step does with each network: the FLOP of a sample, and the bytes it keeps.
+"""What a step of training costs: FLOP and kept bytes of each network, counted without memory.
 
-Written down once a stage, beside the stages themselves, and compared with a step that really runs
-in the tests. Everything is on the meta device.
+First the step of each stage, as passes through its networks; then what one pass costs.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from cytosyn_aug.model.encoder import TileEncoder
 from cytosyn_aug.model.transformer import SiT
 from training.build import Recipe, find_recipe
-from training.pass_costs import Kept, count_flop, kept_bytes
 from training.stages.decoder import DecoderRecipe, build_decoder
 from training.stages.discriminator import PatchDiscriminator
 from training.stages.distil import DistilRecipe, build_student
@@ -29,6 +35,19 @@ from training.stages.vae import VaeRecipe, build_vae
 # Passes of a step in units of a forward pass: a backward pass costs one for the inputs' gradient
 # and one for the weights'.
 _TRAINED, _PASSED_ON, _FROZEN = 3, 2, 1
+
+
+class Kept(NamedTuple):
+    """Bytes kept by a pass: whatever the batch, and for each of its samples."""
+
+    fixed: float
+    per_sample: float
+
+    def scaled(self, share: float) -> Kept:
+        """Return what is kept if only a share of the samples is passed, or each several times."""
+        return Kept(self.fixed, share * self.per_sample)
+
+
 _NOTHING = Kept(0.0, 0.0)
 
 
@@ -145,9 +164,6 @@ def _use_vgg(vgg: nn.Module, pixels: Tensor, num_stages: int, share: float = 1.0
     return Use("vgg", vgg, False, flop, kept.scaled(share))
 
 
-# What a step does with each network, as `kept_bytes` calls it.
-
-
 def _round_trip(vae: nn.Module, pixels: Tensor, latents: Tensor) -> object:
     posterior = vae.encode(pixels).latent_dist  # type: ignore[operator]
     return posterior.mean, posterior.std, vae.decode(latents).sample  # type: ignore[operator]
@@ -218,3 +234,79 @@ def decode_flop(vae: nn.Module, pixels: Tensor) -> float:
 def _latents(pixels: Tensor) -> Tensor:
     side = pixels.shape[-1] // 8
     return torch.zeros(1, 4, side, side, device=pixels.device)
+
+
+@torch.no_grad()
+def count_flop(network: nn.Module, *inputs: Tensor) -> float:
+    """Return the FLOP of a forward pass of one sample, 2 a multiply-add."""
+    with FlopCounterMode(display=False) as counter:
+        network(*inputs)
+    return float(counter.get_total_flops())
+
+
+def kept_bytes(network: nn.Module, call: Callable[..., object], *inputs: Tensor) -> Kept:
+    """Return what a pass keeps on a GPU under autocast to bfloat16.
+
+    Args:
+        network: On the meta device, where it stays. Convolutions in it are laid out channels last,
+            as stages do: norms on a GPU then keep a copy of their input.
+        call: Takes the network and the inputs; gradients flow to both.
+        inputs: Of one sample, on the meta device.
+    """
+    network = copy.deepcopy(network)
+    nn.Module.to(network, memory_format=torch.channels_last)
+    with FakeTensorMode(allow_non_fake_inputs=True), FusedAttention():
+        network = network.to_empty(device="cuda")
+        one, two = (_kept_by(network, call, inputs, num) for num in (1, 2))
+    return Kept(2 * one - two, two - one)
+
+
+def saved_bytes(network: nn.Module, call: Callable[[], object]) -> int:
+    """Return the bytes of all storages that autograd saves in a call, without weights."""
+    weights = {p.untyped_storage()._cdata for p in network.parameters()}
+    found = {}
+
+    def note(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()  # kept, so that its address is not given away again
+        if storage._cdata not in weights:
+            found[storage._cdata] = storage
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        call()
+    return sum(storage.nbytes() for storage in found.values())
+
+
+def _kept_by(
+    network: nn.Module, call: Callable[..., object], inputs: tuple[Tensor, ...], num: int
+) -> int:
+    given = [
+        torch.zeros(num, *x.shape[1:], dtype=x.dtype, device="cuda", requires_grad=True)
+        for x in inputs
+    ]
+    with gpu_autocast():
+        return saved_bytes(network, lambda: call(network, *given))
+
+
+@contextmanager
+def gpu_autocast() -> Iterator[None]:
+    """Do what `torch.autocast("cuda", torch.bfloat16)` does, which needs a GPU."""
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.clear_autocast_cache()
+
+
+class FusedAttention(TorchFunctionMode):
+    """Attend as a GPU does; torch looks for one before it chooses, and writes attention out."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:  # Any: whatever is called
+        is_fused = torch.backends.cuda.flash_sdp_enabled()  # not where a step asks for the formula
+        if func is F.scaled_dot_product_attention and is_fused:
+            return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
+        return func(*args, **(kwargs or {}))

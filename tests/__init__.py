@@ -1,0 +1,1 @@
+"""Tests of both packages; other distributions install a `tests` too, and this one is ours."""
