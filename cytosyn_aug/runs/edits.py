@@ -22,23 +22,22 @@ from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.model.solvers import sample_noise
 from cytosyn_aug.runs.reading import Loaded
 from cytosyn_aug.runs.recipes import AugmentRecipe, NormalizeRecipe, SampleRecipe
-from cytosyn_aug.stain.density import DensityMap, apply_density_map, blend_with_identity, is_tissue
+from cytosyn_aug.stain.density import is_tissue
 from cytosyn_aug.stain.estimate import (
-    EditRecipe,
     central_tiles,
     check_scale,
     estimate_stain,
-    match_statistics,
     reference_statistics,
 )
 from cytosyn_aug.stain.lab import colour_distance
 from cytosyn_aug.stain.reference import StainReference
+from cytosyn_aug.stain.restain import recolour
 from cytosyn_aug.transforms.classical import (
     DensityTransport,
     MacenkoNormalize,
     ReinhardNormalize,
 )
-from cytosyn_aug.transforms.redraw import redraw, resample
+from cytosyn_aug.transforms.redraw import redraw_restained, resample
 from cytosyn_aug.transforms.tile_transform import TileTransform
 from cytosyn_aug.transforms.variants import derive_seed
 
@@ -224,33 +223,45 @@ def _stain_edit(
     sources: Sources = lambda slide: None,
 ) -> Edit:
     names = list(references)
+    low, high = recipe.strength
 
     def edit(batch: Sequence[Loaded]) -> Iterator[Edited]:
         images = stack_tiles(batch).to(generator.device)
         tiles = central_tiles(images.float(), recipe.mpp, generator.tile)
         cls = None if generator.encoder is None else generator.features(tiles).cls
-        slides = [tile.item.slide for tile in batch]
+        of_slides = [sources(tile.item.slide) for tile in batch]
+        estimate = estimate_stain(generator, tiles, of_slides, recipe.edit, cls)
+        targets = {
+            name: reference_statistics(generator, reference, recipe.edit)
+            for name, reference in references.items()
+        }
         for variant in range(recipe.variants):
             seeds = [derive_seed(tile.key, variant, recipe.seed) for tile in batch]
             # Each tile begins at a reference of its own and takes them in turn.
             first = [derive_seed(tile.key, -1, recipe.seed) for tile in batch]
             drawn = [names[(number + variant) % len(names)] for number in first]
-            low, high = recipe.strength
             strengths = [low + (high - low) * (seed / _SEED_RANGE) for seed in seeds]
-            ways = [
-                (references[name], sources(slide))
-                for name, slide in zip(drawn, slides, strict=True)
-            ]
-            change, is_tissue, is_finite = _changes(generator, tiles, ways, recipe.edit, cls)
-            change = blend_with_identity(change, torch.tensor(strengths, device=images.device))
-            made = apply_density_map(images, change).round().to(torch.uint8)
+            restained = recolour(
+                images,
+                estimate,
+                torch.cat([targets[name] for name in drawn]).to(images.device),
+                torch.tensor(strengths, device=images.device),
+            )
             if recipe.preserve == "none":
-                made, is_drawn = redraw(generator, made, recipe.edit, seeds)
-                is_finite = is_finite & (is_drawn | ~is_tissue)
-            made = torch.where(is_tissue[:, None, None, None], made, images)
-            similarity = _similarity(generator, cls, made, recipe.mpp)
-            distance = colour_distance(images, made)
-            yield Edited(made, is_tissue, is_finite, seeds, drawn, strengths, similarity, distance)
+                restained = redraw_restained(generator, restained, recipe.edit, seeds)
+            edited = restained.images.round().to(torch.uint8)
+            similarity = _similarity(generator, cls, edited, recipe.mpp)
+            distance = colour_distance(images, edited)
+            yield Edited(
+                edited,
+                restained.is_tissue,
+                restained.is_finite,
+                seeds,
+                drawn,
+                strengths,
+                similarity,
+                distance,
+            )
 
     return edit
 
@@ -265,7 +276,6 @@ def _resample_edit(generator: TileGenerator, recipe: AugmentRecipe) -> Edit:
     def edit(batch: Sequence[Loaded]) -> Iterator[Edited]:
         images = stack_tiles(batch).to(generator.device)
         cls = generator.cls_features(images)
-        of_tissue = cls[is_tissue(images)]
         for variant in range(recipe.variants):
             seeds = [derive_seed(tile.key, variant, recipe.seed) for tile in batch]
             found = resample(
@@ -274,7 +284,7 @@ def _resample_edit(generator: TileGenerator, recipe: AugmentRecipe) -> Edit:
                 seeds,
                 steps=recipe.steps,
                 guidance_scale=recipe.guidance_scale,
-                features=lambda _: of_tissue,
+                features=cls,
             )
             made = torch.where(found.is_tissue[:, None, None, None], found.images, images)
             similarity = torch.where(found.is_tissue, found.similarity, 1.0)
@@ -284,46 +294,6 @@ def _resample_edit(generator: TileGenerator, recipe: AugmentRecipe) -> Edit:
             yield Edited(made, found.is_tissue, is_finite, seeds, names, None, similarity, distance)
 
     return edit
-
-
-def _changes(
-    generator: TileGenerator,
-    tiles: Tensor,
-    ways: Sequence[tuple[StainReference, StainReference | None]],
-    recipe: EditRecipe,
-    cls: Tensor | None,
-) -> tuple[DensityMap, Tensor, Tensor]:
-    """Return each tile's change to its own reference, and which have tissue and are finite.
-
-    Args:
-        generator: The model.
-        tiles: uint8 [B, 3, size, size].
-        ways: Reference of each tile, and the stain of its slide or None for its own.
-        recipe: How the model restains.
-        cls: Features of the tiles, if there is an encoder.
-    """
-    matrix = torch.zeros(len(tiles), 3, 3, dtype=torch.float64, device=tiles.device)
-    offset = torch.zeros(len(tiles), 3, dtype=torch.float64, device=tiles.device)
-    has_tissue = torch.zeros(len(tiles), dtype=torch.bool, device=tiles.device)
-    is_finite = torch.zeros_like(has_tissue)
-    groups: dict[tuple[int, int], list[int]] = {}
-    for row, way in enumerate(ways):
-        groups.setdefault((id(way[0]), id(way[1])), []).append(row)
-    for rows in groups.values():
-        reference, source = ways[rows[0]]
-        own = None
-        if cls is not None and generator.stain_probe is not None:
-            own = partial(_known, cls[rows][is_tissue(tiles[rows])])
-        found = estimate_stain(generator, tiles[rows], source, recipe, own)
-        targets = reference_statistics(generator, reference, recipe).to(tiles.device)
-        change = match_statistics(found, targets)
-        matrix[rows], offset[rows] = change.matrix, change.offset
-        has_tissue[rows], is_finite[rows] = found.is_tissue, found.is_finite
-    return DensityMap(matrix, offset), has_tissue, is_finite
-
-
-def _known(cls: Tensor, _: Tensor) -> Tensor:
-    return cls
 
 
 def _cytosyn_edit(

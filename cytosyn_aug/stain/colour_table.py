@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cytosyn_aug.autocast import isolated
 from cytosyn_aug.images import optical_density
 from cytosyn_aug.stain.density import tissue_weight
 
@@ -31,6 +32,7 @@ class ColourTable:
         digest: 16 hexadecimal digits of SHA-256 over the table.
     """
 
+    @isolated()
     def __init__(self, recolour: Recolour | None) -> None:
         entries = np.empty((256, 256, 256, 4), np.uint8)
         level = torch.arange(256, dtype=torch.float32)

@@ -6,7 +6,7 @@ its features as well. A result depends on pixels, recipe and weights only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,11 +21,8 @@ from cytosyn_aug.model.conditions import Conditions, read_conditions
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.stain.density import (
     MIN_TISSUE,
-    DensityMap,
     DensityMoments,
-    match_moments,
     moment_statistics,
-    moments_from_statistics,
     pool_moments,
     tissue_moments,
 )
@@ -72,7 +69,7 @@ class StainEstimate(NamedTuple):
     """The stain of tiles, as nine statistics each.
 
     Attributes:
-        statistics: float64 [B, 9]; see `cytosyn_aug.stain.density.moment_statistics`.
+        statistics: float64 [B, 9], mean and root of the covariance of optical density.
         is_tissue: bool [B]; False where the tile is blank and must be returned as it is.
         is_finite: bool [B]; False where the networks failed, so that the statistics say nothing.
     """
@@ -92,38 +89,38 @@ def check_scale(mpp: float, tile: TileSpec) -> None:
         )
 
 
-def check_extent(height_px: int, width_px: int, mpp: float, tile: TileSpec) -> tuple[int, int]:
-    """Return height and width of an image in pixels of the model's scale.
+def check_extent(height_px: int, width_px: int, mpp: float, tile: TileSpec) -> None:
+    """Raise ValueError for images that cover less than the model's tile.
 
-    Raises:
-        ValueError: It covers less than the model's tile.
+    Args:
+        height_px: Of the images.
+        width_px: Of the images.
+        mpp: Scale of the images in microns per pixel.
+        tile: The model's tiles.
     """
-    height, width = (round(n * mpp / tile.mpp) for n in (height_px, width_px))
-    if min(height, width) < tile.size_px:
+    if min(_sides_at(height_px, width_px, mpp, tile)) < tile.size_px:
         raise ValueError(
             f"image is {width_px}x{height_px} px at {mpp:g} microns/pixel, the model "
             f"expects at least {tile.describe()}; re-tile larger or correct mpp. "
             f"{WHICH_IS_THE_IMAGE}"
         )
-    return height, width
 
 
 def central_tiles(grey: Tensor, mpp: float, tile: TileSpec) -> Tensor:
     """Return the centre of each image as uint8 tiles at the model's size and scale.
 
     Args:
-        grey: float32 [B, 3, H, W] in 0 to 255.
+        grey: float32 [B, 3, H, W] in 0 to 255, at least as large as the model's tile; see
+            `check_extent`.
         mpp: Scale of the images in microns per pixel.
         tile: The model's tiles.
 
     Returns:
         uint8 [B, 3, size, size].
-
-    Raises:
-        ValueError: The image covers less than the model's tile.
     """
     size = tile.size_px
-    height, width = check_extent(grey.shape[2], grey.shape[3], mpp, tile)
+    height, width = _sides_at(grey.shape[2], grey.shape[3], mpp, tile)
+    assert min(height, width) >= size, "check_extent is for whoever lets images in"
     if (height, width) != tuple(grey.shape[2:]):
         grey = F.interpolate(grey, (height, width), mode="bilinear", antialias=True)
     top, left = (height - size) // 2, (width - size) // 2
@@ -131,45 +128,44 @@ def central_tiles(grey: Tensor, mpp: float, tile: TileSpec) -> Tensor:
     return crop.round().clamp(0, 255).to(torch.uint8)
 
 
-@isolated()
 @torch.no_grad()
 def estimate_stain(
     generator: TileGenerator,
-    images: Tensor,
-    source: StainReference | None,
+    tiles: Tensor,
+    source: StainReference | Sequence[StainReference | None] | None,
     recipe: EditRecipe,
-    features: Callable[[Tensor], Conditions] | None = None,
+    features: Callable[[Tensor], Conditions] | Tensor | None = None,
 ) -> StainEstimate:
-    """Return the stain of tiles, on the device of `images`.
+    """Return the stain of tiles, on their device.
 
     1. Describe the stain of a tile by nine statistics of tissue optical density: as measured on the
        pixels, and as the stain probe reads them from the features.
     2. Average the two descriptions with `recipe.probe_share`.
-
-    `match_statistics` then goes to those of a reference, which `reference_statistics` describes in
-    the same two ways.
+    3. Where the stain of the tile's slide is known, take that instead.
 
     Args:
         generator: The model.
-        images: uint8 [B, 3, size, size].
-        source: Statistics of the slide the tiles come from; None for each tile's own.
-        recipe: See `EditRecipe`.
-        features: Gives CLS vectors of tiles with tissue, if they are needed; None asks the encoder.
+        tiles: uint8 [B, 3, size, size].
+        source: Statistics of the slide the tiles come from, for all or for each; None for each
+            tile's own.
+        recipe: How the model reads stain.
+        features: CLS vectors [B, D] of the tiles, or a function that gives those of the uint8
+            tiles whose own stain counts; None asks the encoder.
     """
-    generator.check_images(images)
-    own = tissue_moments(images)
-    has_tissue = own.tissue >= MIN_TISSUE
-    if source is not None:
-        statistics = reference_statistics(generator, source, recipe).expand(len(images), -1)
-    else:
-        statistics = moment_statistics(own.mean, own.covariance)
-        rows = has_tissue.nonzero()[:, 0]
-        # Only the probe needs features; a model without one restains without an encoder too.
-        if generator.stain_probe is not None and recipe.probe_share > 0 and len(rows):
-            cls = condition_vectors(generator, images[rows], features)
-            statistics[rows] = _blend(generator, statistics[rows], cls, recipe)
-    statistics = statistics.to(images.device)
-    return StainEstimate(statistics, has_tissue, statistics.isfinite().all(1))
+    own = tissue_moments(tiles)
+    is_tissue = own.tissue >= MIN_TISSUE
+    statistics = moment_statistics(own.mean, own.covariance)
+    sources = list(source) if isinstance(source, Sequence) else [source] * len(tiles)
+    for reference in {id(x): x for x in sources if x is not None}.values():
+        of_slide = torch.tensor([x is reference for x in sources], device=tiles.device)
+        statistics[of_slide] = reference_statistics(generator, reference, recipe).to(statistics)
+    is_alone = torch.tensor([x is None for x in sources], device=tiles.device)
+    rows = (is_tissue & is_alone).nonzero()[:, 0]
+    # Only the probe needs features; a model without one restains without an encoder too.
+    if generator.stain_probe is not None and recipe.probe_share > 0 and len(rows):
+        cls = condition_vectors(generator, tiles, rows, features)
+        statistics[rows] = _blend(generator, statistics[rows], cls, recipe)
+    return StainEstimate(statistics, is_tissue, statistics.isfinite().all(1))
 
 
 @isolated()
@@ -189,27 +185,31 @@ def measured_statistics(reference: StainReference) -> Tensor:
     return moment_statistics(pooled.mean, pooled.covariance)
 
 
-def match_statistics(estimate: StainEstimate, targets: Tensor) -> DensityMap:
-    """Return the map from each tile's stain to its target's, by optimal transport.
-
-    Args:
-        estimate: The stain of tiles.
-        targets: [B, 9] or [1, 9].
-    """
-    # Where the networks failed: an identity, since the eigenvalues of NaN raise for all tiles.
-    start = torch.where(estimate.is_finite[:, None], estimate.statistics, targets)
-    return match_moments(moments_from_statistics(start), moments_from_statistics(targets))
-
-
 def condition_vectors(
     generator: TileGenerator,
-    images: Tensor,
-    features: Callable[[Tensor], Conditions] | None,
+    tiles: Tensor,
+    rows: Tensor,
+    features: Callable[[Tensor], Conditions] | Tensor | None,
 ) -> Tensor:
-    """Return CLS vectors [B, D] of tiles, from whoever is to tell them."""
+    """Return the CLS vectors [n, D] of some tiles, known, asked for, or from the encoder.
+
+    Args:
+        generator: The model.
+        tiles: uint8 [B, 3, size, size].
+        rows: int64 [n], the tiles in question.
+        features: CLS vectors [B, D] of all tiles, or a function that gives those of uint8 tiles;
+            None asks the encoder.
+    """
     if features is None:
-        return generator.cls_features(images)
-    return read_conditions(features(images), len(generator.null_condition), len(images))
+        return generator.cls_features(tiles[rows])
+    if isinstance(features, Tensor):
+        return features[rows.to(features.device)]
+    return read_conditions(features(tiles[rows]), len(generator.null_condition), len(rows))
+
+
+def _sides_at(height_px: int, width_px: int, mpp: float, tile: TileSpec) -> tuple[int, int]:
+    """Return height and width of an image in pixels of the model's scale."""
+    return round(height_px * mpp / tile.mpp), round(width_px * mpp / tile.mpp)
 
 
 def _blend(

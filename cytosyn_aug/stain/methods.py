@@ -14,6 +14,7 @@ import json
 import torch
 from torch import Tensor
 
+from cytosyn_aug.autocast import isolated
 from cytosyn_aug.config import Method, TileSpec
 from cytosyn_aug.images import optical_density
 from cytosyn_aug.io.json_files import record_to_dict
@@ -25,14 +26,14 @@ from cytosyn_aug.stain.density import (
     apply_density_map,
     blend_with_identity,
     match_moments,
-    moments_from_statistics,
     tissue_weight,
 )
-from cytosyn_aug.stain.estimate import EditRecipe, reference_statistics
+from cytosyn_aug.stain.estimate import EditRecipe, StainEstimate, reference_statistics
 from cytosyn_aug.stain.lab import grey_to_lab
 from cytosyn_aug.stain.macenko import MacenkoReference, normalising_map
 from cytosyn_aug.stain.reference import StainReference
 from cytosyn_aug.stain.reinhard import ReinhardReference, match_colour
+from cytosyn_aug.stain.restain import recolour
 from cytosyn_aug.stain.transport import DensityReference
 
 Reference = StainReference | MacenkoReference | ReinhardReference | DensityReference
@@ -93,6 +94,7 @@ def reference_digest(reference: Reference) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
+@isolated()
 def recolour_to(
     reference: Reference,
     source: Reference,
@@ -111,7 +113,7 @@ def recolour_to(
         strength: 1 goes to the reference, 0 stays.
 
     Raises:
-        ValueError: Of two kinds, or of another model.
+        ValueError: Of two kinds, of another model, or of statistics that are not finite.
     """
     if type(source) is not type(reference):
         raise ValueError(
@@ -120,25 +122,34 @@ def recolour_to(
         )
     if isinstance(reference, ReinhardReference) and isinstance(source, ReinhardReference):
         return _lab_change(reference, source, strength)
-    change = _density_change(reference, source, generator, edit)
-    change = blend_with_identity(change, torch.tensor([strength]))
+    if isinstance(reference, StainReference) and isinstance(source, StainReference):
+        return _stain_change(reference, source, _needed(generator), edit, strength)
+    change = blend_with_identity(_density_change(reference, source), torch.tensor([strength]))
     return lambda grey: apply_density_map(grey, change)
 
 
-def _density_change(
-    reference: Reference, source: Reference, generator: TileGenerator | None, edit: EditRecipe
-) -> DensityMap:
+def _stain_change(
+    reference: StainReference,
+    source: StainReference,
+    generator: TileGenerator,
+    edit: EditRecipe,
+    strength: float,
+) -> Recolour:
+    own, targets = (reference_statistics(generator, x, edit).cpu() for x in (source, reference))
+    if not (own.isfinite().all() and targets.isfinite().all()):
+        raise ValueError("the features of a reference are not finite; fit it again in float32")
+    is_tissue = torch.ones(1, dtype=torch.bool)
+    estimate = StainEstimate(own, is_tissue=is_tissue, is_finite=is_tissue)
+    share = torch.tensor([strength])
+    return lambda grey: recolour(grey, estimate, targets, share).images
+
+
+def _density_change(reference: Reference, source: Reference) -> DensityMap:
     if isinstance(reference, MacenkoReference) and isinstance(source, MacenkoReference):
         return normalising_map(source.stains(_CPU), reference.stains(_CPU))
-    if isinstance(reference, DensityReference) and isinstance(source, DensityReference):
-        return match_moments(source.moments(_CPU), reference.moments(_CPU))
-    assert isinstance(reference, StainReference)
-    assert isinstance(source, StainReference)
-    start, target = (
-        moments_from_statistics(reference_statistics(_needed(generator), x, edit))
-        for x in (source, reference)
-    )
-    return match_moments(start, target)
+    assert isinstance(reference, DensityReference)
+    assert isinstance(source, DensityReference)
+    return match_moments(source.moments(_CPU), reference.moments(_CPU))
 
 
 def _lab_change(
@@ -146,11 +157,11 @@ def _lab_change(
 ) -> Recolour:
     own, target = source.moments(_CPU), reference.moments(_CPU)
 
-    def recolour(grey: Tensor) -> Tensor:
+    def change(grey: Tensor) -> Tensor:
         mapped = match_colour(grey_to_lab(grey), own, target)
         return torch.lerp(grey, mapped, tissue_weight(optical_density(grey)) * strength)
 
-    return recolour
+    return change
 
 
 def _needed(generator: TileGenerator | None) -> TileGenerator:

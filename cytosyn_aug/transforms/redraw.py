@@ -20,6 +20,7 @@ from cytosyn_aug.stain.density import (
     is_tissue,
 )
 from cytosyn_aug.stain.estimate import EditRecipe, condition_vectors
+from cytosyn_aug.stain.restain import Restained
 
 
 @isolated()
@@ -49,6 +50,31 @@ def redraw(
         latents = redraw_latents(generator, images[rows], recipe, [seeds[k] for k in rows])
         out[rows], is_finite[rows] = _decode(generator, latents)
     return FiniteImages(out, is_finite)
+
+
+def redraw_restained(
+    generator: TileGenerator, restained: Restained, recipe: EditRecipe, seeds: Sequence[int]
+) -> Restained:
+    """Draw edited tiles anew after they were restained; the others stay as they are.
+
+    Args:
+        generator: The model.
+        restained: Tiles of the model's size.
+        recipe: How the model draws.
+        seeds: One seed per tile, for its noise.
+
+    Returns:
+        With `is_finite` and `is_edited` False where the networks failed on a tile.
+    """
+    rows = restained.is_edited.nonzero()[:, 0]
+    if not len(rows):
+        return restained
+    tiles = restained.images[rows].round().to(torch.uint8)
+    drawn = redraw(generator, tiles, recipe, [seeds[k] for k in rows.tolist()])
+    images, is_finite = restained.images.clone(), restained.is_finite.clone()
+    images[rows] = drawn.images.to(images)
+    is_finite[rows] = drawn.is_finite.to(is_finite.device)
+    return Restained(images, restained.is_tissue, is_finite, restained.is_edited & is_finite)
 
 
 @isolated()
@@ -100,7 +126,7 @@ def resample(
     *,
     steps: int | None = None,
     guidance_scale: float = 1.0,
-    features: Callable[[Tensor], Conditions] | None = None,
+    features: Callable[[Tensor], Conditions] | Tensor | None = None,
     compares: bool = True,
 ) -> Resampled:
     """Generate a new tile from the features of each old one.
@@ -111,7 +137,8 @@ def resample(
         seeds: One seed a tile.
         steps: Forwards; None for 4 of a student, or 16 of the transformer of a model without.
         guidance_scale: Classifier-free guidance in t <= 0.75 (1 = noise); 1 for none.
-        features: Gives CLS vectors of the tiles with tissue; None asks the encoder.
+        features: CLS vectors [B, D] of the tiles, or a function that gives those of the uint8
+            tiles with tissue; None asks the encoder.
         compares: Tell similarity, for which the encoder sees the new tiles too.
 
     Returns:
@@ -126,7 +153,8 @@ def resample(
     if not rows:
         return Resampled(out, similarity, has_tissue, is_finite)
     chosen = [seeds[k] for k in rows]
-    cls = condition_vectors(generator, images[rows], features).to(out.device)
+    index = torch.tensor(rows, device=images.device)
+    cls = condition_vectors(generator, images, index, features).to(out.device)
     noise = sample_noise(chosen, generator.latent_shape)
     latents = generator.draw(noise, cls, steps=steps, guidance_scale=guidance_scale, seeds=chosen)
     made = _decode(generator, latents)

@@ -19,23 +19,19 @@ from cytosyn_aug.config import Preserve
 from cytosyn_aug.images import check_sides, num_tiles, open_image
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.stain.density import (
-    apply_density_map,
-    blend_with_identity,
     moment_statistics,
     tissue_moments,
 )
 from cytosyn_aug.stain.estimate import (
     EditRecipe,
-    StainEstimate,
     central_tiles,
     check_extent,
     check_scale,
-    estimate_stain,
-    match_statistics,
     measured_statistics,
     reference_statistics,
 )
 from cytosyn_aug.stain.reference import StainReference, check_reference, list_references
+from cytosyn_aug.stain.restain import restain
 from cytosyn_aug.transforms.draws import (
     Mode,
     Sampling,
@@ -44,7 +40,7 @@ from cytosyn_aug.transforms.draws import (
     group_by_laboratory,
     without_laboratory,
 )
-from cytosyn_aug.transforms.redraw import redraw
+from cytosyn_aug.transforms.redraw import redraw_restained
 from cytosyn_aug.transforms.sample_metadata import LABORATORY, NO_FACTS, Facts, read_fact
 from cytosyn_aug.transforms.schedules import Probability, Scheduled, check_scheduled, value_at
 from cytosyn_aug.transforms.tile_transform import Edit, TileTransform, missing_fact, warn_once
@@ -231,47 +227,29 @@ class StainTransfer(TileTransform):
     def _edit(self, grey: Tensor, params: dict[str, Any]) -> Edit:
         if not any(params["strengths"]):
             return Edit(grey, torch.zeros(len(grey), dtype=torch.bool, device=grey.device))
-        return self._restain(grey, self._estimate(grey), params["references"], params)
-
-    def _estimate(self, grey: Tensor) -> StainEstimate:
         self.generator.check_process()
-        tiles = central_tiles(grey, self.mpp, self.generator.tile)
-        ask = self.features if self.source is None else None
-        estimate = estimate_stain(self.generator, tiles, self.source, self.recipe, ask)
-        self._count_failed(grey, estimate.is_tissue & ~estimate.is_finite)
-        return estimate
-
-    def _restain(
-        self, grey: Tensor, estimate: StainEstimate, drawn: list[int], params: dict[str, Any]
-    ) -> Edit:
-        """Restain tiles to one drawn reference each."""
-        targets = self._reference_statistics().to(grey.device)[drawn]
-        strength = torch.tensor(params["strengths"], dtype=torch.float32, device=grey.device)
-        change = blend_with_identity(match_statistics(estimate, targets), strength)
-        recoloured = apply_density_map(grey, change)
-        is_edited = estimate.is_tissue & estimate.is_finite & (strength > 0)
+        restained = restain(
+            self.generator,
+            grey,
+            self._reference_statistics().to(grey.device)[params["references"]],
+            torch.tensor(params["strengths"], dtype=torch.float32, device=grey.device),
+            mpp=self.mpp,
+            source=self.source,
+            recipe=self.recipe,
+            features=self.features,
+        )
         if self.preserve == "none":
-            is_drawn = self._redraw(recoloured, is_edited, params["seeds"])
-            self._count_failed(grey, is_edited & ~is_drawn)
-            is_edited = is_drawn
-        return Edit(recoloured, is_edited)
-
-    def _redraw(self, recoloured: Tensor, is_edited: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Draw edited tiles anew, in place; return which of them came out well, bool [n]."""
-        is_drawn = torch.zeros_like(is_edited)
-        rows = is_edited.nonzero()[:, 0].tolist()
-        if rows:
-            tiles = recoloured[rows].round().to(torch.uint8)
-            made = redraw(self.generator, tiles, self.recipe, [seeds[k] for k in rows])
-            recoloured[rows] = made.images.to(recoloured)
-            is_drawn[rows] = made.is_finite.to(is_drawn.device)
-        return is_drawn
+            restained = redraw_restained(self.generator, restained, self.recipe, params["seeds"])
+        self._count_failed(grey, restained.is_tissue & ~restained.is_finite)
+        return Edit(restained.images, restained.is_edited)
 
     def _reference_statistics(self) -> Tensor:
         """Return the stain of all references [R, 9], on the CPU, computed at first use."""
         if self._targets is None:
-            found = [reference_statistics(self.generator, r, self.recipe) for r in self.references]
-            self._targets = torch.cat(found).cpu()
+            statistics = [
+                reference_statistics(self.generator, r, self.recipe) for r in self.references
+            ]
+            self._targets = torch.cat(statistics).cpu()
         return self._targets
 
     def read_facts(self, sample: object, images: list[Any]) -> Facts:

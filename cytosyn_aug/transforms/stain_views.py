@@ -13,8 +13,14 @@ from torchvision import tv_tensors
 from cytosyn_aug.autocast import isolated
 from cytosyn_aug.images import check_image, open_image, sides_of
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.stain.estimate import EditRecipe
+from cytosyn_aug.stain.estimate import (
+    EditRecipe,
+    StainEstimate,
+    central_tiles,
+    estimate_stain,
+)
 from cytosyn_aug.stain.reference import StainReference, list_references
+from cytosyn_aug.stain.restain import recolour
 from cytosyn_aug.transforms.draws import Mode, Sampling
 from cytosyn_aug.transforms.sample_metadata import NO_FACTS, Facts
 from cytosyn_aug.transforms.schedules import Scheduled
@@ -121,16 +127,25 @@ class StainViews(StainTransfer):
         made = [torch.empty_like(grey) for _ in range(num_made)]
         is_edited = torch.zeros(num_made, len(grey), dtype=torch.bool, device=grey.device)
         size = self._tiles_at_once(grey)
+        targets = self._reference_statistics().to(grey.device)
         for start in range(0, len(grey), size):
             part = slice(start, start + size)
-            own = {k: v[part] for k, v in params.items()}
             estimate = self._estimate(grey[part])  # once for all views
+            strength = torch.tensor(params["strengths"][part], device=grey.device)
             for view in range(num_made):
-                drawn = [references[view] for references in own["references"]]
-                edit = self._restain(grey[part], estimate, drawn, own)
-                made[view][part], is_edited[view, part] = edit
+                drawn = [references[view] for references in params["references"][part]]
+                restained = recolour(grey[part], estimate, targets[drawn], strength)
+                made[view][part] = restained.images
+                is_edited[view, part] = restained.is_edited
         edited = [close(*pair) for pair in zip(made, is_edited, strict=True)]
         return (inpt, *edited) if self.has_original else tuple(edited)
+
+    def _estimate(self, grey: Tensor) -> StainEstimate:
+        self.generator.check_process()
+        tiles = central_tiles(grey, self.mpp, self.generator.tile)
+        estimate = estimate_stain(self.generator, tiles, self.source, self.recipe, self.features)
+        self._count_failed(grey, estimate.is_tissue & ~estimate.is_finite)
+        return estimate
 
     def _assemble(self, done: list[Any], is_image: list[bool], spec: TreeSpec) -> Any:
         columns = [

@@ -1,12 +1,14 @@
+"""The stain of tiles, and the change from it to a reference's."""
+
 import pytest
 import torch
 
 from cytosyn_aug import EditRecipe, StainReference
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.stain.density import apply_density_map, pool_moments, tissue_moments
-from cytosyn_aug.transforms.redraw import redraw, resample
+from cytosyn_aug.stain.estimate import estimate_stain, reference_statistics
+from cytosyn_aug.stain.restain import stain_change
 from tests.support.synthetic import random_parts, synthetic_tiles
-from training.evaluation.restaining import stain_change
 
 PIXELS_ONLY = EditRecipe(probe_share=0.0)
 PROBE_ONLY = EditRecipe(probe_share=1.0)
@@ -18,16 +20,21 @@ def other(generator):
     return StainReference.fit(generator, tiles)
 
 
+def change_to(generator, tiles, reference, source, recipe):
+    estimate = estimate_stain(generator, tiles, source, recipe)
+    return stain_change(estimate, reference_statistics(generator, reference, recipe))
+
+
 def test_a_tile_that_is_its_own_reference_stays(generator, tiles):
     reference = StainReference.fit(generator, tiles[:1])
     for recipe in (PIXELS_ONLY, PROBE_ONLY, EditRecipe()):
-        change = stain_change(generator, tiles[:1], reference, None, recipe)
+        change = change_to(generator, tiles[:1], reference, None, recipe)
         torch.testing.assert_close(change.matrix[0], torch.eye(3).double(), atol=2e-3, rtol=0)
         assert change.offset.abs().max() < 2e-3
 
 
 def test_without_the_probe_moments_arrive_at_the_references(generator, tiles, other):
-    change = stain_change(generator, tiles, other, None, PIXELS_ONLY)
+    change = change_to(generator, tiles, other, None, PIXELS_ONLY)
     moved = tissue_moments(apply_density_map(tiles, change))
     want = pool_moments(other.moments).mean
     before = (tissue_moments(tiles).mean - want).norm(dim=1)
@@ -37,15 +44,15 @@ def test_without_the_probe_moments_arrive_at_the_references(generator, tiles, ot
 
 def test_a_source_gives_all_tiles_the_same_change(generator, tiles, other):
     source = StainReference.fit(generator, tiles)
-    change = stain_change(generator, tiles, other, source, EditRecipe())
+    change = change_to(generator, tiles, other, source, EditRecipe())
     assert torch.equal(change.matrix, change.matrix[:1].expand_as(change.matrix))
-    own = stain_change(generator, tiles, other, None, EditRecipe())
+    own = change_to(generator, tiles, other, None, EditRecipe())
     assert not torch.allclose(own.matrix[0], own.matrix[1])
 
 
 def test_the_probe_decides_as_much_as_its_share(generator, tiles, other):
     offsets = [
-        stain_change(generator, tiles, other, None, EditRecipe(probe_share=s)).offset
+        change_to(generator, tiles, other, None, EditRecipe(probe_share=s)).offset
         for s in (0.0, 0.5, 1.0)
     ]
     assert not torch.allclose(offsets[0], offsets[2])
@@ -58,45 +65,9 @@ def test_a_model_without_probe_falls_back_on_pixels(tiles):
         TileGenerator(random_parts()._replace(stain_probe=None)),
     )
     reference = StainReference.fit(with_probe, synthetic_tiles(2, seed=4))
-    a = stain_change(with_probe, tiles, reference, None, PIXELS_ONLY)
-    b = stain_change(without, tiles, reference, None, EditRecipe())
+    a = change_to(with_probe, tiles, reference, None, PIXELS_ONLY)
+    b = change_to(without, tiles, reference, None, EditRecipe())
     torch.testing.assert_close(a.offset, b.offset)
-
-
-def test_redrawing_depends_on_seed_and_noise_level(generator, tiles):
-    a, b, c = (
-        redraw(generator, tiles, EditRecipe(steps=2), seeds).images
-        for seeds in ([1, 2, 3, 4], [1, 2, 3, 4], [5, 6, 7, 8])
-    )
-    assert torch.equal(a, b)
-    assert not torch.equal(a, c)
-
-
-@pytest.mark.parametrize("function", ["redraw", "resample"])
-def test_networks_never_see_blank_tiles(generator, tiles, function, monkeypatch):
-    mixed = tiles.clone()
-    mixed[[0, 2]] = 243
-    seen = []
-    for name in ("cls_features", "draw", "decode_pixels"):
-        original = getattr(generator, name)
-        monkeypatch.setattr(
-            generator, name, lambda x, *a, _f=original, **k: seen.append(len(x)) or _f(x, *a, **k)
-        )
-
-    def edit(images, seeds):
-        if function == "redraw":
-            return redraw(generator, images, EditRecipe(steps=2), seeds)
-        return resample(generator, images, seeds, steps=2)
-
-    made = edit(mixed, [1, 2, 3, 4])
-    assert set(seen) == {2}
-    assert torch.equal(made.images[::2], mixed[::2])
-    assert made.is_finite.all()
-    assert torch.equal(made.images[1::2], edit(mixed[1::2], [2, 4]).images)
-    seen.clear()
-    blank = torch.full_like(tiles, 255)
-    assert torch.equal(edit(blank, [1, 2, 3, 4]).images, blank)
-    assert not seen
 
 
 @pytest.mark.parametrize(

@@ -306,7 +306,7 @@ def stain_maps(
     return torch.where(kept[:, None, None], torch.eye(3), maps)
 
 
-def restain(images: Tensor, maps: Tensor) -> Tensor:
+def change_stain(images: Tensor, maps: Tensor) -> Tensor:
     """Apply linear maps of optical density [B, 3, 3] to uint8 images [B, 3, H, W]."""
     density = torch.einsum("bij,bjhw->bihw", maps, optical_density(images))
     return density_to_grey(density.clamp_min(0)).round().to(torch.uint8)

@@ -35,7 +35,6 @@ from cytosyn_aug.model.solvers import (
     sample_noise,
 )
 from cytosyn_aug.stain.density import (
-    DensityMap,
     apply_density_map,
     density_moments,
     match_moments,
@@ -44,12 +43,11 @@ from cytosyn_aug.stain.density import (
 )
 from cytosyn_aug.stain.estimate import (
     EditRecipe,
-    estimate_stain,
-    match_statistics,
     reference_statistics,
 )
 from cytosyn_aug.stain.reference import StainReference
-from training.data.batches import TileSet, restain, stain_maps, step_generator
+from cytosyn_aug.stain.restain import restain
+from training.data.batches import TileSet, change_stain, stain_maps, step_generator
 
 Restain = Callable[[Tensor, Tensor], Tensor]
 
@@ -129,8 +127,13 @@ def stain_method(
     def run(content: Tensor, reference: Tensor) -> Tensor:
         target = StainReference.fit(generator, reference)
         source = StainReference.fit(generator, content) if by_slide else None
-        change = stain_change(generator, content, target, source, recipe)
-        restained = apply_density_map(content, change).round().to(torch.uint8)
+        targets = reference_statistics(generator, target, recipe).to(content.device)
+        strength = torch.ones(len(content), device=content.device)
+        mpp = generator.tile.mpp
+        restained = restain(
+            generator, content, targets, strength, mpp=mpp, source=source, recipe=recipe
+        ).images
+        restained = restained.round().to(torch.uint8)
         if then is None:
             return restained
         own = generator.features(restained).cls
@@ -140,27 +143,6 @@ def stain_method(
         return recolour(restained, *(generator.decode(x) for x in (z, edited)))
 
     return run
-
-
-def stain_change(
-    generator: TileGenerator,
-    images: Tensor,
-    reference: StainReference,
-    source: StainReference | None,
-    recipe: EditRecipe,
-) -> DensityMap:
-    """Return how tiles change colour under the stain of a reference, on the device of `images`.
-
-    Args:
-        generator: The model.
-        images: uint8 [B, 3, size, size].
-        reference: Where to go.
-        source: Statistics of the slide the tiles come from; None for each tile's own.
-        recipe: See `EditRecipe`.
-    """
-    estimate = estimate_stain(generator, images, source, recipe)
-    targets = reference_statistics(generator, reference, recipe).to(images.device)
-    return match_statistics(estimate, targets)
 
 
 def rival_method(name: Literal["macenko", "reinhard"]) -> Restain:
@@ -239,8 +221,8 @@ def known_answer(tiles: TileSet, method: Restain, per_slide: int = 2) -> float:
         content, reference = images[order[:8]], images[order[8:24]]
         for j in range(per_slide):
             change = stain_maps(1, step_generator(7, k, stream=10 + j), share=1.0)
-            truth = restain(content, change.expand(8, 3, 3))
-            found = method(content, restain(reference, change.expand(16, 3, 3)))
+            truth = change_stain(content, change.expand(8, 3, 3))
+            found = method(content, change_stain(reference, change.expand(16, 3, 3)))
             for a, b, c in zip(content, found, truth, strict=True):
                 lab = [_lab(x) for x in (a, b, c)]
                 mask = lab[0][..., 0] < 88

@@ -32,7 +32,7 @@ from cytosyn_aug.stain.density import (
     pool_moments,
     tissue_moments,
 )
-from training.data.batches import Batches, TileSet, restain, stain_maps, step_generator
+from training.data.batches import Batches, TileSet, change_stain, stain_maps, step_generator
 from training.engine.loop import LoopConfig
 from training.engine.precision import mixed_precision
 from training.stages.losses import standardised_error
@@ -131,7 +131,7 @@ class EncoderStage:
         return self._errors(self.network, samples, maps[rows])
 
     def _errors(self, network: nn.Module, views: _Views, maps: Tensor) -> dict[str, Tensor]:
-        images = restain(views.images, maps)
+        images = change_stain(views.images, maps)
         patch, cls = (
             ((t - mean) / std).to(self.device)
             for t, (mean, std) in zip(_targets(views, images, maps), self.scales, strict=True)

@@ -32,9 +32,9 @@ from cytosyn_aug.io.files import write_atomically
 from training.data.batches import (
     Batches,
     Tiles,
+    change_stain,
     crop_and_turn,
     draw_views,
-    restain,
     stain_maps,
     step_generator,
 )
@@ -149,7 +149,7 @@ def _encode_shard(
     side = tiles.side_px
     images = crop_and_turn(tiles.take(index), draw_views(len(index), side, side, draw), side)
     maps = stain_maps(len(index), draw, share=_STAINED_SHARE, jitter=recipe.stain_jitter)
-    views = space.encode(restain(images, maps), recipe.has_patches)
+    views = space.encode(change_stain(images, maps), recipe.has_patches)
     names = json.dumps([tiles.name(row) for row in index.tolist()]).encode()
     sums = {"latent_sums": channel_sums(views)}
     if recipe.has_patches:

@@ -38,9 +38,9 @@ from cytosyn_aug.model.transformer import SiT
 from training.data.batches import (
     Batches,
     Tiles,
+    change_stain,
     crop_and_turn,
     draw_views,
-    restain,
     spread_evenly,
     stain_maps,
     step_generator,
@@ -159,7 +159,7 @@ class RepaeStage:
         draws = self._draws(step_generator(self.recipe.seed, step))
         draws = _Draws(*(x[rows] for x in draws))
         images = crop_and_turn(samples, draws.views, samples.shape[-1])
-        batch = self._batch(restain(images, draws.maps).to(self.device))
+        batch = self._batch(change_stain(images, draws.maps).to(self.device))
         draws = _Draws(*(x.to(self.device) for x in draws))
         found, moments = self.compute(batch, draws)
         move_statistics(self.transformer.bn, moments)

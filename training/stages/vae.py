@@ -19,9 +19,9 @@ from cytosyn_aug.images import images_to_pixels, pixels_to_images
 from training.data.batches import (
     Batches,
     Tiles,
+    change_stain,
     crop_and_turn,
     draw_views,
-    restain,
     spread_evenly,
     stain_maps,
     step_generator,
@@ -182,7 +182,7 @@ def draw_crops(
     maps = stain_maps(num, draw, jitter=stain_jitter)
     noise = torch.randn(num, 4, side, side, generator=draw)
     crops = crop_and_turn(tiles, views[rows], crop_px)
-    return restain(crops, maps[rows]), noise[rows]
+    return change_stain(crops, maps[rows]), noise[rows]
 
 
 @torch.no_grad()

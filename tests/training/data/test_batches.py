@@ -5,11 +5,11 @@ from PIL import Image
 
 from training.data.batches import (
     Batches,
+    change_stain,
     crop_and_turn,
     draw_views,
     evenly_spaced,
     load_tiles,
-    restain,
     stain_maps,
     step_generator,
 )
@@ -104,9 +104,9 @@ def test_generators_of_other_streams_differ():
 
 def test_identity_maps_change_nothing_and_no_map_changes_glass():
     image = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
-    assert torch.equal(restain(image, torch.eye(3).expand(2, 3, 3)), image)
+    assert torch.equal(change_stain(image, torch.eye(3).expand(2, 3, 3)), image)
     white = torch.full((5, 3, 4, 4), 255, dtype=torch.uint8)
-    assert torch.equal(restain(white, stain_maps(5, step_generator(0, 0), share=1.0)), white)
+    assert torch.equal(change_stain(white, stain_maps(5, step_generator(0, 0), share=1.0)), white)
 
 
 def test_the_share_of_restained_tiles_is_as_asked():

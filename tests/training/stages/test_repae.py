@@ -132,10 +132,10 @@ def test_alignment_of_latents_leaves_the_running_statistics_and_velocity_moves_t
 
 def _inputs(stage):
     draws = stage._draws(step_generator(stage.recipe.seed, 0))
-    from training.data.batches import crop_and_turn, restain
+    from training.data.batches import change_stain, crop_and_turn
 
     images = crop_and_turn(stage.tiles.images[stage.batches.index(0)], draws.views, SIZE)
-    return stage._batch(restain(images, draws.maps)), draws
+    return stage._batch(change_stain(images, draws.maps)), draws
 
 
 def test_a_compiled_step_has_the_gradients_of_an_eager_one():
