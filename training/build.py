@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from training.data.batches import Tiles, identify, load_tiles, open_tiles, sprea
 from training.engine.checkpoints import is_run
 from training.engine.loop import Stage
 from training.engine.weights import bare_autoencoder, load_stage, mean_weights, stage_weights
+from training.stage_inputs import StageInputs
 from training.stages.decoder import DecoderRecipe, DecoderStage, build_decoder
 from training.stages.distil import DistilRecipe, DistilStage, build_student
 from training.stages.encoder import EncoderRecipe, EncoderStage, build_encoder
@@ -30,62 +30,6 @@ from training.stages.sit import SitRecipe, SitStage, build_transformer
 from training.stages.vae import VaeRecipe, VaeStage, build_vae
 
 Recipe = VaeRecipe | EncoderRecipe | SitRecipe | RepaeRecipe | DistilRecipe | DecoderRecipe
-TRAINED = ("vae", "encoder", "sit", "repae", "distil", "decoder")
-# What a stage cannot do without, besides data.
-NEEDS = {
-    "latents": ("vae", "encoder"),
-    "sit": ("vae", "encoder", "latents"),
-    "repae": ("vae", "encoder"),
-    "distil": ("vae", "encoder", "latents", "teacher"),
-    "decoder": ("vae",),
-    "export": ("vae", "encoder", "sit"),
-}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sources:
-    """Where a stage takes its networks from: run folders or model folders.
-
-    Attributes:
-        recipe: Name before the underscore in `training.recipes`; runs are shaped by it.
-        vae: Autoencoders, whose weights are averaged.
-        encoder: Also a folder or safetensors file of H0-mini under timm's names.
-        latents: What the latents stage wrote.
-        sit: Transformer.
-        teacher: Transformer that is distilled.
-        student: Few-step transformer.
-        decoder: Small decoder.
-    """
-
-    recipe: str
-    vae: tuple[Path, ...] = ()
-    encoder: Path | None = None
-    latents: Path | None = None
-    sit: Path | None = None
-    teacher: Path | None = None
-    student: Path | None = None
-    decoder: Path | None = None
-
-    def missing(self, stage: str) -> list[str]:
-        """Return the names of what a stage needs and was not given."""
-        return [name for name in NEEDS.get(stage, ()) if not getattr(self, name)]
-
-    def runs(self) -> dict[str, Path]:
-        """Return the run folders among them, by the stage they are of, in the order of training."""
-        autoencoders = {
-            "vae" if k == 0 else f"vae {k + 1}": folder for k, folder in enumerate(self.vae)
-        }
-        others = {
-            "encoder": self.encoder,
-            "sit": self.sit,
-            "distil": self.student,
-            "decoder": self.decoder,
-        }
-        found: dict[str, Path] = {}
-        for name, folder in (autoencoders | others).items():
-            if folder is not None and is_run(folder) and folder not in found.values():
-                found[name] = folder
-        return found
 
 
 def find_recipe(name: str, stage: str) -> Recipe:
@@ -107,10 +51,28 @@ def _recipe_function(name: str, stage: str) -> Callable[[], object]:
     return function  # type: ignore[no-any-return]
 
 
+def run_folders(inputs: StageInputs) -> dict[str, Path]:
+    """Return the run folders among the inputs, by their stage, in the order of training."""
+    autoencoders = {
+        "vae" if k == 0 else f"vae {k + 1}": folder for k, folder in enumerate(inputs.vae)
+    }
+    others = {
+        "encoder": inputs.encoder,
+        "sit": inputs.sit,
+        "distil": inputs.student,
+        "decoder": inputs.decoder,
+    }
+    runs: dict[str, Path] = {}
+    for name, folder in (autoencoders | others).items():
+        if folder is not None and is_run(folder) and folder not in runs.values():
+            runs[name] = folder
+    return runs
+
+
 def build_stage(
     recipe: Recipe,
     data: Path,
-    sources: Sources,
+    inputs: StageInputs,
     run_folder: Path,
     device: torch.device,
     compiles: bool = False,
@@ -120,7 +82,7 @@ def build_stage(
     Args:
         recipe: What to train.
         data: Folder with train/ and val/.
-        sources: The networks it starts from or builds on.
+        inputs: The networks it starts from or builds on.
         run_folder: Receives what is computed once and kept.
         device: Where it runs.
         compiles: Compile the step with `torch.compile`.
@@ -131,30 +93,30 @@ def build_stage(
     if isinstance(recipe, EncoderRecipe):
         cache = run_folder / "teacher"
         return EncoderStage(recipe, load_tiles(train), load_tiles(val), device, cache, compiles)
-    vae = load_vae(sources)
+    vae = load_vae(inputs)
     if isinstance(recipe, DecoderRecipe):
         return DecoderStage(recipe, open_tiles(train), open_tiles(val), vae, device, compiles)
-    encoder = load_tile_encoder(sources)
+    encoder = load_tile_encoder(inputs)
     if isinstance(recipe, RepaeRecipe):
         tiles = open_tiles(train)
-        networks = (vae, _untaught_transformer(sources, vae, encoder, tiles), encoder)
+        networks = (vae, _untaught_transformer(inputs, vae, encoder, tiles), encoder)
         return RepaeStage(recipe, tiles, open_tiles(val), *networks, device, compiles)
     space = LatentSpace(vae.to(device), encoder.to(device))
-    assert sources.latents is not None
-    views = StoredViews(sources.latents)
+    assert inputs.latents is not None
+    views = StoredViews(inputs.latents)
     views.check(space)
     if isinstance(recipe, SitRecipe):
         return SitStage(recipe, views, open_tiles(val), space, compiles)
-    assert sources.teacher is not None
-    teacher = load_transformer(sources, sources.teacher)
+    assert inputs.teacher is not None
+    teacher = load_transformer(inputs, inputs.teacher)
     return DistilStage(recipe, views, open_tiles(val), space, teacher, compiles)
 
 
 def write_latents(
-    name: str, data: Path, sources: Sources, folder: Path, device: torch.device
+    name: str, data: Path, inputs: StageInputs, folder: Path, device: torch.device
 ) -> int:
     """Run the latents stage; see `training.stages.latents.write_views`."""
-    space = LatentSpace(load_vae(sources).to(device), load_tile_encoder(sources).to(device))
+    space = LatentSpace(load_vae(inputs).to(device), load_tile_encoder(inputs).to(device))
     tiles = open_tiles(data / "train")
     return write_views(space, tiles, find_latents_recipe(name), folder, identify(data))
 
@@ -170,19 +132,19 @@ def find_latents_recipe(name: str) -> LatentsRecipe:
     return recipe
 
 
-def export_parts(sources: Sources) -> ModelParts:
+def export_parts(inputs: StageInputs) -> ModelParts:
     """Return the trained networks as the parts of a model folder."""
-    assert sources.sit is not None
-    transformer = load_transformer(sources, sources.sit)
-    encoder, probe = _encoder_parts(sources)
+    assert inputs.sit is not None
+    transformer = load_transformer(inputs, inputs.sit)
+    encoder, probe = _encoder_parts(inputs)
     student = None
-    if sources.student is not None:
-        recipe = find_recipe(sources.recipe, "distil")
+    if inputs.student is not None:
+        recipe = find_recipe(inputs.recipe, "distil")
         assert isinstance(recipe, DistilRecipe)
         student = build_student(recipe, transformer)
-        load_stage(sources.student, "distil", student, prefix="student.")
-    vae = load_vae(sources)
-    decoder = load_decoder(sources, vae)
+        load_stage(inputs.student, "distil", student, prefix="student.")
+    vae = load_vae(inputs)
+    decoder = load_decoder(inputs, vae)
     return ModelParts(
         vae,
         transformer,
@@ -195,15 +157,15 @@ def export_parts(sources: Sources) -> ModelParts:
     )
 
 
-def _encoder_parts(sources: Sources) -> tuple[TileEncoder | None, StainProbe | None]:
+def _encoder_parts(inputs: StageInputs) -> tuple[TileEncoder | None, StainProbe | None]:
     """Return the encoder and its probe for a model folder; neither for H0-mini.
 
     H0-mini's licence allows no copies; whoever loads the model passes it as `encoder`.
     """
-    source = sources.encoder
+    source = inputs.encoder
     assert source is not None
     if is_run(source):
-        encoder = load_tile_encoder(sources)
+        encoder = load_tile_encoder(inputs)
         probe = StainProbe(conditioning_dim=encoder.config["embed_dim"])
         load_stage(source, "encoder", probe, prefix="stain_probe.")
         return encoder, probe
@@ -213,39 +175,39 @@ def _encoder_parts(sources: Sources) -> tuple[TileEncoder | None, StainProbe | N
     return parts.encoder, parts.stain_probe
 
 
-def load_vae(sources: Sources) -> AutoencoderKL:
+def load_vae(inputs: StageInputs) -> AutoencoderKL:
     """Return the mean of the autoencoders, frozen; that of a folder has its own shape."""
-    first = sources.vae[0]
+    first = inputs.vae[0]
     if is_run(first):
-        recipe = find_recipe(sources.recipe, "vae")
+        recipe = find_recipe(inputs.recipe, "vae")
         assert isinstance(recipe, VaeRecipe)
         vae = build_vae(recipe)
     else:
         vae = bare_autoencoder(first) or load_model(first, encoder=None).vae
-    weights = mean_weights([stage_weights(source, "vae") for source in sources.vae])
+    weights = mean_weights([stage_weights(source, "vae") for source in inputs.vae])
     load_strictly(vae, weights, str(first))
     return vae.eval().requires_grad_(False)
 
 
-def load_decoder(sources: Sources, vae: AutoencoderKL) -> SmallDecoder | None:
+def load_decoder(inputs: StageInputs, vae: AutoencoderKL) -> SmallDecoder | None:
     """Return the small decoder of a run, shaped by the recipe, or of a model folder; frozen."""
-    if sources.decoder is None:
+    if inputs.decoder is None:
         return None
-    if not is_run(sources.decoder):
-        return load_model(sources.decoder, encoder=None).decoder
-    recipe = find_recipe(sources.recipe, "decoder")
+    if not is_run(inputs.decoder):
+        return load_model(inputs.decoder, encoder=None).decoder
+    recipe = find_recipe(inputs.recipe, "decoder")
     assert isinstance(recipe, DecoderRecipe)
     decoder = build_decoder(recipe, vae.config["latent_channels"])
-    load_stage(sources.decoder, "decoder", decoder)
+    load_stage(inputs.decoder, "decoder", decoder)
     return decoder
 
 
-def load_tile_encoder(sources: Sources) -> TileEncoder:
+def load_tile_encoder(inputs: StageInputs) -> TileEncoder:
     """Return the encoder of a run, of a model folder, or H0-mini itself, frozen."""
-    source = sources.encoder
+    source = inputs.encoder
     assert source is not None
     if is_run(source):
-        recipe = find_recipe(sources.recipe, "encoder")
+        recipe = find_recipe(inputs.recipe, "encoder")
         assert isinstance(recipe, EncoderRecipe)
         trained = load_stage(source, "encoder", build_encoder(recipe), prefix="encoder.")
         assert isinstance(trained, TileEncoder)
@@ -258,11 +220,11 @@ def load_tile_encoder(sources: Sources) -> TileEncoder:
     return encoder
 
 
-def load_transformer(sources: Sources, source: Path) -> SiT:
+def load_transformer(inputs: StageInputs, source: Path) -> SiT:
     """Return the transformer of a run, shaped by the recipe, or of a model folder as it is."""
     if not is_run(source):
         return load_model(source, encoder=None).transformer
-    recipe = find_recipe(sources.recipe, "sit")
+    recipe = find_recipe(inputs.recipe, "sit")
     assert isinstance(recipe, SitRecipe)
     width = stage_weights(source, "sit")["y_embedder.linear.weight"].shape[1]
     transformer = load_stage(source, "sit", build_transformer(recipe, width))
@@ -271,25 +233,25 @@ def load_transformer(sources: Sources, source: Path) -> SiT:
 
 
 def _untaught_transformer(
-    sources: Sources, vae: AutoencoderKL, encoder: TileEncoder, tiles: Tiles
+    inputs: StageInputs, vae: AutoencoderKL, encoder: TileEncoder, tiles: Tiles
 ) -> SiT:
     """Return a transformer with projector: of a source if given, else untaught.
 
     An untaught one begins with the statistics of stored latents, or else of 256 tiles.
     """
-    recipe = find_recipe(sources.recipe, "sit")
+    recipe = find_recipe(inputs.recipe, "sit")
     assert isinstance(recipe, SitRecipe)
     transformer = build_transformer(recipe, encoder.config["embed_dim"])
-    if sources.sit is None:
-        if sources.latents is not None:
-            known = StoredViews(sources.latents)
+    if inputs.sit is None:
+        if inputs.latents is not None:
+            known = StoredViews(inputs.latents)
             known.check(LatentSpace(vae, encoder))
             moments = (known.latent_mean, known.latent_variance)
         else:
             moments = measure_latents(LatentSpace(vae, encoder).encode(spread_evenly(tiles, 256)))
         set_latent_statistics(transformer, *moments)
         return transformer
-    weights = stage_weights(sources.sit, "sit")
+    weights = stage_weights(inputs.sit, "sit")
     kept = {k: v for k, v in transformer.state_dict().items() if k.startswith("projectors.")}
-    load_strictly(transformer, kept | weights, str(sources.sit))  # folders have no projector
+    load_strictly(transformer, kept | weights, str(inputs.sit))  # folders have no projector
     return transformer

@@ -21,6 +21,7 @@ from training.plan import tile_flop
 
 CARD_NAME = "README.md"
 CURVES_NAME = "training.png"
+NUMBERS_NAME = "numbers.json"  # in the folder of an evaluation
 _NUM_CURVE_POINTS = 6
 # What each number of an evaluation is, in the order of the table.
 _MEASURED = {
@@ -53,6 +54,13 @@ class CardSources:
     runs: Mapping[str, Path] = field(default_factory=dict)
     reports: Mapping[str, Path] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for report in self.reports.values():
+            if not (report / NUMBERS_NAME).is_file():
+                raise ValueError(
+                    f"{report} has no {NUMBERS_NAME}; pass a folder that evaluate wrote"
+                )
+
 
 def write_model_card(folder: Path, parts: ModelParts, sources: CardSources) -> None:
     """Write README.md, and training.png if any run is known, into a model folder.
@@ -63,7 +71,7 @@ def write_model_card(folder: Path, parts: ModelParts, sources: CardSources) -> N
         sources: What is known beside them.
 
     Raises:
-        ValueError: A report is of another model, or a folder holds none.
+        ValueError: The first report is of another model.
     """
     numbers = {name: _read_numbers(report) for name, report in sources.reports.items()}
     runs = {name: run for name, run in sources.runs.items() if (run / "reports.jsonl").is_file()}
@@ -187,11 +195,8 @@ def _draw_curves(file: Path, runs: Mapping[str, Path]) -> None:
 
 
 def _read_numbers(report: Path) -> dict[str, Any]:
-    file = report / "numbers.json"
-    if not file.is_file():
-        raise ValueError(f"{report} has no numbers.json; pass a folder that evaluate wrote")
-    found: dict[str, Any] = json.loads(file.read_text())
-    return found
+    numbers: dict[str, Any] = json.loads((report / NUMBERS_NAME).read_text())
+    return numbers
 
 
 def _read_lines(file: Path) -> list[dict[str, float]]:

@@ -14,10 +14,11 @@ from torch import nn
 
 from cytosyn_aug.model.checkpoint import ModelParts
 from training import recipes
-from training.build import NEEDS, TRAINED, find_latents_recipe, find_recipe
+from training.build import find_latents_recipe, find_recipe
 from training.costs import count_flop, decode_flop, encode_flop, step_uses, tile_encoder
 from training.evaluation.claims import NUM_SOURCES, NUM_VARIATIONS
 from training.evaluation.evaluate import Evaluation
+from training.stage_inputs import NEEDED, TRAINED
 from training.stages.vae import VaeRecipe, build_vae
 
 _FLOAT = 4
@@ -84,7 +85,7 @@ def plan(name: str, stage: str) -> Plan:
 
     Args:
         name: Recipe, as in `training.recipes` before the underscore.
-        stage: One of `training.build.TRAINED`.
+        stage: One of `training.stage_inputs.TRAINED`.
 
     Raises:
         ValueError: There is no such recipe, or none of a network it builds on.
@@ -166,7 +167,7 @@ def launch_text(name: str, stage: str) -> str:
     num_gpus = recipes.NUM_GPUS.get(name, 1)
     if num_gpus == 1:
         return ""
-    given = " ".join(f"--{need} {need.upper()}" for need in NEEDS.get(stage, ()))
+    given = " ".join(f"--{need} {need.upper()}" for need in NEEDED.get(stage, ()))
     compiled = " --compile" if stage in TRAINED else ""
     return (
         f"\nlaunch       TORCH_ELASTIC_SHUTDOWN_TIMEOUT={_SAVING_S} torchrun --standalone "

@@ -22,7 +22,7 @@ LIBRARY = [
 ]
 TRAINING = [
     {"__main__"},
-    {"tile_command"},
+    {"command_line"},
     {"export"},
     {"model_card"},
     {"plan"},
@@ -33,6 +33,7 @@ TRAINING = [
     {"stages"},
     {"engine"},
     {"data"},
+    {"stage_inputs"},
 ]
 LAYERS = pytest.mark.parametrize(
     ("package", "layers"), [("cytosyn_aug", LIBRARY), ("training", TRAINING)]

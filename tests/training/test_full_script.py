@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from training.command_line import parse
 from training.plan import launch_text
 
 SCRIPT = Path(__file__).parents[2] / "training" / "full.sh"
@@ -59,6 +60,15 @@ def test_the_script_runs_what_a_dry_run_prints(start):
     usage = next(x for x in SCRIPT.read_text().splitlines() if "usage:" in x).split("usage: ")[1]
     assert every_stage.endswith(f" {usage}")
     assert "--gpus-per-node 8 " in every_stage
+
+
+def test_the_script_gives_no_stage_an_option_that_it_does_not_have(start):
+    process, notes = start()
+    assert process.wait(30) == 0
+    lines = [shlex.split(x) for x in notes.read_text().splitlines() if "-m training" in x]
+    assert len(lines) == len(STAGES)
+    for words in lines:
+        parse(words[words.index("training") + 1 :])
 
 
 def test_a_recipe_of_one_process_needs_no_launcher():

@@ -8,12 +8,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cytosyn_aug.model.encoder import TileEncoder
-from training.__main__ import main
-from training.build import TRAINED
+from training.command_line import main
 from training.costs import FusedAttention, saved_bytes, step_uses
 from training.data.batches import TileSet
 from training.plan import plan
 from training.recipes import tiny_encoder, tiny_repae, tiny_sit, tiny_vae, xl_repae, xl_sit, xl_vae
+from training.stage_inputs import TRAINED
 from training.stages.encoder import build_encoder
 from training.stages.repae import RepaeStage
 from training.stages.sit import build_transformer
@@ -86,8 +86,7 @@ def test_a_published_step_runs_on_the_meta_device_and_costs_what_is_planned(
 
 def test_a_dry_run_prints_recipe_and_cost_and_touches_nothing(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["training", "repae", "--recipe", "xl", "--dry-run"])
-    main()
+    assert main(["repae", "--recipe", "xl", "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert '"vae_alignment_weight": 1.5' in printed
     assert "682,906,128" in printed

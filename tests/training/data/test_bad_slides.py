@@ -7,7 +7,7 @@ from PIL import Image
 
 from tests.support.synthetic import damage_tile, slide_picture
 from tests.training.data.test_tiles import cut, rows, slide_rows, tree
-from training.tile_command import main
+from training.command_line import main
 
 GRID = "####\n####\n####\n####"
 DAMAGED = "is of a format OpenSlide does not read, truncated or damaged"
@@ -184,18 +184,18 @@ def test_a_slide_whose_overview_is_damaged_is_named_cut_and_cut_again_once_mende
 
 
 def test_the_command_names_bad_slides_and_its_exit_code_changes(folder, tmp_path, capsys):
-    arguments = ["--slides", str(folder), "--out", str(tmp_path / "out"), "--workers", "1"]
+    arguments = ["tile", "--slides", str(folder), "--out", str(tmp_path / "out"), "--workers", "1"]
     good = (folder / "bad.svs").read_bytes()
     fill_with_zeros(folder / "bad.svs")
     assert main([*arguments, "--recipe", "smoke"]) == 1
     assert f"failed: bad: bad.svs ({len(good):,} bytes) {DAMAGED}" in capsys.readouterr().err
-    assert main(["--out", str(tmp_path / "out"), "--verify"]) == 0
+    assert main(["tile", "--out", str(tmp_path / "out"), "--verify"]) == 0
     (folder / "bad.svs").write_bytes(good)
     assert main([*arguments, "--recipe", "smoke"]) == 0
 
 
 def test_a_dry_run_names_what_is_not_there(folder, tmp_path, capsys):
     remove_the_target(folder / "bad.svs")
-    arguments = ["--slides", str(folder), "--out", str(tmp_path / "out"), "--dry-run"]
+    arguments = ["tile", "--slides", str(folder), "--out", str(tmp_path / "out"), "--dry-run"]
     assert main(arguments) == 1
     assert "bad is not at" in capsys.readouterr().out

@@ -22,6 +22,7 @@ from cytosyn_aug.config import TileSpec
 from cytosyn_aug.io.image_files import decode_tile
 from cytosyn_aug.io.slide import Slide
 from cytosyn_aug.io.tissue import TissueConfig
+from training.command_line import main
 from training.data import tiles
 from training.data.batches import StoredTiles, load_tiles
 from training.data.cutting import TileRecipe, take
@@ -30,7 +31,6 @@ from training.data.sources import list_slides
 from training.data.tile_folders import list_tiles
 from training.data.tiles import make_tiles
 from training.recipes import smoke_tile
-from training.tile_command import main
 
 ROOT = Path(__file__).parents[3]
 RECIPE = TileRecipe(
@@ -430,7 +430,17 @@ def test_tiles_of_another_size_are_refused_for_training(given_tiles, tmp_path):
 
 def test_the_command_says_with_its_exit_code_what_came_of_it(synthetic_slide, tmp_path, capsys):
     out, folder = tmp_path / "out", synthetic_slide(grid="##\n##", side=500).parent
-    arguments = ["--slides", str(folder), "--out", str(out), "--workers", "0", "--recipe", "smoke"]
+    arguments = [
+        "tile",
+        "--slides",
+        str(folder),
+        "--out",
+        str(out),
+        "--workers",
+        "0",
+        "--recipe",
+        "smoke",
+    ]
     assert main([*arguments, "--dry-run"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert (plan["slides"], plan["recipe"]["num_tiles"]) == (1, smoke_tile().num_tiles)
@@ -438,12 +448,11 @@ def test_the_command_says_with_its_exit_code_what_came_of_it(synthetic_slide, tm
     assert not out.exists()
     assert main(arguments) == 0
     assert "4 tiles of 1 slides" in capsys.readouterr().out
-    assert main(["--out", str(out), "--verify"]) == 0
+    assert main(["tile", "--out", str(out), "--verify"]) == 0
     assert main([*arguments[:-1], "no_such"]) == 2
-    assert main([*arguments, "--tiles", str(folder)]) == 2
-    assert main(["--slides", str(folder), "--out", str(folder / "out")]) == 2
+    assert main(["tile", "--slides", str(folder), "--out", str(folder / "out")]) == 2
     (folder / "text.svs").write_text("hello")
-    assert main([*arguments[:3], str(tmp_path / "out2"), *arguments[4:]]) == 1
+    assert main([*arguments[:4], str(tmp_path / "out2"), *arguments[5:]]) == 1
     assert "failed: text: text.svs" in capsys.readouterr().err
 
 

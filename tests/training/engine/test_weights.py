@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from tests.support.synthetic import random_parts
-from training.build import Sources, load_vae
+from training.build import load_vae
 from training.engine.checkpoints import NAMES
 from training.engine.weights import mean_weights, stage_weights
+from training.stage_inputs import StageInputs
 
 
 def save_run(folder, step, num_steps, value):
@@ -57,7 +58,7 @@ def test_a_run_that_is_not_at_its_end_is_taken_and_named(tmp_path, capsys):
 def test_an_autoencoder_may_come_from_a_folder_of_diffusers(tmp_path):
     vae = random_parts().vae
     vae.save_pretrained(tmp_path / "sd-vae")
-    found = load_vae(Sources(recipe="xl", vae=(tmp_path / "sd-vae",)))
+    found = load_vae(StageInputs(recipe="xl", vae=(tmp_path / "sd-vae",)))
     assert all(torch.equal(v, found.state_dict()[k]) for k, v in vae.state_dict().items())
     assert not any(p.requires_grad for p in found.parameters())
     shutil.copytree(tmp_path / "sd-vae", tmp_path / "other")
