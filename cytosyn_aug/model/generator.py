@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Concatenate, NamedTuple, ParamSpec, Self, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -17,9 +20,18 @@ from torch import Tensor
 
 from cytosyn_aug.autocast import isolated
 from cytosyn_aug.images import check_images, images_to_pixels, pixels_to_images
+from cytosyn_aug.model.batching import MicroBatches
+from cytosyn_aug.model.checkpoint import ModelParts
 from cytosyn_aug.model.conditions import Conditions, read_conditions
-from cytosyn_aug.model.encoder import Features, TileEncoder
-from cytosyn_aug.model.loaded import LoadedModel
+from cytosyn_aug.model.decoder import SmallDecoder
+from cytosyn_aug.model.encoder import Features, StainProbe, TileEncoder
+from cytosyn_aug.model.loading import (
+    LazyParts,
+    ModelHandle,
+    ModelSource,
+    check_device,
+    check_process,
+)
 from cytosyn_aug.model.sampler import (
     DEFAULT_STEPS,
     Forward,
@@ -32,6 +44,7 @@ from cytosyn_aug.model.sampler import (
     time_grid,
 )
 from cytosyn_aug.model.solvers import sample_noise
+from cytosyn_aug.model.transformer import SiT
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -58,20 +71,16 @@ def _at_border(
     return run
 
 
-class TileGenerator(LoadedModel):
+class TileGenerator:
     """A CytoSyn-class model, ready to use.
 
     Attributes:
         tile: Side and scale of the tiles it was trained on.
         digest: 16 hexadecimal digits that identify all its weights.
-        notes: What its folder states differently from what was expected.
-        folder: Where it was read from.
         has_encoder: Whether it can compute features.
-        null_condition: float32 [D] that stands for no condition: zeros, unless one was learned.
         device: Where it runs.
         dtype: Floating type of the networks; the state of the samplers is float32 or wider.
         batches: Cuts batches for the networks.
-        vae, transformer: Its networks; encoder, stain_probe, student and decoder may be None.
 
     Pickling one, as happens to transforms on their way to spawned DataLoader workers, keeps where
     it came from and its digest, neither weights nor what was compiled: the other process loads it
@@ -82,6 +91,197 @@ class TileGenerator(LoadedModel):
         >>> generator.sample(per_condition=2, steps=4, seed=0).shape
         torch.Size([2, 3, 224, 224])
     """
+
+    # Several transforms of one pipeline share a model in another process as they do in the first.
+    _by_handle: ClassVar[WeakValueDictionary[ModelHandle, TileGenerator]] = WeakValueDictionary()
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 16,
+    ) -> None:
+        handle = ModelHandle.of(parts, torch.device(device), dtype, batch_size)
+        self._set_up(LazyParts(handle, parts), can_travel=parts.folder is not None)
+
+    def _set_up(self, parts: LazyParts, can_travel: bool) -> None:
+        handle = parts.handle
+        self.tile, self.digest = handle.tile, handle.digest
+        self.has_encoder = handle.has_encoder
+        self.device, self.dtype = torch.device(handle.device), getattr(torch, handle.dtype)
+        self.batches = MicroBatches(self.device, handle.batch_size)
+        self._compiled: dict[str, Callable[..., Tensor]] = {}  # by name; never travels
+        self._parts = parts
+        self._can_travel = can_travel
+        if can_travel:
+            self._set_handle(handle)
+
+    def _set_handle(self, handle: ModelHandle) -> None:
+        self._parts.handle = handle
+        self._by_handle.setdefault(handle, self)
+
+    @classmethod
+    @isolated()
+    def from_pretrained(
+        cls,
+        source: Path | str | None = None,
+        *,
+        encoder: Path | str | None = "auto",
+        revision: str | None = None,
+        key_map: Path | str | None = None,
+        token: str | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 16,
+    ) -> Self:
+        """Load a model: the embedded `tiny`, a model folder, or a repository on the Hub.
+
+        No code from a folder or repository is ever executed.
+
+        Args:
+            source: Model folder in diffusers' layout or a Hub id such as
+                "Owkin-Bioptimus/CytoSyn"; None for the embedded `tiny`.
+            encoder: "auto" takes the folder's own `encoder/`, if any; None takes none, and then
+                features must be given; else a folder, a safetensors file or a Hub id such as
+                "bioptimus/H0-mini".
+            revision: Branch, tag or commit on the Hub.
+            key_map: JSON file that renames tensors; its form stands at
+                `cytosyn_aug.model.tensors.KeyMap`.
+            token: Access token for the Hub; None for the one you are logged in with.
+            device: Device of the networks.
+            dtype: Floating type of the networks: float32, bfloat16 or float16.
+            batch_size: Largest number of tiles in the networks at once.
+
+        Raises:
+            FileNotFoundError: The folder, a file in it or the repository does not exist.
+            PermissionError: The repository is gated and access has not been granted.
+            ConnectionError: The Hub cannot be reached and nothing usable is in the cache.
+            ValueError: The folder does not hold a model of this kind, every difference named; or
+                there is no such device.
+        """
+        check_device(device)
+        origin = ModelSource.of(source, encoder, revision, key_map)
+        located = origin.located(token)
+        parts = located.load(dtype)
+        origin.announce_licences(located)
+        generator = cls(parts, device=device, dtype=dtype, batch_size=batch_size)
+        generator._set_handle(replace(generator.handle(), origin=origin, located=located))
+        return generator
+
+    def handle(self) -> ModelHandle:
+        """Return all of this generator but its weights, for another process.
+
+        Raises:
+            ValueError: It was put together in memory, so no other process could load it.
+        """
+        if not self._can_travel:
+            raise ValueError(
+                "this generator was built from parts in memory, which another process cannot load; "
+                "save them with cytosyn_aug.model.checkpoint.save_model and load the folder"
+            )
+        # The size fell if memory ran out.
+        self._set_handle(replace(self._parts.handle, batch_size=self.batch_size))
+        return self._parts.handle
+
+    @classmethod
+    def from_handle(cls, handle: ModelHandle) -> Self:
+        """Return the generator of a handle: one that is loaded already, or one that loads later.
+
+        What loading can raise (the model is gone, or its digest differs) is raised at first use.
+        """
+        known = cls._by_handle.get(handle)
+        if isinstance(known, cls):
+            return known
+        generator = cls.__new__(cls)
+        generator._set_up(LazyParts(handle), can_travel=True)
+        return generator
+
+    def load_on(self, device: torch.device | str) -> None:
+        """Load the networks of a generator that came as a handle, on a device of this machine.
+
+        Raises:
+            ValueError: The weights have changed since the handle was made, or there is no such
+                device.
+            FileNotFoundError, PermissionError, ConnectionError: The model cannot be found.
+        """
+        if self.is_loaded:
+            assert str(self.device) == str(device)
+            return
+        self.device = self.batches.device = torch.device(device)
+        self._set_handle(replace(self._parts.handle, device=str(device)))
+        self._parts.get()
+
+    def __reduce__(self) -> tuple[Any, ...]:  # Any: as Python types it
+        return type(self).from_handle, (self.handle(),)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the networks are here; False for a handle's, until they are first needed."""
+        return self._parts.is_loaded
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        """The autoencoder."""
+        return self._parts.get().vae
+
+    @property
+    def transformer(self) -> SiT:
+        """The network of the flow."""
+        return self._parts.get().transformer
+
+    @property
+    def encoder(self) -> TileEncoder | None:
+        """The encoder of features, if any."""
+        return self._parts.get().encoder
+
+    @property
+    def stain_probe(self) -> StainProbe | None:
+        """The layer that reads the stain of a slide from the features of a tile, if any."""
+        return self._parts.get().stain_probe
+
+    @property
+    def student(self) -> SiT | None:
+        """The network that samples in a few forwards, if any."""
+        return self._parts.get().student
+
+    @property
+    def decoder(self) -> SmallDecoder | None:
+        """The decoder that is faster than the autoencoder's own, if any."""
+        return self._parts.get().decoder
+
+    @property
+    def null_condition(self) -> Tensor:
+        """float32 [D] that stands for no condition: zeros, unless one was learned."""
+        null = self._parts.get().null_condition
+        assert null is not None  # placing the parts fills it in
+        return null
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the model's folder states differently from what was expected."""
+        return self._parts.get().notes
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the model was read from; None for one built in memory."""
+        return self._parts.get().folder
+
+    @property
+    def batch_size(self) -> int:
+        """Most tiles in the networks at once; falls when a device runs out of memory."""
+        return self.batches.size
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape [C, h, w] of one tile's latents."""
+        side = self.transformer.config["input_size"]
+        return self.transformer.config["in_channels"], side, side
+
+    def check_process(self) -> None:
+        """Raise RuntimeError in a forked DataLoader worker, where its parent's GPU is no use."""
+        check_process(self.device, self._parts.owner)
 
     @_at_border
     def encode(self, images: Tensor) -> Moments:

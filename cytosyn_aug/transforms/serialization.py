@@ -18,7 +18,7 @@ import numpy as np
 from cytosyn_aug.cache.store import LatentCache
 from cytosyn_aug.io.json_files import record_from_dict, record_to_dict
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.model.origin import GeneratorHandle
+from cytosyn_aug.model.loading import ModelHandle
 from cytosyn_aug.stain.estimate import EditRecipe
 from cytosyn_aug.stain.macenko import MacenkoReference
 from cytosyn_aug.stain.reference import StainReference
@@ -78,7 +78,7 @@ def read_argument(value: Any) -> Any:  # Any: as above
         case "Ramp":
             return Ramp(**fields)
         case "cytosyn_aug.TileGenerator":
-            return TileGenerator.from_handle(GeneratorHandle.from_dict(value))
+            return TileGenerator.from_handle(ModelHandle.from_dict(value))
         case "cytosyn_aug.LatentCache":
             return _open_cache(**fields)
         case "cytosyn_aug.StainReference":

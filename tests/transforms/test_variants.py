@@ -31,8 +31,9 @@ from cytosyn_aug.cache.encodings import (
     fill_encodings,
 )
 from cytosyn_aug.images import tile_key
+from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.transforms.variants import derive_seed, fill_variants, variants_spec
-from tests.support.synthetic import SIZE, synthetic_tiles
+from tests.support.synthetic import SIZE, random_parts, synthetic_tiles
 
 BOTH = ["moments", "features"]
 
@@ -188,8 +189,8 @@ def test_moments_are_not_looked_for_where_only_features_are(generator, tmp_path,
         encode_cached(generator, tiles, cache)
 
 
-def test_features_need_an_encoder(generator, monkeypatch):
-    monkeypatch.setattr(generator, "encoder", None)
+def test_features_need_an_encoder():
+    generator = TileGenerator(random_parts()._replace(encoder=None))
     with pytest.raises(ValueError, match="no encoder"):
         encodings_spec(generator, BOTH)
     assert encodings_spec(generator, ["moments"]).names == ("moments", "thumbnail")
