@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -26,7 +27,7 @@ from PIL import Image
 from cytosyn_aug import StainReference, TileGenerator, offline
 from cytosyn_aug.demo import load_laboratories
 from cytosyn_aug.runs import plan as plans
-from cytosyn_aug.runs.edits import Edit, Edited, augment_edit
+from cytosyn_aug.runs.edits import Edit, EditedBatch, augment_edit
 from cytosyn_aug.runs.execute import Work
 from cytosyn_aug.runs.inputs import list_inputs
 from cytosyn_aug.runs.ray_actors import RayCluster
@@ -109,11 +110,11 @@ def paused(edit: Edit, batch: list[Loaded], pause_s: float) -> Edit:
     """Return an edit that waits for so long a tile and then gives the results of one batch."""
     found = list(edit(batch))
 
-    def wait(tiles: Sequence[Loaded]) -> Iterator[Edited]:
+    def wait(tiles: Sequence[Loaded]) -> Iterator[EditedBatch]:
         time.sleep(pause_s * len(tiles))
         for edited in found:
             rows = slice(len(tiles))
-            yield edited._replace(images=edited.images[rows])
+            yield replace(edited, images=edited.images[rows])
 
     return wait
 

@@ -1,16 +1,16 @@
 """What offline commands do to a batch of tiles: functions made from recipes.
 
-A made function takes tiles of one size and yields one `Edited` a variant. Every draw comes from
-SHA-256 of the tile's pixels, the variant and the recipe's seed, so that it does not matter which
-process meets a tile, and when.
+A made function takes tiles of one size and yields one `EditedBatch` per variant. Every draw comes
+from SHA-256 of the tile's pixels, the variant and the recipe's seed, so that it does not matter
+which process meets a tile, and when.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,18 +45,19 @@ Sources = Callable[[str], Any]  # from a slide's name to its Reference, or None;
 _SEED_RANGE = float(1 << 62)
 
 
-class Edited(NamedTuple):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EditedBatch:
     """One variant of a batch of tiles.
 
     Attributes:
         images: uint8 [B, 3, H, W], on any device.
         is_tissue: bool [B]; False where a blank tile was left as it is.
         is_finite: bool [B]; False where the networks failed, and the image is not to be used.
-        seeds: Seed of each tile.
-        references: Name of the reference of each tile, "" for none.
-        strengths: Strength of restaining of each tile; None where there is none.
-        similarity: float [B], cosine of CLS features to the source; NaN without an encoder.
-        distance: float [B], mean distance in CIE Lab over tissue; NaN where there is no source.
+        seeds: Seed of each tile; empty if nothing was drawn.
+        references: Name of the reference of each tile; empty if there is none.
+        strengths: Strength of restaining of each tile; empty if there is none.
+        similarity: float [B], cosine of CLS features to the source; None without an encoder.
+        distance: float [B], mean distance in CIE Lab over tissue; None if there is no source.
         fields: Further fields of a cache's records, [B, ...] each.
         refusals: Why a rule leaves a result out, "" where none does; empty if there are no rules.
     """
@@ -64,16 +65,16 @@ class Edited(NamedTuple):
     images: Tensor
     is_tissue: Tensor
     is_finite: Tensor
-    seeds: list[int]
-    references: list[str]
-    strengths: list[float] | None
-    similarity: Tensor
-    distance: Tensor
-    fields: Mapping[str, Tensor] = MappingProxyType({})
+    seeds: Sequence[int] = ()
+    references: Sequence[str] = ()
+    strengths: Sequence[float] = ()
+    similarity: Tensor | None = None
+    distance: Tensor | None = None
+    fields: Mapping[str, Tensor] = field(default_factory=dict)
     refusals: Sequence[str] = ()
 
 
-Edit = Callable[[Sequence[Loaded]], Iterator[Edited]]
+Edit = Callable[[Sequence[Loaded]], Iterator[EditedBatch]]
 
 
 def augment_edit(
@@ -93,16 +94,17 @@ def augment_edit(
             "load it with --encoder bioptimus/H0-mini, or leave them out"
         )
 
-    def bounded(batch: Sequence[Loaded]) -> Iterator[Edited]:
+    def bounded(batch: Sequence[Loaded]) -> Iterator[EditedBatch]:
         for edited in edit(batch):
-            yield edited._replace(refusals=_refusals(edited, recipe))
+            yield replace(edited, refusals=_refusals(edited, recipe))
 
     return bounded
 
 
-def _refusals(edited: Edited, recipe: AugmentRecipe) -> list[str]:
+def _refusals(edited: EditedBatch, recipe: AugmentRecipe) -> list[str]:
     """Return why each result is left out for its similarity, "" where it is not."""
     low, high = recipe.min_similarity, recipe.max_similarity
+    assert edited.similarity is not None  # bounds need an encoder
     reasons = []
     for value, has_tissue in zip(
         edited.similarity.tolist(), edited.is_tissue.tolist(), strict=True
@@ -167,7 +169,7 @@ def sample_edit(generator: TileGenerator, conditions: Tensor | None, recipe: Sam
     """Return the function that generates tiles by number, each with the next condition in turn."""
     rows = generator.null_condition[None] if conditions is None else conditions
 
-    def edit(batch: Sequence[Loaded]) -> Iterator[Edited]:
+    def edit(batch: Sequence[Loaded]) -> Iterator[EditedBatch]:
         numbers = [int(tile.key) for tile in batch]
         seeds = [derive_seed(tile.key, 0, recipe.seed) for tile in batch]
         cls = rows[[number % len(rows) for number in numbers]].to(generator.device)
@@ -178,13 +180,15 @@ def sample_edit(generator: TileGenerator, conditions: Tensor | None, recipe: Sam
         pixels = generator.decode_pixels(latents, is_few_step=generator.student is not None)
         is_finite = pixels.isfinite().flatten(1).all(1)
         images = pixels_to_images(pixels.nan_to_num())
-        similarity = torch.full((len(images),), torch.nan)
+        similarity = None
         if generator.encoder is not None and conditions is not None:
             similarity = torch.cosine_similarity(cls, generator.features(images).cls)
-        is_tissue = torch.ones(len(images), dtype=torch.bool)
-        nothing = torch.full((len(images),), torch.nan)
-        yield Edited(
-            images, is_tissue, is_finite, seeds, [""] * len(seeds), None, similarity, nothing
+        yield EditedBatch(
+            images=images,
+            is_tissue=torch.ones(len(images), dtype=torch.bool),
+            is_finite=is_finite,
+            seeds=seeds,
+            similarity=similarity,
         )
 
     return edit
@@ -225,7 +229,7 @@ def _stain_edit(
     names = list(references)
     low, high = recipe.strength
 
-    def edit(batch: Sequence[Loaded]) -> Iterator[Edited]:
+    def edit(batch: Sequence[Loaded]) -> Iterator[EditedBatch]:
         images = stack_tiles(batch).to(generator.device)
         tiles = central_tiles(images.float(), recipe.mpp, generator.tile)
         cls = None if generator.encoder is None else generator.features(tiles).cls
@@ -250,17 +254,15 @@ def _stain_edit(
             if recipe.preserve == "none":
                 restained = redraw_restained(generator, restained, recipe.edit, seeds)
             edited = restained.images.round().to(torch.uint8)
-            similarity = _similarity(generator, cls, edited, recipe.mpp)
-            distance = colour_distance(images, edited)
-            yield Edited(
-                edited,
-                restained.is_tissue,
-                restained.is_finite,
-                seeds,
-                drawn,
-                strengths,
-                similarity,
-                distance,
+            yield EditedBatch(
+                images=edited,
+                is_tissue=restained.is_tissue,
+                is_finite=restained.is_finite,
+                seeds=seeds,
+                references=drawn,
+                strengths=strengths,
+                similarity=_similarity(generator, cls, edited, recipe.mpp),
+                distance=colour_distance(images, edited),
             )
 
     return edit
@@ -273,7 +275,7 @@ def _resample_edit(generator: TileGenerator, recipe: AugmentRecipe) -> Edit:
             "--encoder bioptimus/H0-mini"
         )
 
-    def edit(batch: Sequence[Loaded]) -> Iterator[Edited]:
+    def edit(batch: Sequence[Loaded]) -> Iterator[EditedBatch]:
         images = stack_tiles(batch).to(generator.device)
         cls = generator.cls_features(images)
         for variant in range(recipe.variants):
@@ -288,10 +290,14 @@ def _resample_edit(generator: TileGenerator, recipe: AugmentRecipe) -> Edit:
             )
             made = torch.where(found.is_tissue[:, None, None, None], found.images, images)
             similarity = torch.where(found.is_tissue, found.similarity, 1.0)
-            distance = colour_distance(images, made)
-            is_finite = found.is_finite | ~found.is_tissue
-            names = [""] * len(seeds)
-            yield Edited(made, found.is_tissue, is_finite, seeds, names, None, similarity, distance)
+            yield EditedBatch(
+                images=made,
+                is_tissue=found.is_tissue,
+                is_finite=found.is_finite | ~found.is_tissue,
+                seeds=seeds,
+                similarity=similarity,
+                distance=colour_distance(images, made),
+            )
 
     return edit
 
@@ -318,7 +324,7 @@ def _classical_edit(
 ) -> Edit:
     ((name, reference),) = references.items()
 
-    def edit(batch: Sequence[Loaded]) -> Iterator[Edited]:
+    def edit(batch: Sequence[Loaded]) -> Iterator[EditedBatch]:
         images = stack_tiles(batch).to(generator.device)
         made = images.clone()
         rows_of: dict[str, list[int]] = {}
@@ -332,15 +338,14 @@ def _classical_edit(
             made[rows] = transform.transform(images[rows], params)
         # What tells no stain comes back as it was, which at strength 0 says nothing.
         told = is_tissue(images) if recipe.strength == 0 else (made != images).flatten(1).any(1)
-        is_finite = torch.ones_like(told)
-        nothing = torch.full((len(batch),), torch.nan)  # no encoder was asked
-        strengths = [recipe.strength] * len(batch)
-        seeds, names, distance = (
-            [0] * len(batch),
-            [name] * len(batch),
-            colour_distance(images, made),
+        yield EditedBatch(
+            images=made,
+            is_tissue=told,
+            is_finite=torch.ones_like(told),
+            references=[name] * len(batch),
+            strengths=[recipe.strength] * len(batch),
+            distance=colour_distance(images, made),
         )
-        yield Edited(made, told, is_finite, seeds, names, strengths, nothing, distance)
 
     return edit
 
@@ -354,9 +359,11 @@ _METHODS: dict[Method, MakeEdit] = {
 }
 
 
-def _similarity(generator: TileGenerator, cls: Tensor | None, made: Tensor, mpp: float) -> Tensor:
+def _similarity(
+    generator: TileGenerator, cls: Tensor | None, made: Tensor, mpp: float
+) -> Tensor | None:
     if cls is None:
-        return torch.full((len(made),), torch.nan)
+        return None
     tiles = central_tiles(made.float(), mpp, generator.tile)
     return torch.cosine_similarity(cls, generator.features(tiles).cls)
 

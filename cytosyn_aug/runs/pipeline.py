@@ -20,8 +20,10 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from cytosyn_aug.io.image_files import ItemError
-from cytosyn_aug.runs.edits import Edit, Edited
+from cytosyn_aug.runs.edits import Edit, EditedBatch
 from cytosyn_aug.runs.folder import RunFolder, Unit
 from cytosyn_aug.runs.listing import Item, Listing
 from cytosyn_aug.runs.outputs import Output, Place, Result
@@ -229,13 +231,19 @@ def _edit(
 
 
 def _write(
-    job: Job, unit: Unit, batch: list[tuple[int, Loaded]], variant: int, edited: Edited
+    job: Job, unit: Unit, batch: list[tuple[int, Loaded]], variant: int, edited: EditedBatch
 ) -> list[Placed]:
     """Fetch results from the device, write them, and return their rows of the manifest."""
     pixels = edited.images.cpu().permute(0, 2, 3, 1).contiguous().numpy()
     fields = {name: value.cpu() for name, value in edited.fields.items()}
     is_tissue, is_finite = edited.is_tissue.tolist(), edited.is_finite.tolist()
-    similarity, distance = edited.similarity.tolist(), edited.distance.tolist()
+    columns: dict[str, Sequence[object]] = {
+        "seed": edited.seeds or [0] * len(batch),
+        "reference": edited.references or [""] * len(batch),
+        "strength": edited.strengths or [None] * len(batch),
+        "similarity": _numbers(edited.similarity, len(batch)),
+        "colour_distance": _numbers(edited.distance, len(batch)),
+    }
     rows = []
     for k, (row, tile) in enumerate(batch):
         place = Place(unit.number, row, variant)
@@ -248,11 +256,7 @@ def _write(
         cells = _cells(job, unit, tile.item) | {
             "variant": variant,
             "key": tile.key,
-            "seed": edited.seeds[k],
-            "reference": edited.references[k],
-            "strength": None if edited.strengths is None else edited.strengths[k],
-            "similarity": None if math.isnan(similarity[k]) else similarity[k],
-            "colour_distance": None if math.isnan(distance[k]) else distance[k],
+            **{name: column[k] for name, column in columns.items()},
         }
         refusal = edited.refusals[k] if edited.refusals else ""
         if refusal:
@@ -270,6 +274,13 @@ def _write(
         }
         rows.append((row, variant, cells))
     return rows
+
+
+def _numbers(values: Tensor | None, length: int) -> Sequence[float | None]:
+    """Return the cells of a column: None where a number is not known."""
+    if values is None:
+        return [None] * length
+    return [None if math.isnan(value) else value for value in values.tolist()]
 
 
 def _leave(job: Job, unit: Unit, row: int, item: Item, status: str, reason: str) -> list[Placed]:

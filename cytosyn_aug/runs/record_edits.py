@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
 from cytosyn_aug.cache.diagnosis import THUMBNAIL, thumbnails
 from cytosyn_aug.cache.encodings import Contents
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.runs.edits import Edit, Edited, stack_tiles
+from cytosyn_aug.runs.edits import Edit, EditedBatch, stack_tiles
 from cytosyn_aug.runs.reading import Loaded
 
 
@@ -22,7 +23,7 @@ def variants_to_records(generator: TileGenerator, edit: Edit, *, is_latent: bool
         is_latent: Whether the cache holds latents.
     """
 
-    def edit_with_fields(batch: Sequence[Loaded]) -> Iterator[Edited]:
+    def edit_with_fields(batch: Sequence[Loaded]) -> Iterator[EditedBatch]:
         images = stack_tiles(batch)
         small = thumbnails(images)
         for edited in edit(batch):
@@ -30,7 +31,7 @@ def variants_to_records(generator: TileGenerator, edit: Edit, *, is_latent: bool
             fields = {"is_edited": is_edited, THUMBNAIL.name: small}
             if is_latent:
                 fields["latents"] = generator.whiten(generator.encode(edited.images).mean)
-            yield edited._replace(fields=fields)
+            yield replace(edited, fields=fields)
 
     return edit_with_fields
 
@@ -43,18 +44,14 @@ def moments_edit(generator: TileGenerator, contents: Sequence[Contents]) -> Edit
         contents: "moments", "features" or both.
     """
 
-    def edit(batch: Sequence[Loaded]) -> Iterator[Edited]:
+    def edit(batch: Sequence[Loaded]) -> Iterator[EditedBatch]:
         images = stack_tiles(batch)
         fields = {THUMBNAIL.name: thumbnails(images)}
         if "moments" in contents:
             fields["moments"] = torch.stack(generator.encode(images), 1)
         if "features" in contents:
             fields["cls"] = generator.features(images).cls
-        nothing = torch.full((len(images),), torch.nan)
-        is_tissue = torch.ones(len(images), dtype=torch.bool)
-        seeds = [0] * len(images)
-        names = [""] * len(images)
-        is_finite = is_tissue
-        yield Edited(images, is_tissue, is_finite, seeds, names, None, nothing, nothing, fields)
+        is_kept = torch.ones(len(images), dtype=torch.bool)
+        yield EditedBatch(images=images, is_tissue=is_kept, is_finite=is_kept, fields=fields)
 
     return edit

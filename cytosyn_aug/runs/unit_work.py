@@ -23,7 +23,7 @@ import torch
 
 from cytosyn_aug.io.image_files import ItemError, check_strictness
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.runs.edits import Edit, Edited
+from cytosyn_aug.runs.edits import Edit, EditedBatch
 from cytosyn_aug.runs.folder import RUN_NAME, RunFolder, Unit, open_run
 from cytosyn_aug.runs.listing import Item, Listing
 from cytosyn_aug.runs.outputs import Output
@@ -266,7 +266,7 @@ def in_turns(edit: Edit) -> Edit:
     """Return an edit that several threads may call: one batch has the device at a time."""
     turn = threading.Lock()
 
-    def edit_in_turn(batch: Sequence[Loaded]) -> Iterator[Edited]:
+    def edit_in_turn(batch: Sequence[Loaded]) -> Iterator[EditedBatch]:
         with turn:
             yield from edit(batch)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cytosyn_aug.io.image_files import ItemError
-from cytosyn_aug.runs.edits import Edited
+from cytosyn_aug.runs.edits import EditedBatch
 from cytosyn_aug.runs.execute import cut_units
 from cytosyn_aug.runs.folder import open_run
 from cytosyn_aug.runs.listing import Item, make_listing
@@ -45,9 +45,8 @@ class Recorder:
         with self.lock:
             self.edited += [tile.item.name for tile in batch]
         images = torch.zeros(len(batch), 3, self.side, self.side, dtype=torch.uint8)
-        some = torch.ones(len(batch))
-        seeds, names = [0] * len(batch), [""] * len(batch)
-        yield Edited(images, some.bool(), some.bool(), seeds, names, None, some, some)
+        is_kept = torch.ones(len(batch), dtype=torch.bool)
+        yield EditedBatch(images=images, is_tissue=is_kept, is_finite=is_kept)
 
     def write(self, place, item, result):
         with self.lock:
