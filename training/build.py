@@ -11,8 +11,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.model.checkpoint import ModelParts, load_encoder, load_model
 from cytosyn_aug.model.decoder import SmallDecoder
-from cytosyn_aug.model.drafts import load_strictly
 from cytosyn_aug.model.encoder import StainProbe, TileEncoder
+from cytosyn_aug.model.parts import load_strictly
 from cytosyn_aug.model.transformer import SiT
 from training import recipes
 from training.data.batches import Tiles, identify, load_tiles, open_tiles, spread_evenly

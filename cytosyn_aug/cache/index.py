@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cytosyn_aug.cache.records import SHARD_SUFFIX, Shard, Tag, tag_word
+from cytosyn_aug.cache.records import SHARD_SUFFIX, RecordKey, Shard, record_word
 from cytosyn_aug.cache.spec import SHARD_FOLDER, CacheSpec
 from cytosyn_aug.cache.tensor_files import map_tensors, write_tensors
 
@@ -64,10 +64,10 @@ class ShardPool:
         self._shards.clear()
 
 
-class Place(NamedTuple):
-    """Where a wanted record may be: position among those wanted, name of the shard, row in it."""
+class RecordLocation(NamedTuple):
+    """Where a record may be: its position among the keys asked for, a shard's name, a row in it."""
 
-    wanted: int
+    position: int
     shard: str
     row: int
 
@@ -126,20 +126,20 @@ class Index:
         while len(self._fresh) > 1 and len(self._fresh[-2].words) <= 2 * len(self._fresh[-1].words):
             self._fresh[-2:] = [merge_tables(self._fresh[-2:])]
 
-    def find(self, tags: Sequence[Tag]) -> Iterator[Place]:
-        """Yield every place that each record may be at, those to be preferred first."""
-        numbers = [tag_word(tag) for tag in tags]
-        words = np.array(numbers, "<u8")
+    def find(self, record_keys: Sequence[RecordKey]) -> Iterator[RecordLocation]:
+        """Yield every location that each record may be at, those to be preferred first."""
+        words = [record_word(record_key) for record_key in record_keys]
+        sought = np.array(words, "<u8")
         for table in (self._saved, *self._fresh):
             size = len(table.words)
-            for wanted, at in enumerate(table.words.searchsorted(words).tolist()):
+            for position, at in enumerate(table.words.searchsorted(sought).tolist()):
                 # More than one entry of a word is a duplicate, or (never, in practice) another key.
-                while at < size and table.words[at] == numbers[wanted]:
+                while at < size and table.words[at] == words[position]:
                     shard = int(table.shards[at])
                     if shard < len(self.names):  # else the index is damaged, which `verify` says
                         name = self.names[shard]
                         if name not in self._gone:
-                            yield Place(wanted, name, int(table.rows[at]))
+                            yield RecordLocation(position, name, int(table.rows[at]))
                     at += 1
 
     def _take_in(self, listed: list[str]) -> None:
@@ -199,17 +199,22 @@ def load_index(
     file = folder / INDEX_NAME
     tensors, metadata, _ = map_tensors(file)
     if metadata.get("spec_digest") != spec.digest:
-        raise ValueError(f"{file} is stale, of cache {metadata.get('spec_digest')}; compact anew")
+        raise ValueError(
+            f"index {file} belongs to another cache: its digest is {metadata.get('spec_digest')}, "
+            f"this cache has {spec.digest}; compact this cache again"
+        )
     try:
         table = Table(**tensors)
         names = [str(name) for name in json.loads(metadata["shards"])]
     except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{file} is no index ({error}); compact anew") from error
+        raise ValueError(
+            f"{file} is not an index of a cache ({error}); compact the cache again"
+        ) from error
     shapes = {t.shape for t in table}
     if [t.dtype.str for t in table] != ["<u8", "<u4", "<u4"] or len(shapes) != 1:
-        raise ValueError(f"{file} holds {tensors}, expected three columns; compact anew")
+        raise ValueError(f"{file} holds {tensors}, expected three columns; compact the cache again")
     if is_checked and metadata.get("crc32") != _checksum(table):
-        raise ValueError(f"{file} differs from what was written; compact anew")
+        raise ValueError(f"{file} differs from what was written; compact the cache again")
     return table, names
 
 

@@ -53,7 +53,7 @@ class Compaction(NamedTuple):
 
 
 def verify(folder: Path, spec: CacheSpec) -> Iterator[str]:
-    """Read every shard and the index of a cache; yield one sentence a fault."""
+    """Read every shard and the index of a cache; yield one sentence per fault."""
     names = list_shards(folder)
     for name in names:
         try:
@@ -83,7 +83,7 @@ def compact(
 ) -> Compaction:
     """Merge small shards, drop damaged and duplicate records, write one index of all.
 
-    1. Check every record, and find the first healthy one of each tag.
+    1. Check every record, and find the first healthy one of each key and variant.
     2. Copy what is to be kept of small or faulty shards into new ones, each under a new name.
     3. Write the index, then remove the shards that were copied.
 
@@ -110,7 +110,7 @@ def compact(
 
 def describe_damage(shard: Shard, row: int) -> str:
     """Return a sentence about a record whose checksum is wrong."""
-    key, variant = shard.tag(row)
+    key, variant = shard.record_key(row)
     return (
         f"{shard.file} record {row} (tile {key.hex()[:16]}, variant {variant}) differs from what "
         "was written; it reads as missing until it is filled again"
@@ -161,7 +161,7 @@ def _healthy(shard: Shard, spec: CacheSpec) -> np.ndarray:
     """Return bool [n]: records whose checksum is right and whose word is that of their key."""
     scratch = {f.name: np.empty(f.num_bytes, np.uint8) for f in spec.fields}
     right = shard.words == record_words(shard.keys, shard.variants)
-    checked = (shard.read(row, shard.tag(row), scratch) for row in range(len(shard)))
+    checked = (shard.read(row, shard.record_key(row), scratch) for row in range(len(shard)))
     return right & np.fromiter(checked, bool, len(shard))
 
 
@@ -181,17 +181,17 @@ def _drop_duplicates(pool: ShardPool, names: list[str], kept: list[np.ndarray]) 
     num_dropped = 0
     seen: set[tuple[bytes, int]] = set()
     for at in np.flatnonzero(table.words[1:] == table.words[:-1]) + 1:
-        tags = []
+        record_keys = []
         for entry in (at - 1, at):
             shard = pool.get(names[table.shards[entry]])
-            tags.append(shard.tag(int(table.rows[entry])))
-        # Tags of one word, of which there is one, or by a rare chance a few.
+            record_keys.append(shard.record_key(int(table.rows[entry])))
+        # Keys with one and the same word: usually one key, very rarely several.
         if at < 2 or table.words[at - 2] != table.words[at]:
-            seen = {tags[0]}
-        if tags[1] in seen:
+            seen = {record_keys[0]}
+        if record_keys[1] in seen:
             kept[table.shards[at]][table.rows[at]] = False
             num_dropped += 1
-        seen.add(tags[1])
+        seen.add(record_keys[1])
     return num_dropped
 
 
@@ -209,13 +209,13 @@ def _copy(
         lock.touch()
         shard = Shard(folder / SHARD_FOLDER / name, spec)
         for row in np.flatnonzero(kept):
-            tag = shard.tag(int(row))
-            if not shard.read(int(row), tag, scratch):
+            record_key = shard.record_key(int(row))
+            if not shard.read(int(row), record_key, scratch):
                 raise OSError(
                     f"{shard.file} read differently a second time; check the disk, nothing was "
                     "removed"
                 )
-            buffer.add(tag, record)
+            buffer.add(record_key, record)
             if buffer.is_full:
                 written.append(write_shard(folder / SHARD_FOLDER, spec, buffer.block())[0])
                 buffer.clear()

@@ -2,7 +2,7 @@
 
 A shard is a plain safetensors file of n records, sorted by word:
 
-    words     uint64 [n]        what the index is sorted by; see `record_words`
+    words     uint64 [n]        64-bit hash of key and variant, which the index is sorted by
     checksums uint32 [n]        CRC-32 over digest, key, variant and fields
     variants  uint16 [n]
     keys      uint8  [n, 32]    `tile_key` of the tile the record belongs to
@@ -30,10 +30,10 @@ SHARD_SUFFIX = ".safetensors"
 # Odd, so that multiplying by it modulo 2 ** 64 maps distinct variants to distinct words.
 _VARIANT_STEP = 0x9E3779B97F4A7C15
 
-Tag = tuple[bytes, int]  # tile key and variant: the name of a record
+RecordKey = tuple[bytes, int]  # tile key and variant
 
 
-class Block(NamedTuple):
+class RecordBlock(NamedTuple):
     """Records in memory: keys uint8 [n, 32], variants uint16 [n], and every field [n, ...]."""
 
     keys: np.ndarray
@@ -42,7 +42,7 @@ class Block(NamedTuple):
 
 
 class RecordBuffer:
-    """Records that wait to be written: preallocated, so bounded, and findable by tag.
+    """Memory for records on their way to a shard: of fixed size, and searched by key.
 
     Args:
         spec: What a record holds.
@@ -51,7 +51,7 @@ class RecordBuffer:
 
     def __init__(self, spec: CacheSpec, max_bytes: int) -> None:
         self.capacity = max(1, max_bytes // spec.record_bytes)
-        self.rows: dict[Tag, int] = {}
+        self.rows: dict[RecordKey, int] = {}
         self._keys = np.empty((self.capacity, KEY_BYTES), np.uint8)
         self._variants = np.empty(self.capacity, "<u2")
         self._fields = {f.name: np.empty((self.capacity, *f.shape), f.dtype) for f in spec.fields}
@@ -64,31 +64,31 @@ class RecordBuffer:
         """Whether the next new record finds no place."""
         return len(self.rows) == self.capacity
 
-    def add(self, tag: Tag, record: Mapping[str, np.ndarray]) -> None:
+    def add(self, record_key: RecordKey, record: Mapping[str, np.ndarray]) -> None:
         """Take a record in; one that is there already stays as it is.
 
         Args:
-            tag: Its name.
+            record_key: Its tile key and variant.
             record: Every field, without the batch.
         """
-        if tag in self.rows:
+        if record_key in self.rows:
             return
         row = len(self.rows)
-        self._keys[row] = np.frombuffer(tag[0], np.uint8)
-        self._variants[row] = tag[1]
+        self._keys[row] = np.frombuffer(record_key[0], np.uint8)
+        self._variants[row] = record_key[1]
         for name, array in self._fields.items():
             array[row] = record[name]
-        self.rows[tag] = row
+        self.rows[record_key] = row
 
-    def read(self, tag: Tag) -> dict[str, np.ndarray] | None:
+    def read(self, record_key: RecordKey) -> dict[str, np.ndarray] | None:
         """Return a waiting record, or None."""
-        row = self.rows.get(tag)
+        row = self.rows.get(record_key)
         return None if row is None else {k: array[row] for k, array in self._fields.items()}
 
-    def block(self) -> Block:
+    def block(self) -> RecordBlock:
         """Return all waiting records, as views."""
         n = len(self.rows)
-        return Block(
+        return RecordBlock(
             self._keys[:n], self._variants[:n], {k: a[:n] for k, a in self._fields.items()}
         )
 
@@ -112,12 +112,12 @@ def record_words(keys: np.ndarray, variants: np.ndarray) -> np.ndarray:
     return heads + variants.astype("<u8") * np.uint64(_VARIANT_STEP)
 
 
-def tag_word(tag: Tag) -> int:
+def record_word(record_key: RecordKey) -> int:
     """Return `record_words` of one record, in less time than numpy takes for one."""
-    return (int.from_bytes(tag[0][:8], "big") + tag[1] * _VARIANT_STEP) % (1 << 64)
+    return (int.from_bytes(record_key[0][:8], "big") + record_key[1] * _VARIANT_STEP) % (1 << 64)
 
 
-def write_shard(folder: Path, spec: CacheSpec, block: Block) -> tuple[str, np.ndarray]:
+def write_shard(folder: Path, spec: CacheSpec, block: RecordBlock) -> tuple[str, np.ndarray]:
     """Write records to a file of their own and return its name and sorted words.
 
     Names begin with the time, so that the earlier of two writers of one record is found first,
@@ -139,10 +139,10 @@ def write_shard(folder: Path, spec: CacheSpec, block: Block) -> tuple[str, np.nd
             crc = zlib.crc32(matrix[n], crc)
         checksums[n] = crc
     name = f"{time.time_ns():016x}-{uuid.uuid4().hex[:16]}{SHARD_SUFFIX}"
-    own = {"words": words, "checksums": checksums, "variants": variants, "keys": keys}
+    columns = {"words": words, "checksums": checksums, "variants": variants, "keys": keys}
     metadata = {"format_version": str(FORMAT_VERSION), "spec_digest": spec.digest}
     metadata["spec"] = spec.to_json()
-    write_tensors(folder / name, own | fields, metadata)
+    write_tensors(folder / name, columns | fields, metadata)
     return name, words
 
 
@@ -183,30 +183,30 @@ class Shard:
     def __len__(self) -> int:
         return len(self.words)
 
-    def tag(self, row: int) -> Tag:
-        """Return the name of a record."""
+    def record_key(self, row: int) -> RecordKey:
+        """Return tile key and variant of a record."""
         return self.keys[row].tobytes(), int(self.variants[row])
 
     def matrix(self, name: str) -> np.ndarray:
         """Return a field of all records, uint8 [n, bytes of a record], unchecked."""
         return self._rows[name]
 
-    def read(self, row: int, tag: Tag, out: Mapping[str, np.ndarray]) -> bool:
+    def read(self, row: int, record_key: RecordKey, out: Mapping[str, np.ndarray]) -> bool:
         """Copy a record and check the copy, not the map, which may be read again from a bad disk.
 
         Args:
             row: Which record.
-            tag: The name it must have.
+            record_key: The tile key and variant it must have.
             out: For every field uint8 [num_bytes], to be filled.
 
         Returns:
-            Whether this is the record that was once written under that name.
+            Whether this is the record that was once written under that key.
         """
-        crc = _head(self._start, *tag)
+        crc = _head(self._start, *record_key)
         for name, matrix in self._rows.items():
-            place = out[name]
-            place[:] = matrix[row]
-            crc = zlib.crc32(place.data, crc)
+            content = out[name]
+            content[:] = matrix[row]
+            crc = zlib.crc32(content.data, crc)
         return crc == int(self._checksums[row])
 
 

@@ -30,9 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cytosyn_aug.cache import maintenance as upkeep
-from cytosyn_aug.cache.index import Index, Place, ShardPool
-from cytosyn_aug.cache.records import Tag
+from cytosyn_aug.cache import maintenance
+from cytosyn_aug.cache.index import Index, RecordLocation, ShardPool
+from cytosyn_aug.cache.records import RecordKey
 from cytosyn_aug.cache.spec import (
     CACHE_NAME,
     KEY_BYTES,
@@ -41,7 +41,7 @@ from cytosyn_aug.cache.spec import (
     create_cache,
     read_spec,
 )
-from cytosyn_aug.cache.waiting import WaitingRecords
+from cytosyn_aug.cache.write_buffer import WriteBuffer
 
 
 class Records(NamedTuple):
@@ -85,7 +85,7 @@ class LatentCache:
         self.folder, self.spec = folder, spec
         self._max_pending_bytes = max_pending_bytes
         self._layout = [(f.name, f.num_bytes, np.dtype(f.dtype), f.shape) for f in spec.fields]
-        self._waiting = WaitingRecords(folder, spec, max_pending_bytes)
+        self._write_buffer = WriteBuffer(folder, spec, max_pending_bytes)
         self._damaged: dict[tuple[str, int], str] = {}
         self._index = Index(folder, spec)
         self._pool = ShardPool(folder, spec)
@@ -136,7 +136,7 @@ class LatentCache:
         return len(self._damaged)
 
     def get(self, keys: Sequence[str], variants: Sequence[int] | None = None) -> Records:
-        """Look records up.
+        """Look records up, and first write those that have waited in memory for over a minute.
 
         A damaged record reads as missing, is warned of once and named in `faults`.
 
@@ -148,19 +148,19 @@ class LatentCache:
             ValueError: A key is no SHA-256, or a variant is out of range.
             OSError: Records have waited for long and cannot be written; see `flush`.
         """
-        tags = self._tags(keys, variants)
-        if self._waiting.is_old:
+        record_keys = self._record_keys(keys, variants)
+        if self._write_buffer.is_overdue:
             self.flush()
-        out = {name: np.zeros((len(tags), n), np.uint8) for name, n, _, _ in self._layout}
-        is_found = [False] * len(tags)
-        self._read_waiting(tags, out, is_found)
-        is_whole = all(is_found) or self._read_shards(tags, out, is_found)
+        out = {name: np.zeros((len(record_keys), n), np.uint8) for name, n, _, _ in self._layout}
+        is_found = [False] * len(record_keys)
+        self._read_write_buffer(record_keys, out, is_found)
+        is_whole = all(is_found) or self._read_shards(record_keys, out, is_found)
         if not is_whole and not all(is_found):
             # A shard was compacted away; its records are in another.
             self.refresh()
-            self._read_shards(tags, out, is_found)
+            self._read_shards(record_keys, out, is_found)
         fields = {
-            name: torch.from_numpy(out[name].view(dtype).reshape(len(tags), *shape))
+            name: torch.from_numpy(out[name].view(dtype).reshape(len(record_keys), *shape))
             for name, _, dtype, shape in self._layout
         }
         return Records(torch.from_numpy(np.array(is_found, bool)), fields)
@@ -187,14 +187,14 @@ class LatentCache:
             OSError: The disk is full or cannot be written, which is tried at the first record; see
                 `flush`.
         """
-        tags = self._tags(keys, variants)
-        arrays = self._checked(fields, len(tags))
-        if self._waiting.is_old:
+        record_keys = self._record_keys(keys, variants)
+        arrays = self._checked(fields, len(record_keys))
+        if self._write_buffer.is_overdue:
             self.flush()
-        for n, tag in enumerate(tags):
-            if self._waiting.is_full:
+        for n, record_key in enumerate(record_keys):
+            if self._write_buffer.is_full:
                 self.flush()
-            self._waiting.add(tag, {name: array[n] for name, array in arrays.items()})
+            self._write_buffer.add(record_key, {name: array[n] for name, array in arrays.items()})
 
     def flush(self) -> None:
         """Write what waits to a file of its own, which other handles see after `refresh`.
@@ -203,7 +203,7 @@ class LatentCache:
             OSError: The disk is full or cannot be written. What was flushed before is whole, and
                 what waits goes on waiting, so that flushing can be tried again.
         """
-        shard = self._waiting.write()
+        shard = self._write_buffer.write()
         if shard is not None:
             self._index.add([shard])
 
@@ -215,14 +215,14 @@ class LatentCache:
 
     def verify(self) -> Iterator[str]:
         """Read all shards and the index; yield one sentence a fault. Changes nothing."""
-        return upkeep.verify(self.folder, self.spec)
+        return maintenance.verify(self.folder, self.spec)
 
     def compact(
         self, *, max_shard_bytes: int = 1 << 30, keeps_old: bool = False
-    ) -> upkeep.Compaction:
+    ) -> maintenance.Compaction:
         """Merge small shards and drop damaged and duplicate records."""
         self.flush()
-        done = upkeep.compact(
+        done = maintenance.compact(
             self.folder, self.spec, max_shard_bytes=max_shard_bytes, keeps_old=keeps_old
         )
         self._damaged.clear()
@@ -258,7 +258,7 @@ class LatentCache:
         check_equal(folder, found, spec)
         self.__init__(folder, spec, state["max_pending_bytes"])  # type: ignore[misc]
 
-    def _tags(self, keys: Sequence[str], variants: Sequence[int] | None) -> list[Tag]:
+    def _record_keys(self, keys: Sequence[str], variants: Sequence[int] | None) -> list[RecordKey]:
         numbers = [0] * len(keys) if variants is None else [int(v) for v in variants]
         if len(numbers) != len(keys):
             raise ValueError(f"{len(numbers)} variants for {len(keys)} keys, expected as many")
@@ -294,46 +294,50 @@ class LatentCache:
             arrays[field.name] = stored.numpy()
         return arrays
 
-    def _read_waiting(
-        self, tags: list[Tag], out: dict[str, np.ndarray], is_found: list[bool]
+    def _read_write_buffer(
+        self, record_keys: list[RecordKey], out: dict[str, np.ndarray], is_found: list[bool]
     ) -> None:
-        for n, tag in enumerate(tags):
-            record = self._waiting.read(tag)
+        for n, record_key in enumerate(record_keys):
+            record = self._write_buffer.read(record_key)
             if record is not None:
                 is_found[n] = True
                 for name, array in record.items():
                     out[name][n] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
     def _read_shards(
-        self, tags: list[Tag], out: dict[str, np.ndarray], is_found: list[bool]
+        self, record_keys: list[RecordKey], out: dict[str, np.ndarray], is_found: list[bool]
     ) -> bool:
         """Fill in what is found; return False if a shard was gone."""
         is_whole = True
-        for place in self._index.find(tags):
-            n = place.wanted
+        for location in self._index.find(record_keys):
+            n = location.position
             if is_found[n]:
                 continue
             try:
-                is_found[n] = self._read_place(place, tags[n], {k: m[n] for k, m in out.items()})
+                is_found[n] = self._read_location(
+                    location, record_keys[n], {k: m[n] for k, m in out.items()}
+                )
             except FileNotFoundError:
                 is_whole = False
         return is_whole
 
-    def _read_place(self, place: Place, tag: Tag, out: dict[str, np.ndarray]) -> bool:
+    def _read_location(
+        self, location: RecordLocation, record_key: RecordKey, out: dict[str, np.ndarray]
+    ) -> bool:
         try:
-            shard = self._pool.get(place.shard)
+            shard = self._pool.get(location.shard)
         except FileNotFoundError:
             raise
         except ValueError as error:
-            self._note(place.shard, 0, str(error))
+            self._note(location.shard, 0, str(error))
             return False
-        if place.row >= len(shard) or shard.tag(place.row) != tag:
+        if location.row >= len(shard) or shard.record_key(location.row) != record_key:
             return False
-        if shard.read(place.row, tag, out):
+        if shard.read(location.row, record_key, out):
             return True
         for array in out.values():
             array[:] = 0
-        self._note(place.shard, place.row, upkeep.describe_damage(shard, place.row))
+        self._note(location.shard, location.row, maintenance.describe_damage(shard, location.row))
         return False
 
     def _note(self, shard: str, row: int, sentence: str) -> None:

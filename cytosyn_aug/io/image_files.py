@@ -50,7 +50,7 @@ class ItemError(ValueError):
     """A tile that cannot be used as it is; it costs itself only, and the message says why."""
 
 
-class Picture(NamedTuple):
+class DecodedImage(NamedTuple):
     """An image that was read.
 
     Attributes:
@@ -68,7 +68,7 @@ def masked_stem(stem: str) -> str | None:
     return stem[:-num] if stem[-num:].lower() in _MASK_ENDS else None
 
 
-def read_picture(source: Path | bytes) -> Picture:
+def read_image(source: Path | bytes) -> DecodedImage:
     """Read an image file, or the bytes of one, by the rules of this module.
 
     Raises:
@@ -133,7 +133,7 @@ def decode_tile(content: bytes) -> np.ndarray:
         return np.array(image.convert("RGB"))  # a copy: torch wants to be able to write
 
 
-def _read(image: Image.Image) -> Picture:
+def _read(image: Image.Image) -> DecodedImage:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ItemError(f"is {width}x{height} px, more than {MAX_PIXELS:,} in all; cut it to tiles")
@@ -149,7 +149,7 @@ def _read(image: Image.Image) -> Picture:
     if orientation != 1:
         image = ImageOps.exif_transpose(image)
         notes.append(f"turned by EXIF orientation {orientation}")
-    return Picture(_opaque(image), tuple(notes))
+    return DecodedImage(_opaque(image), tuple(notes))
 
 
 def _check_depth(image: Image.Image) -> None:

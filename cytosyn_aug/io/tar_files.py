@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 
-class Record(NamedTuple):
+class TarEntry(NamedTuple):
     """Where a tile's bytes are in its shard, and their CRC-32."""
 
     offset: int
@@ -35,7 +35,7 @@ class ShardWriter:
         self._sha256 = hashlib.sha256()
         self.num_bytes = 0
 
-    def add(self, name: str, content: bytes) -> Record:
+    def add(self, name: str, content: bytes) -> TarEntry:
         """Append a member.
 
         Raises:
@@ -44,9 +44,9 @@ class ShardWriter:
         header = tarfile.TarInfo(name)
         header.size, header.mode = len(content), 0o644
         self._write(header.tobuf(tarfile.PAX_FORMAT))
-        record = Record(self.num_bytes, len(content), zlib.crc32(content))
+        entry = TarEntry(self.num_bytes, len(content), zlib.crc32(content))
         self._write(content + bytes(-len(content) % tarfile.BLOCKSIZE))
-        return record
+        return entry
 
     def finish(self) -> str:
         """Write the end of the archive and return the SHA-256 of all of it."""
@@ -59,7 +59,7 @@ class ShardWriter:
         self.num_bytes += len(content)
 
 
-class Member(NamedTuple):
+class TarMember(NamedTuple):
     """A file in a tar file: its name, and where its bytes are."""
 
     name: str
@@ -67,7 +67,7 @@ class Member(NamedTuple):
     size: int
 
 
-def list_members(file: Path) -> Iterator[Member]:
+def list_members(file: Path) -> Iterator[TarMember]:
     """Yield the files of an uncompressed tar file, reading only its headers.
 
     A hard link is the file it is to, which tar stores once. Symbolic links are left out.
@@ -77,17 +77,17 @@ def list_members(file: Path) -> Iterator[Member]:
     """
     try:
         size = file.stat().st_size
-        places: dict[str, tuple[int, int]] = {}
+        locations: dict[str, tuple[int, int]] = {}
         with tarfile.open(file, "r:") as tar:
             for info in tar:
-                if info.islnk() and info.linkname in places:
-                    yield Member(info.name, *places[info.linkname])
+                if info.islnk() and info.linkname in locations:
+                    yield TarMember(info.name, *locations[info.linkname])
                 if not info.isreg():
                     continue
                 if info.offset_data + info.size > size:
                     raise ValueError(f"{file} ends inside {info.name!r}; copy it again")
-                places[info.name] = (info.offset_data, info.size)
-                yield Member(info.name, info.offset_data, info.size)
+                locations[info.name] = (info.offset_data, info.size)
+                yield TarMember(info.name, info.offset_data, info.size)
             if size < tar.offset + 2 * tarfile.BLOCKSIZE and size % tarfile.BLOCKSIZE:
                 raise ValueError(f"{file} ends inside a member; copy it again")
     except (OSError, tarfile.TarError, EOFError) as error:

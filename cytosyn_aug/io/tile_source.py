@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.io.image_files import TILE_SUFFIXES, ItemError, masked_stem, read_picture
+from cytosyn_aug.io.image_files import TILE_SUFFIXES, ItemError, masked_stem, read_image
 from cytosyn_aug.io.slide import Slide, SlideError, grid_positions
 from cytosyn_aug.io.tissue import (
     TissueConfig,
@@ -161,7 +161,7 @@ def _read_images(files: list[Path]) -> Iterator[Tensor]:
     first: tuple[int, ...] | None = None
     for file in files:
         try:
-            pixels = read_picture(file).pixels
+            pixels = read_image(file).pixels
         except ItemError as error:
             raise ValueError(
                 f"{file} {error}; take it out of the folder that is fitted to, or mend it"

@@ -28,8 +28,14 @@ from torch import Tensor, nn
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.io.files import write_atomically
 from cytosyn_aug.model.decoder import SmallDecoder
-from cytosyn_aug.model.drafts import PARTS, assign_all, draft_encoder, draft_part, fill_statistics
 from cytosyn_aug.model.encoder import StainProbe, TileEncoder
+from cytosyn_aug.model.parts import (
+    PARTS,
+    assign_weights,
+    fill_statistics,
+    read_encoder_part,
+    read_part,
+)
 from cytosyn_aug.model.released import index_notes
 from cytosyn_aug.model.tensors import WEIGHTS_NAME, KeyMap, read_json
 from cytosyn_aug.model.transformer import SiT
@@ -129,15 +135,15 @@ def load_model(
     left_out = () if encoder == "auto" else _OF_THE_ENCODER
     own = [k for k in PARTS if is_ours and k in index and k not in left_out]
     names = [k for k in PARTS if k in _REQUIRED or k in own]
-    drafts = {k: draft_part(k, folder / k, answers, is_ours) for k in names}
-    tile, tile_notes = _tile(index, drafts["transformer"].network)
+    unfilled = {k: read_part(k, folder / k, answers, is_ours) for k in names}
+    tile, tile_notes = _tile(index, unfilled["transformer"].network)
     source = _encoder_source(folder, encoder, is_ours)
     if source is not None:
-        drafts["encoder"] = draft_encoder(source, answers, tile)
-    null_condition = drafts["transformer"].tensors.pop("null_condition", None)
-    statistics = fill_statistics(drafts, index, answers)
-    assign_all(drafts, str(folder), dtype, statistics.problems)
-    parts = {name: draft.network for name, draft in drafts.items()}
+        unfilled["encoder"] = read_encoder_part(source, answers, tile)
+    null_condition = unfilled["transformer"].tensors.pop("null_condition", None)
+    statistics = fill_statistics(unfilled, index, answers)
+    assign_weights(unfilled, str(folder), dtype, statistics.problems)
+    parts = {name: part.network for name, part in unfilled.items()}
     _check_fit(parts, tile, null_condition)
     if "student" in parts:
         _check_student(parts["student"], parts["transformer"], folder)
@@ -148,9 +154,9 @@ def load_model(
         encoder=parts.get("encoder"),
         stain_probe=parts.get("stain_probe"),
         tile=tile,
-        digest=parts_digest({k: d.files for k, d in drafts.items()}, answers, statistics.unfiled),
+        digest=parts_digest({k: d.files for k, d in unfilled.items()}, answers, statistics.unfiled),
         null_condition=None if null_condition is None else null_condition.float(),
-        notes=(*notes, *(note for draft in drafts.values() for note in draft.notes)),
+        notes=(*notes, *(note for part in unfilled.values() for note in part.notes)),
         folder=folder,
         student=parts.get("student"),
         decoder=parts.get("decoder"),
@@ -170,9 +176,9 @@ def load_encoder(
     Raises:
         FileNotFoundError, ValueError: See `load_model`.
     """
-    draft = draft_encoder(Path(source), KeyMap(), tile or TileSpec())
-    assign_all({"encoder": draft}, str(source), dtype, ())
-    return draft.network  # type: ignore[no-any-return]
+    part = read_encoder_part(Path(source), KeyMap(), tile or TileSpec())
+    assign_weights({"encoder": part}, str(source), dtype, ())
+    return part.network  # type: ignore[no-any-return]
 
 
 def save_model(folder: Path, parts: ModelParts, dtype: torch.dtype = torch.float16) -> None:

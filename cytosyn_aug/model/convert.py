@@ -37,7 +37,7 @@ from cytosyn_aug.model.compvis import (
     some_names,
     vae_config_from_state,
 )
-from cytosyn_aug.model.drafts import load_strictly
+from cytosyn_aug.model.parts import load_strictly
 from cytosyn_aug.model.transformer import SiT
 
 _XL_WIDTH, _XL_HEADS = 1152, 16

@@ -38,7 +38,7 @@ class SmallDecoder(ModelMixin, ConfigMixin):
         super().__init__()
         self.conv_in = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
         self.levels = nn.ModuleList(
-            nn.Sequential(*(_Block(width) for _ in range(number)))
+            nn.Sequential(*(_ResidualBlock(width) for _ in range(number)))
             for width, number in zip(widths, num_blocks, strict=True)
         )
         self.narrow = nn.ModuleList(
@@ -63,7 +63,7 @@ class SmallDecoder(ModelMixin, ConfigMixin):
         return F.pixel_shuffle(self.conv_out(x), 2)
 
 
-class _Block(nn.Module):
+class _ResidualBlock(nn.Module):
     """Two convolutions beside an identity; starts as the identity."""
 
     def __init__(self, width: int) -> None:

@@ -106,7 +106,9 @@ class SiT(ModelMixin, ConfigMixin):
         self.y_embedder = _ConditionEmbedder(conditioning_dim, hidden_size)
         self.guidance_embedder = _NumberEmbedder(hidden_size) if taught_guidance else None
         self.pos_embed = nn.Parameter(self.fixed_positions(), requires_grad=False)
-        self.blocks = nn.ModuleList(_Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            _TransformerBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)
+        )
         self.projectors = nn.ModuleList(
             _projector(hidden_size, projector_dim, width) for width in z_dims
         )
@@ -262,7 +264,7 @@ class SiT(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.final_layer.linear.weight)
 
 
-class _Block(nn.Module):
+class _TransformerBlock(nn.Module):
     """Attention and MLP, both shifted, scaled and gated by the condition (adaLN-zero)."""
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:

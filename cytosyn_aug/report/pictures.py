@@ -16,8 +16,8 @@ import numpy as np
 
 from cytosyn_aug.cache.store import LatentCache
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.io.image_files import ItemError, read_picture
-from cytosyn_aug.io.tar_files import Member, list_members
+from cytosyn_aug.io.image_files import ItemError, read_image
+from cytosyn_aug.io.tar_files import TarMember, list_members
 from cytosyn_aug.runs.listing import Item, make_listing
 from cytosyn_aug.runs.manifest import Manifest
 from cytosyn_aug.runs.reading import Loaded, Reader
@@ -106,8 +106,8 @@ class RunPictures:
                     return Picture(None, f"{shard} lacks {member}")
                 with (self._folder / shard).open("rb") as stream:
                     stream.seek(found.offset)
-                    return Picture(read_picture(stream.read(found.size)).pixels)
-            return Picture(read_picture(self._folder / output).pixels)
+                    return Picture(read_image(stream.read(found.size)).pixels)
+            return Picture(read_image(self._folder / output).pixels)
         except (ItemError, OSError, ValueError) as error:
             return Picture(None, str(error))
 
@@ -161,5 +161,5 @@ def _split(root: Path, name: str) -> tuple[str, str] | None:
     return None
 
 
-def _members(file: Path) -> dict[str, Member]:
+def _members(file: Path) -> dict[str, TarMember]:
     return {member.name: member for member in list_members(file)}

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cytosyn_aug.config import TileSpec
-from cytosyn_aug.io.image_files import MAX_PIXELS, ItemError, read_picture
+from cytosyn_aug.io.image_files import MAX_PIXELS, ItemError, read_image
 from cytosyn_aug.io.slide import MAX_ENLARGEMENT, Slide, SlideError
 from cytosyn_aug.io.tissue import TissueConfig, reason_to_reject, tile_quality
 from cytosyn_aug.runs.listing import Item, Listing
@@ -88,7 +88,7 @@ class Reader:
         self._check_scale(item)
         source = self.listing.root / (item.file or item.name)
         content = source if item.offset < 0 else _bytes_at(source, item.offset, item.size)
-        pixels, notes = read_picture(content)
+        pixels, notes = read_image(content)
         self.check(*pixels.shape[:2])
         mask = self._mask(item, notes)
         json = None

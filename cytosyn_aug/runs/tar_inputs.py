@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cytosyn_aug.io.image_files import TILE_SUFFIXES
-from cytosyn_aug.io.tar_files import Member, list_members
+from cytosyn_aug.io.tar_files import TarMember, list_members
 from cytosyn_aug.runs.listing import (
     Item,
     Listing,
@@ -76,7 +76,7 @@ def list_shards(source: Path, names: Iterable[str]) -> Listing:
 
 def _shard_items(folder: Path, shard: str, seen: _Seen) -> Iterator[Item]:
     """Yield the images of a tar file, with what lies beside them under the same key."""
-    samples: dict[str, dict[str, list[Member]]] = {}
+    samples: dict[str, dict[str, list[TarMember]]] = {}
     damage = ""
     try:
         for member in list_members(folder / shard):
@@ -105,7 +105,7 @@ def _shard_items(folder: Path, shard: str, seen: _Seen) -> Iterator[Item]:
         yield Item(shard, "damaged", error=damage)
 
 
-def _tile(folder: Path, shard: str, key: str, kinds: dict[str, list[Member]]) -> Item:
+def _tile(folder: Path, shard: str, key: str, kinds: dict[str, list[TarMember]]) -> Item:
     images = [member for kind in kinds if _is_image(kind) for member in kinds[kind]]
     masks = [member for kind in kinds if kind.startswith("mask.") for member in kinds[kind]]
     error = ""
@@ -156,7 +156,7 @@ def _first_dot(key: str) -> str:
     return f"{folder}{slash}{last.partition('.')[0]}"
 
 
-def _text(file: Path, member: Member) -> str:
+def _text(file: Path, member: TarMember) -> str:
     if member.size > _MAX_LABEL_BYTES:
         raise ValueError(f"{member.size:,} bytes")
     with file.open("rb") as stream:

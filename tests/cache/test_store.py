@@ -23,8 +23,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from torch.utils.data import DataLoader, Dataset
 
-from cytosyn_aug.cache import index, records
-from cytosyn_aug.cache import maintenance as upkeep
+from cytosyn_aug.cache import index, maintenance, records
 from cytosyn_aug.cache.spec import CACHE_NAME, SHARD_FOLDER, CacheSpec, Field
 from cytosyn_aug.cache.store import LatentCache
 from cytosyn_aug.config import TileSpec
@@ -161,7 +160,7 @@ def test_variants_of_a_tile_have_different_words(content, one, other):
     keys = np.frombuffer(content * 2, np.uint8).reshape(2, 32)
     words = records.record_words(keys, np.array([one, other], "<u2"))
     assert (words[0] == words[1]) == (one == other)
-    assert words.tolist() == [records.tag_word((content, v)) for v in (one, other)]
+    assert words.tolist() == [records.record_word((content, v)) for v in (one, other)]
     assert records.record_words(keys[:1], np.zeros(1, "<u2"))[0] == int.from_bytes(content[:8])
 
 
@@ -411,14 +410,14 @@ def test_a_reader_goes_on_while_another_process_compacts(tmp_path, keeps_old):
 @pytest.mark.parametrize("step", ["_copy", "_write_index", "_retire"])
 def test_a_compaction_that_dies_loses_nothing(tmp_path, monkeypatch, step):
     cache = fill(tmp_path, range(12), shard_size=4)
-    real = getattr(upkeep, step)
+    real = getattr(maintenance, step)
 
     def die_after(*arguments):
         real(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(upkeep, step, die_after)
+        patch.setattr(maintenance, step, die_after)
         with pytest.raises(KeyboardInterrupt):
             cache.compact()
     assert all(check(cache, range(12)))
@@ -438,10 +437,10 @@ def test_two_compactions_do_not_run_at_once(tmp_path, monkeypatch):
             LatentCache.open(tmp_path).compact()
 
     with monkeypatch.context() as patch:
-        patch.setattr(upkeep, "_retire", compact_too)
+        patch.setattr(maintenance, "_retire", compact_too)
         cache.compact()
     assert cache.compact().num_records == 12
-    lock = tmp_path / upkeep.LOCK_NAME
+    lock = tmp_path / maintenance.LOCK_NAME
     lock.touch()
     raise_if_locked()
     os.utime(lock, (time.time() - 7200,) * 2)  # that of a process that was killed
@@ -456,8 +455,8 @@ def test_compacting_what_cannot_be_written_is_one_clear_error(
 ):
     cache = fill(tmp_path, range(3))
     if has_old_lock:
-        (tmp_path / upkeep.LOCK_NAME).touch()
-        os.utime(tmp_path / upkeep.LOCK_NAME, (0, 0))
+        (tmp_path / maintenance.LOCK_NAME).touch()
+        os.utime(tmp_path / maintenance.LOCK_NAME, (0, 0))
 
     def refused(self, *_arguments, **_options):
         raise OSError(number, os.strerror(number), str(self))

@@ -14,7 +14,7 @@ from cytosyn_aug.io.image_files import (
     check_strictness,
     encode_png,
     encode_webp,
-    read_picture,
+    read_image,
 )
 
 RNG = np.random.default_rng(0)
@@ -87,14 +87,14 @@ def transparent():
 )
 def test_what_would_have_to_be_guessed_is_refused(content, reason):
     with pytest.raises(ItemError, match=reason):
-        read_picture(content)
+        read_image(content)
 
 
 def test_what_is_exact_is_accepted():
     opaque = RGB.convert("RGBA")
     palette = RGB.quantize(32)
     for image, expected in ((RGB, PIXELS), (opaque, PIXELS), (palette, palette.convert("RGB"))):
-        found, notes = read_picture(stored(image))
+        found, notes = read_image(stored(image))
         assert np.array_equal(found, np.asarray(expected))
         assert notes == ()
     for content in (
@@ -103,26 +103,26 @@ def test_what_is_exact_is_accepted():
         stored(RGB, "TIFF"),
         stored(RGB, "BMP"),
     ):
-        assert np.array_equal(read_picture(content).pixels, PIXELS)
+        assert np.array_equal(read_image(content).pixels, PIXELS)
 
 
 def test_exif_turns_are_applied_and_profiles_are_not():
     exif = Image.Exif()
     exif[0x0112] = 6
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    found, notes = read_picture(stored(RGB, exif=exif, icc_profile=profile))
+    found, notes = read_image(stored(RGB, exif=exif, icc_profile=profile))
     assert np.array_equal(found, np.rot90(PIXELS, -1))
     assert notes == ("colour profile not applied", "turned by EXIF orientation 6")
 
 
 def test_a_file_that_is_not_there_or_may_not_be_read_is_named(tmp_path):
     with pytest.raises(ItemError, match="cannot be opened: No such file"):
-        read_picture(tmp_path / "absent.png")
+        read_image(tmp_path / "absent.png")
     with pytest.raises(ItemError, match="Is a directory"):
-        read_picture(tmp_path)
+        read_image(tmp_path)
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
     with pytest.raises(ItemError, match="cannot be opened"):
-        read_picture(tmp_path / "loop.png")
+        read_image(tmp_path / "loop.png")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about tags
@@ -133,7 +133,7 @@ def test_any_single_damaged_byte_gives_an_item_error_or_an_image():
             content = bytearray(whole)
             content[position] ^= 0xFF
             with suppress(ItemError):
-                read_picture(bytes(content))
+                read_image(bytes(content))
 
 
 def test_pillow_may_not_be_told_to_fill_truncated_images(monkeypatch):

@@ -12,7 +12,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
 from cytosyn_aug.model.checkpoint import load_model
-from cytosyn_aug.model.drafts import load_strictly
+from cytosyn_aug.model.parts import load_strictly
 from training.engine.checkpoints import is_run, read_newest
 
 _AUTOENCODER = "AutoencoderKL"

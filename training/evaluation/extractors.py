@@ -30,10 +30,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cytosyn_aug.config import Triple
 from cytosyn_aug.model.checkpoint import EMBEDDED_MODEL, load_model
-from cytosyn_aug.model.drafts import load_strictly
 from cytosyn_aug.model.encoder import H0_MINI_MEAN, H0_MINI_STD, TileEncoder
 from cytosyn_aug.model.hub import ENCODER_PATTERNS, announce_licence, find_folder
+from cytosyn_aug.model.parts import load_strictly
 from cytosyn_aug.model.tensors import read_json, read_tensors, weight_files
 from training.evaluation.kept import KeptResults, images_digest
 from training.stages.perception import PerceptualNetwork
@@ -41,7 +42,6 @@ from training.stages.perception import PerceptualNetwork
 BATCH_SIZE = 16
 TILES_PER_FILE = 64 * BATCH_SIZE  # of kept features
 TILE_PX = 224
-Triple = tuple[float, float, float]
 _HALF: Triple = (0.5, 0.5, 0.5)
 _IMAGENET: tuple[Triple, Triple] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 

@@ -1,8 +1,8 @@
-"""WaitingRecords: what a process has put into a cache and not written yet.
+"""Write buffer of a cache: records that a process has put and not written yet.
 
-Written when a handle or its process ends, at the latest. DataLoader workers end without Python's
-own hooks (atexit), but with those of multiprocessing; those that persist are ended by a signal,
-without any, so `is_old` tells when records should not wait longer. No torch here.
+They are written when a handle or its process ends, at the latest. DataLoader workers end without
+Python's own hooks (atexit), but with those of multiprocessing; those that persist are ended by a
+signal, without any, so `is_overdue` tells when records have waited long enough. No torch here.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from cytosyn_aug.cache.records import RecordBuffer, Tag, write_shard
+from cytosyn_aug.cache.records import RecordBuffer, RecordKey, write_shard
 from cytosyn_aug.cache.spec import SHARD_FOLDER, CacheSpec
 
 MAX_SECONDS = 60.0
 _ADVICE = "make room or give a folder that can be written, and run again for what is missing"
 
 
-class WaitingRecords:
+class WriteBuffer:
     """Records of one handle in one process; a forked process begins with none of its own.
 
     Args:
@@ -46,27 +46,27 @@ class WaitingRecords:
     @property
     def is_full(self) -> bool:
         """Whether the next new record finds no place."""
-        return len(self) > 0 and self._own_buffer().is_full
+        return len(self) > 0 and self._buffer_of_this_process().is_full
 
     @property
-    def is_old(self) -> bool:
+    def is_overdue(self) -> bool:
         """Whether some have waited for too long."""
         return len(self) > 0 and time.monotonic() - self._since > MAX_SECONDS
 
-    def add(self, tag: Tag, record: Mapping[str, np.ndarray]) -> None:
-        """Take a record in; see `RecordBuffer.add`.
+    def add(self, record_key: RecordKey, record: Mapping[str, np.ndarray]) -> None:
+        """Take a record in; one that is there already stays as it is.
 
         Raises:
             OSError: It is the first, and the folder cannot be written.
         """
-        buffer = self._own_buffer()
+        buffer = self._buffer_of_this_process()
         if not len(buffer):
             self._since = time.monotonic()
-        buffer.add(tag, record)
+        buffer.add(record_key, record)
 
-    def read(self, tag: Tag) -> dict[str, np.ndarray] | None:
+    def read(self, record_key: RecordKey) -> dict[str, np.ndarray] | None:
         """Return a waiting record, or None; in a forked process, its parent's at that time too."""
-        return None if self._buffer is None else self._buffer.read(tag)
+        return None if self._buffer is None else self._buffer.read(record_key)
 
     def write(self) -> tuple[str, np.ndarray] | None:
         """Write all to a shard of their own; return its name and sorted words, None for no records.
@@ -76,7 +76,7 @@ class WaitingRecords:
         """
         if not len(self):
             return None
-        buffer = self._own_buffer()
+        buffer = self._buffer_of_this_process()
         try:
             shard = write_shard(self._folder / SHARD_FOLDER, self._spec, buffer.block())
         except OSError as error:
@@ -85,7 +85,7 @@ class WaitingRecords:
         buffer.clear()
         return shard
 
-    def _own_buffer(self) -> RecordBuffer:
+    def _buffer_of_this_process(self) -> RecordBuffer:
         if self._buffer is None or self._owner != os.getpid():
             _check_writable(self._folder)
             self._buffer = RecordBuffer(self._spec, self._max_bytes)

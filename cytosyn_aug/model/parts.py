@@ -1,4 +1,4 @@
-"""Parts of a model folder before their weights are in: networks without memory, and tensors.
+"""Parts of a model before their weights are read: networks that take no memory, and tensors.
 
 Reads what files say and compares it with what the classes expect; one report covers all parts. Only
 then do tensors become weights. It refuses to know which parts make a model.
@@ -43,8 +43,8 @@ PARTS: dict[str, type] = {
 }
 
 
-class Draft(NamedTuple):
-    """A part before its weights are in: network without memory, tensors, remarks, files."""
+class UnfilledPart(NamedTuple):
+    """A part before its weights are read: network without memory, tensors, remarks, files."""
 
     network: Any  # Any: the class depends on the part
     holder: nn.Module  # the network, or the module in it whose names the tensors bear
@@ -54,7 +54,7 @@ class Draft(NamedTuple):
     files: tuple[Path, ...]
 
 
-def draft_part(name: str, folder: Path, answers: KeyMap, is_ours: bool) -> Draft:
+def read_part(name: str, folder: Path, answers: KeyMap, is_ours: bool) -> UnfilledPart:
     """Return a part of a model folder.
 
     Args:
@@ -89,10 +89,10 @@ def draft_part(name: str, folder: Path, answers: KeyMap, is_ours: bool) -> Draft
     if cls is SiT and "pos_embed" not in tensors:
         tensors["pos_embed"] = network.fixed_positions()
         notes = (*notes, "transformer: fixed positions are not stored, and were computed")
-    return Draft(network, network, config, tensors, notes, (file, *files))
+    return UnfilledPart(network, network, config, tensors, notes, (file, *files))
 
 
-def draft_encoder(source: Path, answers: KeyMap, tile: TileSpec) -> Draft:
+def read_encoder_part(source: Path, answers: KeyMap, tile: TileSpec) -> UnfilledPart:
     """Return H0-mini from timm's names, with or without a config beside them."""
     if source.suffix in (".bin", ".pt", ".pth"):
         raise ValueError(
@@ -107,7 +107,7 @@ def draft_encoder(source: Path, answers: KeyMap, tile: TileSpec) -> Draft:
     tensors = answers.rename("encoder", read_tensors(files))
     network, tensors, notes = read_encoder(config, tensors, tile.size_px)
     read = (*files, config_file) if has_config else tuple(files)
-    return Draft(network, network.vit, config, tensors, notes, read)
+    return UnfilledPart(network, network.vit, config, tensors, notes, read)
 
 
 class _Statistics(NamedTuple):
@@ -119,14 +119,14 @@ class _Statistics(NamedTuple):
 
 
 def fill_statistics(
-    drafts: dict[str, Draft], index: dict[str, Any], answers: KeyMap
+    unfilled: dict[str, UnfilledPart], index: dict[str, Any], answers: KeyMap
 ) -> _Statistics:
     """Put the latent statistics of a folder into the transformer's tensors."""
-    transformer = drafts["transformer"]
+    transformer = unfilled["transformer"]
     tensors, channels = transformer.tensors, transformer.network.config["in_channels"]
     try:
         found = latent_statistics(
-            tensors, transformer.config, drafts["vae"].config, index, answers, channels
+            tensors, transformer.config, unfilled["vae"].config, index, answers, channels
         )
     except ValueError as error:
         # Under a wrapper's prefix they are there; then the names are what to report.
@@ -145,13 +145,13 @@ def fill_statistics(
     return _Statistics(problems, (f"latent statistics come from {found.source}",), unfiled)
 
 
-def assign_all(
-    drafts: dict[str, Draft], source: str, dtype: torch.dtype, problems: Sequence[str]
+def assign_weights(
+    unfilled: dict[str, UnfilledPart], source: str, dtype: torch.dtype, problems: Sequence[str]
 ) -> None:
     """Put the tensors of all parts into their networks, or name all that does not fit.
 
     Args:
-        drafts: By name of the part.
+        unfilled: By name of the part.
         source: Where they come from, for the message.
         dtype: Floating type wanted; latent statistics stay float32.
         problems: Sentences that belong to the same report.
@@ -160,13 +160,13 @@ def assign_all(
         ValueError: Any difference, or any problem.
     """
     differences = [
-        compare(type(d.network).__name__, d.holder, d.tensors, part=k) for k, d in drafts.items()
+        compare(type(d.network).__name__, d.holder, d.tensors, part=k) for k, d in unfilled.items()
     ]
     if any(differences) or problems:
         raise ValueError(report(source, [d for d in differences if d], problems))
-    for draft in drafts.values():
-        assign(draft.holder, draft.tensors, dtype)
-        draft.network.eval().requires_grad_(False)
+    for part in unfilled.values():
+        assign(part.holder, part.tensors, dtype)
+        part.network.eval().requires_grad_(False)
 
 
 def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:

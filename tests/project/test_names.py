@@ -1,0 +1,63 @@
+"""Names of types: one meaning in the whole project."""
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# The transforms of albumentations bear the names of torchvision's on purpose.
+TWINS = {
+    "CachedVariants",
+    "ConditionedResample",
+    "DensityTransport",
+    "MacenkoNormalize",
+    "ReinhardNormalize",
+    "StainNormalize",
+    "StainTransfer",
+}
+# Names that still have two meanings. Take a name off when it is mended; never add one.
+TO_BE_MENDED: set[str] = {
+    "AddCommand",
+    "AverageVelocity",
+    "Death",
+    "Edit",
+    "Facts",
+    "Listing",
+    "Mode",
+    "Placed",
+    "Reference",
+    "Result",
+    "Row",
+    "Source",
+    "Summary",
+    "Tiles",
+    "Unit",
+    "Velocity",
+    "_Draws",
+}
+
+
+def _type_names(module: ast.Module) -> Iterator[str]:
+    """Yield the classes and type aliases that a module defines, not those that it imports."""
+    for node in module.body:
+        match node:
+            case ast.ClassDef(name=name):
+                yield name
+            case ast.Assign(targets=[ast.Name(id=name)]) if _is_alias(name):
+                yield name
+
+
+def _is_alias(name: str) -> bool:
+    bare = name.lstrip("_")
+    return bare[:1].isupper() and not bare.isupper()
+
+
+def test_a_type_name_has_one_meaning():
+    modules = defaultdict(set)
+    for package in ("cytosyn_aug", "training"):
+        for file in (ROOT / package).rglob("*.py"):
+            for name in _type_names(ast.parse(file.read_text())):
+                modules[name].add(str(file.relative_to(ROOT)))
+    repeated = {k: sorted(v) for k, v in modules.items() if len(v) > 1 and k not in TWINS}
+    assert repeated.keys() <= TO_BE_MENDED, repeated
