@@ -33,7 +33,7 @@ from cytosyn_aug.transforms import cached_variants as variants
 from cytosyn_aug.transforms import classical
 from cytosyn_aug.transforms import resample as resampling
 from cytosyn_aug.transforms import stain_transfer as transforms
-from cytosyn_aug.transforms.draws import Mode, Sampling
+from cytosyn_aug.transforms.draws import DrawScope, Sampling
 from cytosyn_aug.transforms.sample_metadata import LABEL, LABORATORY, SLIDE
 from cytosyn_aug.transforms.schedules import (
     Probability,
@@ -63,7 +63,7 @@ if albumentations.__version__ != "2.0.8":
 _STRUCTURE = frozenset({"mask", "masks", "mask3d", "masks3d", "bboxes", "keypoints"})
 _IMAGES = frozenset({"image", "images", "volume", "volumes"})
 _DRAWN = ("chosen", "seeds", "references", "strengths", "variants")
-Reference = TypeVar("Reference")
+ReferenceT = TypeVar("ReferenceT")
 
 
 class TileImageTransform(albumentations.ImageOnlyTransform):
@@ -103,7 +103,7 @@ class TileImageTransform(albumentations.ImageOnlyTransform):
         return self.inner.num_failed
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch begins; see `TileTransform.set_epoch`."""
+        """Say which epoch begins, counted from 0, for schedules and slide-wise draws."""
         self.inner.set_epoch(epoch)
 
     def add_targets(self, additional_targets: dict[str, str]) -> None:
@@ -135,7 +135,7 @@ class TileImageTransform(albumentations.ImageOnlyTransform):
         """Draw seed and reference; JSON-safe, so that ReplayCompose can store them."""
         # Of a stack, all images are edited alike, as albumentations does.
         tensor = _to_tensor(self._images(data)[0])
-        return self.inner.make_params([tensor], self.inner.read_facts(data, [tensor]))
+        return self.inner.make_params([tensor], self.inner.read_metadata(data, [tensor]))
 
     def _check(self, data: dict[str, Any]) -> None:
         kinds = self._kinds_in(data)
@@ -153,7 +153,7 @@ class TileImageTransform(albumentations.ImageOnlyTransform):
         for tensor in tensors:
             self.inner.transform(tensor, {"chosen": [False]})  # checks, and edits nothing
         if not self.replay_mode:  # then all is drawn already
-            self.inner.read_facts(data, tensors[:1])
+            self.inner.read_metadata(data, tensors[:1])
 
     def _kinds_in(self, data: dict[str, Any]) -> dict[str, str]:
         return {k: self._kinds.get(k, k) for k, value in data.items() if value is not None}
@@ -206,7 +206,7 @@ class TileImageTransform(albumentations.ImageOnlyTransform):
 
 
 class StainTransfer(TileImageTransform):
-    """Restain an image; see `cytosyn_aug.StainTransfer`. Masks pass through with "color".
+    """Restain an image. Masks pass through with "color".
 
     What the draws go by stands beside the image: `pipeline(image=..., label=..., slide=...)`.
 
@@ -238,7 +238,7 @@ class StainTransfer(TileImageTransform):
         mpp: float = 0.5,
         p: Probability = 0.5,
         sampling: Sampling = "uniform",
-        mode: Mode = "tile",
+        mode: DrawScope = "tile",
         seed: int = 0,
         recipe: EditRecipe | None = None,
         features: Callable[[Tensor], Tensor] | None = None,
@@ -264,7 +264,7 @@ class StainTransfer(TileImageTransform):
 
 
 class StainNormalize(TileImageTransform):
-    """Restain every image to one reference; see `cytosyn_aug.StainNormalize`.
+    """Restain every image to one reference.
 
     Args:
         generator: The model.
@@ -274,7 +274,8 @@ class StainNormalize(TileImageTransform):
         preserve: "color" or "none".
         mpp: Scale of the images in microns per pixel.
         recipe: How the model edits.
-        features: See `StainTransfer`.
+        features: Gives CLS vectors [B, D] of uint8 tiles at the model's size and scale; None asks
+            the encoder. A transform with features cannot be saved as JSON.
         seed: Seed of the model's noise, for every tile.
         allow_geometry_change: Accept masks and boxes although structure may move.
         p: Probability that an image is normalised; a `Ramp`, or one of them by class.
@@ -312,7 +313,7 @@ class StainNormalize(TileImageTransform):
 
 
 class ConditionedResample(TileImageTransform):
-    """Replace an image by a new one with its features; see `cytosyn_aug.ConditionedResample`.
+    """Replace an image by a new one with its features.
 
     Args:
         generator: The model.
@@ -321,8 +322,11 @@ class ConditionedResample(TileImageTransform):
         steps: Forwards; None for 4 of a student, or 16 of the transformer of a model without.
         guidance_scale: Classifier-free guidance; 1 for none.
         p: Probability that an image is replaced; a `Ramp`, or one of them by class.
-        features: See `StainTransfer`.
-        mode: "tile" or "slide"; see `cytosyn_aug.ConditionedResample`.
+        features: Gives CLS vectors [B, D] of uint8 tiles at the model's size and scale; None asks
+            the encoder. A transform with features cannot be saved as JSON.
+        mode: "tile" draws for every tile; "slide" for every slide and epoch, which samples then
+        carry
+            under "slide".
         seed: Of the draws of mode "slide".
         allow_geometry_change: Accept masks and boxes although structure changes.
     """
@@ -337,7 +341,7 @@ class ConditionedResample(TileImageTransform):
         guidance_scale: float = 1.0,
         p: Probability = 0.3,
         features: Callable[[Tensor], Tensor] | None = None,
-        mode: Mode = "tile",
+        mode: DrawScope = "tile",
         seed: int = 0,
         allow_geometry_change: bool = False,
     ) -> None:
@@ -364,7 +368,7 @@ class ConditionedResample(TileImageTransform):
 
 
 class CachedVariants(TileImageTransform):
-    """Replace an image by a cached variant; see `cytosyn_aug.CachedVariants`. Images only.
+    """Replace an image by a cached variant; images only.
 
     Written by `to_dict` as the folder of the cache and the digest of what it must hold.
 
@@ -372,7 +376,9 @@ class CachedVariants(TileImageTransform):
         cache: Filled by `fill_variants`, with images.
         p: Probability that an image is replaced; a `Ramp`, or one of them by class.
         on_miss: "raise" or "keep".
-        mode: "tile" or "slide"; see `cytosyn_aug.CachedVariants`.
+        mode: "tile" draws for every tile; "slide" for every slide and epoch, which samples then
+        carry
+            under "slide".
         seed: Of the draws of mode "slide".
         allow_geometry_change: Accept masks and boxes although the variants moved structure.
     """
@@ -383,7 +389,7 @@ class CachedVariants(TileImageTransform):
         p: Probability = 0.5,
         *,
         on_miss: Literal["raise", "keep"] = "raise",
-        mode: Mode = "tile",
+        mode: DrawScope = "tile",
         seed: int = 0,
         allow_geometry_change: bool = False,
     ) -> None:
@@ -409,19 +415,19 @@ class CachedVariants(TileImageTransform):
         return self.inner.num_missed
 
 
-class ClassicalImageTransform(TileImageTransform, Generic[Reference]):
+class ClassicalImageTransform(TileImageTransform, Generic[ReferenceT]):
     """The arguments of the three classical ones."""
 
     kind: type[classical.ClassicalTransform[Any]]  # Any: of each its own kind of reference
 
     def __init__(
         self,
-        reference: Reference,
+        reference: ReferenceT,
         *,
-        source: Reference | None = None,
+        source: ReferenceT | None = None,
         strength: Scheduled = 1.0,
         p: Probability = 1.0,
-        mode: Mode = "tile",
+        mode: DrawScope = "tile",
         seed: int = 0,
     ) -> None:
         p = read_argument(p)
@@ -436,48 +442,57 @@ class ClassicalImageTransform(TileImageTransform, Generic[Reference]):
 
 
 class MacenkoNormalize(ClassicalImageTransform[MacenkoReference]):
-    """Replace the two stains of an image by a reference's; see `cytosyn_aug.MacenkoNormalize`.
+    """Replace the two stains of an image by a reference's.
 
     Args:
         reference: Where to go.
         source: Stains of the slide the tiles come from; None for each tile's own.
         strength: 1 goes to the reference, 0 stays; or a `Ramp` over epochs.
         p: Probability that an image is changed; a `Ramp`, or one of them by class.
-        mode: "tile" or "slide"; and `seed`, of the draws of mode "slide". See `StainTransfer`.
+        mode: "tile" draws for every tile; "slide" for every slide and epoch, which samples then
+        carry
+            under "slide".
+        seed: Of the draws of mode "slide".
     """
 
     kind = classical.MacenkoNormalize
 
 
 class ReinhardNormalize(ClassicalImageTransform[ReinhardReference]):
-    """Give an image the colour of a reference in Lab; see `cytosyn_aug.ReinhardNormalize`.
+    """Give an image the colour of a reference in Lab.
 
     Args:
         reference: Where to go.
         source: Colour of the slide the tiles come from; None for each tile's own.
         strength: 1 goes to the reference, 0 stays; or a `Ramp` over epochs.
         p: Probability that an image is changed; a `Ramp`, or one of them by class.
-        mode: "tile" or "slide"; and `seed`, of the draws of mode "slide". See `StainTransfer`.
+        mode: "tile" draws for every tile; "slide" for every slide and epoch, which samples then
+        carry
+            under "slide".
+        seed: Of the draws of mode "slide".
     """
 
     kind = classical.ReinhardNormalize
 
 
 class DensityTransport(ClassicalImageTransform[DensityReference]):
-    """Give an image the optical density of a reference; see `cytosyn_aug.DensityTransport`.
+    """Give an image the optical density of a reference.
 
     Args:
         reference: Where to go.
         source: Moments of the slide the tiles come from; None for each tile's own.
         strength: 1 goes to the reference, 0 stays; or a `Ramp` over epochs.
         p: Probability that an image is changed; a `Ramp`, or one of them by class.
-        mode: "tile" or "slide"; and `seed`, of the draws of mode "slide". See `StainTransfer`.
+        mode: "tile" draws for every tile; "slide" for every slide and epoch, which samples then
+        carry
+            under "slide".
+        seed: Of the draws of mode "slide".
     """
 
     kind = classical.DensityTransport
 
 
-def _inner_p(p: Probability, mode: Mode = "tile") -> Probability:
+def _inner_p(p: Probability, mode: DrawScope = "tile") -> Probability:
     """Return p for the inner transform: one draw a slide, and a label, only that knows."""
     return p if isinstance(p, Mapping) or mode == "slide" else 1.0
 

@@ -21,12 +21,12 @@ from cytosyn_aug.io.tile_source import sampled_files
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.stain.density import DensityMoments, pool_moments
 from cytosyn_aug.stain.lab import lab_to_grey
-from cytosyn_aug.stain.methods import KINDS, Reference, fit_reference
+from cytosyn_aug.stain.methods import KINDS, AnyReference, fit_reference
 from cytosyn_aug.stain.reference import StainReference
 from cytosyn_aug.stain.reinhard import ReinhardReference
 from cytosyn_aug.stain.transport import DensityReference
 
-Given = Reference | Path | str | Sequence[Path | str]
+Given = AnyReference | Path | str | Sequence[Path | str]
 References = Mapping[str, Given] | Sequence[Given]
 
 
@@ -108,9 +108,11 @@ def tensors_digest(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _open(source: Given, generator: TileGenerator | None, method: Method) -> tuple[Reference, str]:
+def _open(
+    source: Given, generator: TileGenerator | None, method: Method
+) -> tuple[AnyReference, str]:
     paths = _paths(source)
-    if isinstance(source, Reference):
+    if isinstance(source, AnyReference):
         return source, _digest(source)
     if len(paths) == 1 and paths[0].suffix == ".json":
         reference = KINDS[method].load(paths[0])
@@ -127,7 +129,7 @@ def _open(source: Given, generator: TileGenerator | None, method: Method) -> tup
 
 
 def _paths(source: Given) -> list[Path]:
-    if isinstance(source, Reference):
+    if isinstance(source, AnyReference):
         return []
     return [Path(x) for x in ([source] if isinstance(source, Path | str) else source)]
 
@@ -136,7 +138,7 @@ def _named(given: Sequence[Given]) -> list[tuple[str, Given]]:
     return [(_name(source, k), source) for k, source in enumerate(given)]
 
 
-def _mean_colour(reference: Reference) -> list[float] | None:
+def _mean_colour(reference: AnyReference) -> list[float] | None:
     if isinstance(reference, ReinhardReference):
         grey = lab_to_grey(torch.tensor(reference.mean)[None, :, None, None])
     elif isinstance(reference, StainReference):
@@ -155,7 +157,7 @@ def _name(source: Given, position: int) -> str:
     return "+".join(names) or f"reference_{position}"
 
 
-def _digest(reference: Reference) -> str:
+def _digest(reference: AnyReference) -> str:
     if isinstance(reference, StainReference):
         return tensors_digest([reference.cls, *reference.moments])
     return _text_digest(reference)

@@ -30,7 +30,7 @@ from cytosyn_aug.runs.unit_work import Run
 from cytosyn_aug.slides.normalize import normalize_in_steps, try_slide
 from cytosyn_aug.slides.recipe import SLIDES_COMMAND, SlideRecipe, SlideReport
 from cytosyn_aug.slides.view import SlideView
-from cytosyn_aug.stain.methods import Reference
+from cytosyn_aug.stain.methods import AnyReference
 
 _TRIAL_SLIDES = 3
 _MAX_NAMED = 20
@@ -104,7 +104,7 @@ class SlideTask:
 
     listing: Listing
     generator: TileGenerator | None
-    reference: Reference
+    reference: AnyReference
     reference_name: str
     recipe: SlideRecipe
     constants: Mapping[str, Any]  # Any: cells

@@ -48,7 +48,7 @@ from cytosyn_aug.slides.threads import in_order
 from cytosyn_aug.slides.view import SlideView
 from cytosyn_aug.stain.colour_table import ColourTable, Recolour
 from cytosyn_aug.stain.methods import (
-    Reference,
+    AnyReference,
     fit_reference,
     method_of,
     recolour_to,
@@ -62,10 +62,10 @@ _TRIAL_BLOCKS = 48
 def normalize_slide(
     slide: Path | str,
     out: Path | str,
-    reference: Reference,
+    reference: AnyReference,
     *,
     generator: TileGenerator | None = None,
-    source: Reference | None = None,
+    source: AnyReference | None = None,
     recipe: SlideRecipe | None = None,
     overwrite: bool = False,
     num_threads: int = 4,
@@ -115,11 +115,11 @@ def normalize_slide(
 def normalize_in_steps(
     slide: Path | str,
     out: Path | str,
-    reference: Reference,
+    reference: AnyReference,
     *,
     generator: TileGenerator | None,
     recipe: SlideRecipe,
-    source: Reference | None = None,
+    source: AnyReference | None = None,
     overwrite: bool = False,
     num_threads: int = 4,
 ) -> Generator[tuple[int, int], None, SlideReport]:
@@ -167,7 +167,7 @@ def normalize_in_steps(
 
 def try_slide(
     slide: Path | str,
-    reference: Reference,
+    reference: AnyReference,
     *,
     generator: TileGenerator | None,
     recipe: SlideRecipe,
@@ -193,7 +193,9 @@ def try_slide(
     return round(num_bytes * share * PYRAMID), fitted - began + seconds * share
 
 
-def is_made(out: Path | str, slide: Path | str, reference: Reference, recipe: SlideRecipe) -> bool:
+def is_made(
+    out: Path | str, slide: Path | str, reference: AnyReference, recipe: SlideRecipe
+) -> bool:
     """Return whether a file is what `normalize_slide` makes of these, by what it says of itself.
 
     Raises:
@@ -232,7 +234,7 @@ def _software() -> str:
         return SOFTWARE
 
 
-def _request(slide: Slide, reference: Reference, recipe: SlideRecipe) -> dict[str, Any]:
+def _request(slide: Slide, reference: AnyReference, recipe: SlideRecipe) -> dict[str, Any]:
     """Return what a result is a function of."""
     return {
         "source_digest": slide.identity,
@@ -277,9 +279,9 @@ def _check_disk(out: Path, needed: int) -> None:
 
 def _recolour(
     slide: Slide,
-    reference: Reference,
+    reference: AnyReference,
     generator: TileGenerator | None,
-    source: Reference | None,
+    source: AnyReference | None,
     recipe: SlideRecipe,
 ) -> Recolour | None:
     """Return the change of a slide; None if it shows no tissue to measure."""

@@ -58,8 +58,8 @@ class ColourTable:
         """
         wide = pixels.astype(np.int64)
         number = (wide[..., 0] << 16) | (wide[..., 1] << 8) | wide[..., 2]
-        found = np.take(self._entries, number).view(np.uint8).reshape(*pixels.shape[:2], 4)
-        return np.ascontiguousarray(found[..., :3]), np.ascontiguousarray(found[..., 3])
+        entries = np.take(self._entries, number).view(np.uint8).reshape(*pixels.shape[:2], 4)
+        return np.ascontiguousarray(entries[..., :3]), np.ascontiguousarray(entries[..., 3])
 
 
 def _plane(values: Tensor, red: int) -> Tensor:

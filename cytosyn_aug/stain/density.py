@@ -171,7 +171,7 @@ def apply_density_map(images: Tensor, change: DensityMap) -> Tensor:
 
     Args:
         images: uint8 or float grey levels in [0, 255], any size.
-        change: One map a tile.
+        change: One map per tile.
 
     Returns:
         float32 grey levels, clipped once, not rounded.

@@ -1,4 +1,4 @@
-"""One change of colour for all pixels of a slide, from its stain to that of a reference.
+"""The four methods of normalisation behind one interface: fit a reference, change colours to it.
 
 The four kinds of references, each of which names its method, and what they have in common: they are
 fitted to tiles, and two of a kind give a function of colour. The functions are those of the
@@ -36,9 +36,9 @@ from cytosyn_aug.stain.reinhard import ReinhardReference, match_colour
 from cytosyn_aug.stain.restain import recolour
 from cytosyn_aug.stain.transport import DensityReference
 
-Reference = StainReference | MacenkoReference | ReinhardReference | DensityReference
+AnyReference = StainReference | MacenkoReference | ReinhardReference | DensityReference
 
-KINDS: dict[Method, type[Reference]] = {
+KINDS: dict[Method, type[AnyReference]] = {
     "cytosyn": StainReference,
     "macenko": MacenkoReference,
     "reinhard": ReinhardReference,
@@ -47,7 +47,7 @@ KINDS: dict[Method, type[Reference]] = {
 _CPU = torch.device("cpu")
 
 
-def method_of(reference: Reference) -> Method:
+def method_of(reference: AnyReference) -> Method:
     """Return the method that a kind of reference stands for.
 
     Raises:
@@ -65,8 +65,8 @@ def fit_reference(
     tiles: TileSource,
     generator: TileGenerator | None = None,
     max_tiles: int = MAX_TILES,
-) -> Reference:
-    """Fit the reference of a method to tiles; see `StainReference.fit`.
+) -> AnyReference:
+    """Fit the reference of a method to tiles, a folder, a slide, or several of these.
 
     Slides are read at the model's tile spec, or without a model at 224 px and 0.5 microns/pixel.
 
@@ -85,7 +85,7 @@ def fit_reference(
     raise ValueError(f"method is {method!r}, expected one of {', '.join(KINDS)}")
 
 
-def reference_digest(reference: Reference) -> str:
+def reference_digest(reference: AnyReference) -> str:
     """Return 16 hexadecimal digits of SHA-256 over all of a reference."""
     if isinstance(reference, StainReference):
         content = reference.to_dict()
@@ -96,8 +96,8 @@ def reference_digest(reference: Reference) -> str:
 
 @isolated()
 def recolour_to(
-    reference: Reference,
-    source: Reference,
+    reference: AnyReference,
+    source: AnyReference,
     *,
     generator: TileGenerator | None,
     edit: EditRecipe,
@@ -144,7 +144,7 @@ def _stain_change(
     return lambda grey: recolour(grey, estimate, targets, share).images
 
 
-def _density_change(reference: Reference, source: Reference) -> DensityMap:
+def _density_change(reference: AnyReference, source: AnyReference) -> DensityMap:
     if isinstance(reference, MacenkoReference) and isinstance(source, MacenkoReference):
         return normalising_map(source.stains(_CPU), reference.stains(_CPU))
     assert isinstance(reference, DensityReference)

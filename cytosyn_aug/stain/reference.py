@@ -1,4 +1,4 @@
-"""What a laboratory's stain looks like to a model: fitted once, saved, used by every transform.
+"""StainReference: the stain of a laboratory as a model sees it, fitted once and saved.
 
 Saved as a small JSON file with a safetensors file beside it. Both carry the digest of the model
 they were fitted with, because features and latents of another model mean something else.
@@ -72,7 +72,7 @@ class StainReference:
             tiles: uint8 [N, 3, size, size], a folder of tile images of that size (searched
                 recursively), a slide, or several of these two. Blank tiles are left out.
             max_tiles: Of a larger folder or slide, so many evenly spaced tiles are read.
-            features: Precomputed CLS vectors of the tiles, one a row; without them and without an
+            features: Precomputed CLS vectors of the tiles, one per row; without them and without an
                 encoder the reference holds colour only, which restaining can do with.
             laboratory: Name of the laboratory the tiles come from.
 

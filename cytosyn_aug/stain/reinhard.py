@@ -70,7 +70,16 @@ class ReinhardReference:
         tile: TileSpec | None = None,
         max_tiles: int = MAX_TILES,
     ) -> ReinhardReference:
-        """Fit to the tissue of all tiles together; see `MacenkoReference.fit`."""
+        """Fit to the tissue of all tiles together.
+
+        Args:
+            tiles: uint8 [N, 3, H, W], a folder of tiles, a slide, or several of these.
+            tile: Size and scale at which slides are read; None for 224 px at 0.5 microns/pixel.
+            max_tiles: Tiles to read of a folder or slide at the most.
+
+        Raises:
+            ValueError: The tiles show no tissue.
+        """
         images = read_tiles(tiles, tile or TileSpec(), max_tiles)
         pooled = pool_lab_moments(
             lab_moments(grey_to_lab(images), tissue_weight(optical_density(images)))

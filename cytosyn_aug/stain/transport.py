@@ -49,7 +49,16 @@ class DensityReference:
         tile: TileSpec | None = None,
         max_tiles: int = MAX_TILES,
     ) -> DensityReference:
-        """Fit to the tissue of all tiles together; see `MacenkoReference.fit`."""
+        """Fit to the tissue of all tiles together.
+
+        Args:
+            tiles: uint8 [N, 3, H, W], a folder of tiles, a slide, or several of these.
+            tile: Size and scale at which slides are read; None for 224 px at 0.5 microns/pixel.
+            max_tiles: Tiles to read of a folder or slide at the most.
+
+        Raises:
+            ValueError: The tiles show no tissue.
+        """
         images = read_tiles(tiles, tile or TileSpec(), max_tiles)
         check_pooled(images.shape[2], images.shape[3])
         pooled = pool_moments(tissue_moments(images))

@@ -24,8 +24,8 @@ from cytosyn_aug.images import (
     tile_key,
 )
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.transforms.draws import Mode
-from cytosyn_aug.transforms.sample_metadata import NO_FACTS, Facts
+from cytosyn_aug.transforms.draws import DrawScope
+from cytosyn_aug.transforms.sample_metadata import NO_METADATA, SampleMetadata
 from cytosyn_aug.transforms.schedules import Probability
 from cytosyn_aug.transforms.tile_transform import TileTransform
 from cytosyn_aug.transforms.worker_state import SharedCount
@@ -73,7 +73,7 @@ class CachedVariants(TileTransform):
         on_miss: "raise" names the tile and why it is not there; "keep" leaves the tile as it is,
             warns once, and counts in `num_missed`.
         mode: "tile" or "slide", which gives all tiles of a slide the same variant in an epoch, or
-            none, and then samples carry the name of the slide under "slide"; see `StainTransfer`.
+            none, and then samples carry the name of the slide under "slide".
             Where a variant is one laboratory (a `StainNormalize` each), a slide has one stain.
         seed: Of the draws of mode "slide".
         allow_geometry_change: Accept masks and boxes although the cache's variants moved
@@ -99,7 +99,7 @@ class CachedVariants(TileTransform):
         p: Probability = 0.5,
         *,
         on_miss: Literal["raise", "keep"] = "raise",
-        mode: Mode = "tile",
+        mode: DrawScope = "tile",
         seed: int = 0,
         allow_geometry_change: bool = False,
     ) -> None:
@@ -123,9 +123,11 @@ class CachedVariants(TileTransform):
         """Tiles, in all workers, that were not in the cache and came back as they were."""
         return self._missed.total()
 
-    def make_params(self, flat_inputs: list[Any], facts: Facts = NO_FACTS) -> dict[str, Any]:
+    def make_params(
+        self, flat_inputs: list[Any], metadata: SampleMetadata = NO_METADATA
+    ) -> dict[str, Any]:
         """Draw also the variant of every tile."""
-        params, sources = self._draw_tiles(num_tiles(flat_inputs[0]), facts)
+        params, sources = self._draw_tiles(num_tiles(flat_inputs[0]), metadata)
         num_variants = self.cache.spec.num_variants
         drawn = [
             int(torch.randint(num_variants, (), generator=source, device="cpu"))
@@ -145,29 +147,29 @@ class CachedVariants(TileTransform):
             return inpt
         tiles, close = open_tiles(inpt)
         is_edited = torch.zeros(len(tiles), dtype=torch.bool, device="cpu")
-        found: Tensor | None = None
+        payload: Tensor | None = None
         if index:
             chosen = tiles if len(index) == len(tiles) else tiles[index]
-            is_edited[index], found = self._look_up(chosen, index, params)
+            is_edited[index], payload = self._look_up(chosen, index, params)
         if self.is_latent:
             image = inpt.as_subclass(Tensor) if isinstance(inpt, Tensor) else tiles[0]
-            return self._latent_variant(image, index, found, is_edited)
-        if found is None or not is_edited.any():
+            return self._latent_variant(image, index, payload, is_edited)
+        if payload is None or not is_edited.any():
             return inpt  # nothing found may be of another size
-        edited = found.to(tiles.device)
+        edited = payload.to(tiles.device)
         if len(index) < len(tiles):
             edited = tiles.clone()
-            edited[index] = found.to(tiles.device)
+            edited[index] = payload.to(tiles.device)
         return close(edited, is_edited)
 
     def _latent_variant(
-        self, image: Tensor, index: list[int], found: Tensor | None, is_variant: Tensor
+        self, image: Tensor, index: list[int], payload: Tensor | None, is_variant: Tensor
     ) -> LatentVariant:
         field = next(f for f in self.cache.spec.fields if f.name == "latents")
         shape, dtype = (len(is_variant), *field.shape), getattr(torch, field.dtype)
         latents = torch.zeros(shape, dtype=dtype, device="cpu")
-        if found is not None:
-            latents[index] = found
+        if payload is not None:
+            latents[index] = payload
         lead = image.shape[:-3]
         return LatentVariant(image, latents.view(*lead, *field.shape), is_variant.view(lead))
 
@@ -183,8 +185,8 @@ class CachedVariants(TileTransform):
         payload = records.fields["latents" if self.is_latent else "images"]
         return records.is_found & records.fields["is_edited"].bool(), payload
 
-    def _miss(self, tiles: Tensor, index: list[int], variants: list[int], found: Tensor) -> None:
-        rows = (~found).nonzero()[:, 0].tolist()
+    def _miss(self, tiles: Tensor, index: list[int], variants: list[int], is_found: Tensor) -> None:
+        rows = (~is_found).nonzero()[:, 0].tolist()
         if self.on_miss == "raise" or not self.num_missed:
             first = rows[0]
             reason = explain_miss(self.cache, tiles[first], variants[first])
@@ -233,6 +235,6 @@ class CachedVariants(TileTransform):
         out = image.reshape(-1, *image.shape[-3:]).clone()
         is_float = image.dtype.is_floating_point
         self._count_failed(out[rows] * (255.0 if is_float else 1), ~is_finite)
-        made = pixels_to_images(pixels[is_finite])
-        out[rows[is_finite]] = (made.float() / 255.0 if is_float else made).to(out)
+        decoded = pixels_to_images(pixels[is_finite])
+        out[rows[is_finite]] = (decoded.float() / 255.0 if is_float else decoded).to(out)
         return out.view(image.shape)

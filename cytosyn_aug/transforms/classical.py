@@ -34,17 +34,17 @@ from cytosyn_aug.stain.lab import grey_to_lab
 from cytosyn_aug.stain.macenko import MacenkoReference, Stains, estimate_stains, normalising_map
 from cytosyn_aug.stain.reinhard import ReinhardReference, lab_moments, match_colour
 from cytosyn_aug.stain.transport import DensityReference, check_pooled
-from cytosyn_aug.transforms.draws import Mode
-from cytosyn_aug.transforms.sample_metadata import NO_FACTS, Facts
+from cytosyn_aug.transforms.draws import DrawScope
+from cytosyn_aug.transforms.sample_metadata import NO_METADATA, SampleMetadata
 from cytosyn_aug.transforms.schedules import Probability, Scheduled, check_scheduled, value_at
-from cytosyn_aug.transforms.tile_transform import Edit, TileTransform
+from cytosyn_aug.transforms.tile_transform import EditedTiles, TileTransform
 
 _CHUNK = 2
-Reference = TypeVar("Reference")
+ReferenceT = TypeVar("ReferenceT")
 
 
 # Generic comes first: __init_subclass__ of torchvision does not hand on to what follows it.
-class ClassicalTransform(Generic[Reference], TileTransform):
+class ClassicalTransform(Generic[ReferenceT], TileTransform):
     """What the three share: their arguments and draws. How tiles change is in each.
 
     Attributes:
@@ -55,12 +55,12 @@ class ClassicalTransform(Generic[Reference], TileTransform):
 
     def __init__(
         self,
-        reference: Reference,
+        reference: ReferenceT,
         *,
-        source: Reference | None = None,
+        source: ReferenceT | None = None,
         strength: Scheduled = 1.0,
         p: Probability = 1.0,
-        mode: Mode = "tile",
+        mode: DrawScope = "tile",
         seed: int = 0,
     ) -> None:
         super().__init__(p=p, keeps_structure=True, mode=mode, seed=seed)
@@ -72,9 +72,11 @@ class ClassicalTransform(Generic[Reference], TileTransform):
         self.source = source
         self.strength = strength
 
-    def make_params(self, flat_inputs: list[Any], facts: Facts = NO_FACTS) -> dict[str, Any]:
+    def make_params(
+        self, flat_inputs: list[Any], metadata: SampleMetadata = NO_METADATA
+    ) -> dict[str, Any]:
         """Draw which tiles are changed; `strengths` are those of this epoch."""
-        params = super().make_params(flat_inputs, facts)
+        params = super().make_params(flat_inputs, metadata)
         strength = value_at(self.strength, self.epoch)
         return params | {"strengths": [strength] * len(params["chosen"])}
 
@@ -90,12 +92,12 @@ class ClassicalTransform(Generic[Reference], TileTransform):
         """Return what a processor's caches hold the intermediate results of."""
         return _CHUNK if grey.device.type == "cpu" else len(grey)
 
-    def _edit(self, grey: Tensor, params: dict[str, Any]) -> Edit:
+    def _edit(self, grey: Tensor, params: dict[str, Any]) -> EditedTiles:
         strength = torch.tensor(params["strengths"], dtype=torch.float32, device=grey.device)
         edit = self._change(grey, strength)
-        return Edit(edit.grey, edit.is_edited & (strength > 0))
+        return EditedTiles(edit.grey, edit.is_edited & (strength > 0))
 
-    def _change(self, grey: Tensor, strength: Tensor) -> Edit:
+    def _change(self, grey: Tensor, strength: Tensor) -> EditedTiles:
         """Change tiles [n, 3, H, W] by strengths [n]; say which tell their stain."""
         raise NotImplementedError
 
@@ -121,7 +123,7 @@ class MacenkoNormalize(ClassicalTransform[MacenkoReference]):
 
     reference_kind = MacenkoReference
 
-    def _change(self, grey: Tensor, strength: Tensor) -> Edit:
+    def _change(self, grey: Tensor, strength: Tensor) -> EditedTiles:
         density = optical_density(grey)
         if self.source is None:
             start = estimate_stains(density)
@@ -131,7 +133,7 @@ class MacenkoNormalize(ClassicalTransform[MacenkoReference]):
         change = normalising_map(start, self.reference.stains(grey.device))
         recoloured = recolour_density(density, blend_with_identity(change, strength))
         has_tissue = tissue_weight(density).mean((1, 2, 3)) >= MIN_TISSUE
-        return Edit(recoloured, start.is_sound & has_tissue)
+        return EditedTiles(recoloured, start.is_sound & has_tissue)
 
 
 class ReinhardNormalize(ClassicalTransform[ReinhardReference]):
@@ -155,12 +157,14 @@ class ReinhardNormalize(ClassicalTransform[ReinhardReference]):
 
     reference_kind = ReinhardReference
 
-    def _change(self, grey: Tensor, strength: Tensor) -> Edit:
+    def _change(self, grey: Tensor, strength: Tensor) -> EditedTiles:
         lab, weight = grey_to_lab(grey), tissue_weight(optical_density(grey))
-        own = lab_moments(lab, weight) if self.source is None else self.source.moments(grey.device)
-        mapped = match_colour(lab, own, self.reference.moments(grey.device))
+        start = lab_moments(lab, weight)
+        if self.source is not None:
+            start = self.source.moments(grey.device)
+        mapped = match_colour(lab, start, self.reference.moments(grey.device))
         recoloured = torch.lerp(grey, mapped, weight * strength[:, None, None, None])
-        return Edit(recoloured, weight.mean((1, 2, 3)) >= MIN_TISSUE)
+        return EditedTiles(recoloured, weight.mean((1, 2, 3)) >= MIN_TISSUE)
 
 
 class DensityTransport(ClassicalTransform[DensityReference]):
@@ -190,12 +194,12 @@ class DensityTransport(ClassicalTransform[DensityReference]):
     def _check_size(self, height_px: int, width_px: int) -> None:
         check_pooled(height_px, width_px)
 
-    def _change(self, grey: Tensor, strength: Tensor) -> Edit:
-        own = tissue_moments(grey)
-        start = own
+    def _change(self, grey: Tensor, strength: Tensor) -> EditedTiles:
+        of_tile = tissue_moments(grey)
+        start = of_tile
         if self.source is not None:
             given = self.source.moments(grey.device)
             start = DensityMoments(*(x.expand(len(grey), *x.shape[1:]) for x in given))
         change = match_moments(start, self.reference.moments(grey.device))
         recoloured = apply_density_map(grey, blend_with_identity(change, strength))
-        return Edit(recoloured, own.tissue >= MIN_TISSUE)
+        return EditedTiles(recoloured, of_tile.tissue >= MIN_TISSUE)

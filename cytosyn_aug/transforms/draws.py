@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 Sampling = Literal["uniform", "farthest", "own_excluded"]
-Mode = Literal["tile", "slide"]
+DrawScope = Literal["tile", "slide"]
 MAX_SEED = 2**62
 _T = TypeVar("_T")
 
 
 def group_by_laboratory(names: Sequence[str]) -> list[list[int]]:
-    """Return the positions of references, one list a laboratory, in order of appearance."""
+    """Return the positions of references, one list per laboratory, in order of appearance."""
     groups: dict[object, list[int]] = {}
     for position, name in enumerate(names):
         groups.setdefault(name or position, []).append(position)
@@ -88,7 +88,7 @@ def farthest_references(
         statistics: [B, 9], the tiles' stain; see `cytosyn_aug.stain.density.moment_statistics`.
         references: [R, 9], the references' stain.
         groups: References by laboratory.
-        count: How many a tile; they repeat where there are fewer.
+        count: How many per tile; they repeat where there are fewer.
 
     Returns:
         B lists of `count` positions: the farthest, the farthest of another laboratory, and so on;

@@ -33,8 +33,8 @@ def redraw(
     Args:
         generator: The model.
         images: uint8 [B, 3, size, size].
-        recipe: See `EditRecipe`.
-        seeds: One seed a tile, for its noise.
+        recipe: Noise level, steps and guidance of drawing.
+        seeds: One seed per tile, for its noise.
 
     Returns:
         uint8 [B, 3, size, size] on the generator's device, and which are to be used. Blank tiles
@@ -134,7 +134,7 @@ def resample(
     Args:
         generator: The model.
         images: uint8 [B, 3, size, size].
-        seeds: One seed a tile.
+        seeds: One seed per tile.
         steps: Forwards; None for 4 of a student, or 16 of the transformer of a model without.
         guidance_scale: Classifier-free guidance in t <= 0.75 (1 = noise); 1 for none.
         features: CLS vectors [B, D] of the tiles, or a function that gives those of the uint8
@@ -142,7 +142,7 @@ def resample(
         compares: Tell similarity, for which the encoder sees the new tiles too.
 
     Returns:
-        On the generator's device; see `Resampled`.
+        On the generator's device.
     """
     generator.check_images(images)
     out = images.to(generator.device, copy=True)
@@ -157,10 +157,10 @@ def resample(
     cls = condition_vectors(generator, images, index, features).to(out.device)
     noise = sample_noise(chosen, generator.latent_shape)
     latents = generator.draw(noise, cls, steps=steps, guidance_scale=guidance_scale, seeds=chosen)
-    made = _decode(generator, latents)
-    out[rows], is_finite[rows] = made
+    drawn = _decode(generator, latents)
+    out[rows], is_finite[rows] = drawn
     if compares and generator.encoder is not None:
-        similarity[rows] = torch.cosine_similarity(cls, generator.cls_features(made.images))
+        similarity[rows] = torch.cosine_similarity(cls, generator.cls_features(drawn.images))
         is_finite &= similarity.isfinite() | ~has_tissue
     return Resampled(out, similarity, has_tissue, is_finite)
 

@@ -1,6 +1,6 @@
 """ReplayBank: edited tiles that a training process makes, uses a few times, and makes anew.
 
-One slot a tile of the data set holds the latents of its latest variant. A tile that is drawn
+One slot per tile of the data set holds the latents of its latest variant. A tile that is drawn
 takes what is in its slot, until that has been used `reuse` times or is older than `max_age` steps;
 then a new one is made from the tile at hand, in one batch with all others of the step that need
 one. A step of B tiles, of which a share p is drawn, so costs about
@@ -48,7 +48,7 @@ from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.stain.density import is_tissue
 from cytosyn_aug.transforms.schedules import Scheduled, check_scheduled, value_at
 from cytosyn_aug.transforms.tile_transform import TileTransform
-from cytosyn_aug.transforms.variants import Edit, check_draws, run_edit
+from cytosyn_aug.transforms.variants import VariantFunction, check_draws, run_edit
 
 _MAX_SEED = 2**62
 
@@ -88,8 +88,8 @@ class ReplayBank:
     Args:
         generator: The model.
         edit: Makes variants: a transform, which then edits every tile it is given, whatever its
-            `p`; or a function from uint8 images [n, 3, size, size] with tissue and one seed a tile
-            to uint8 images, or to whitened latents [n, C, h, w] of the model.
+            `p`; or a function from uint8 images [n, 3, size, size] with tissue and one seed per
+            tile to uint8 images, or to whitened latents [n, C, h, w] of the model.
         num_tiles: Tiles of the data set; positions in a batch's `index` are below it.
         p: Probability that a tile is replaced; or a `Ramp` over the epochs that `set_epoch` says.
         reuse: Times that a variant is used before it is made anew, also within a batch that holds
@@ -116,7 +116,7 @@ class ReplayBank:
     def __init__(
         self,
         generator: TileGenerator,
-        edit: TileTransform | Edit,
+        edit: TileTransform | VariantFunction,
         *,
         num_tiles: int,
         p: Scheduled = 0.5,
@@ -269,22 +269,23 @@ class ReplayBank:
         """Fill the slots of rows anew; return those that are empty still, to be asked again."""
         chosen = images[torch.tensor(rows, device=images.device)]
         places = [slots[row] for row in rows]
-        made, is_failed = run_edit(self.edit, chosen, [seeds[row] for row in rows])
+        variants, is_failed = run_edit(self.edit, chosen, [seeds[row] for row in rows])
         is_edited = torch.ones(len(rows), dtype=torch.bool)
-        if made.dtype == torch.uint8:
-            if made.shape != chosen.shape:
+        if variants.dtype == torch.uint8:
+            if variants.shape != chosen.shape:
                 raise ValueError(
-                    f"the edit gave {list(made.shape)} for {list(chosen.shape)}, expected the same"
+                    f"the edit gave {list(variants.shape)} for {list(chosen.shape)}, expected "
+                    "the same"
                 )
-            is_edited = (made.to(chosen.device) != chosen).flatten(1).any(1).cpu()
-            made = self._encode(made[is_edited.to(made.device)])
+            is_edited = (variants.to(chosen.device) != chosen).flatten(1).any(1).cpu()
+            variants = self._encode(variants[is_edited.to(variants.device)])
         num_edited = int(is_edited.sum())
-        if made.shape != (num_edited, *self.generator.latent_shape):
+        if variants.shape != (num_edited, *self.generator.latent_shape):
             raise ValueError(
-                f"the edit gave latents {list(made.shape)}, expected "
+                f"the edit gave latents {list(variants.shape)}, expected "
                 f"{[num_edited, *self.generator.latent_shape]}"
             )
-        stored = made.half().cpu()
+        stored = variants.half().cpu()
         is_finite = stored.isfinite().flatten(1).all(1).tolist()
         edited = [place for place, is_new in zip(places, is_edited.tolist(), strict=True) if is_new]
         self._latents[edited] = stored.numpy()
@@ -301,13 +302,13 @@ class ReplayBank:
         rows = torch.tensor(list(taken))
         latents = torch.from_numpy(np.stack(list(taken.values()))).float()
         pixels = self.generator.decode_pixels(latents, is_few_step=True)
-        made, is_finite = finite_images(pixels)
+        variants, is_finite = finite_images(pixels)
         failed = [slots[row] for row in rows[~is_finite.cpu()].tolist()]
         self._uses[failed] = 0
         self._count(num_failed=len(failed), num_reused=-len(failed))
         self._warn_of(failed)
         out = images.clone()
-        out[rows[is_finite.cpu()].to(out.device)] = made[is_finite].to(out.device)
+        out[rows[is_finite.cpu()].to(out.device)] = variants[is_finite].to(out.device)
         return out
 
     def _warn_of(self, failed: Collection[int]) -> None:

@@ -1,4 +1,4 @@
-"""The torchvision transform that replaces a tile by a new one with the same features."""
+"""ConditionedResample: the torchvision transform that replaces a tile by a new one like it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from cytosyn_aug.images import check_sides
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.transforms.draws import MAX_SEED, Mode
+from cytosyn_aug.transforms.draws import MAX_SEED, DrawScope
 from cytosyn_aug.transforms.redraw import resample
-from cytosyn_aug.transforms.sample_metadata import NO_FACTS, Facts
+from cytosyn_aug.transforms.sample_metadata import NO_METADATA, SampleMetadata
 from cytosyn_aug.transforms.schedules import Probability
-from cytosyn_aug.transforms.tile_transform import Edit, TileTransform
+from cytosyn_aug.transforms.tile_transform import EditedTiles, TileTransform
 from cytosyn_aug.transforms.worker_state import SharedCount
 
 
@@ -39,7 +39,7 @@ class ConditionedResample(TileTransform):
             `FeatureTable`; None asks the model's encoder. A model without one cannot tell
             similarity, so it needs features and no bounds.
         mode: "tile" or "slide", which replaces all tiles of a slide in an epoch, or none, and then
-            samples carry the name of the slide under "slide"; see `StainTransfer`.
+            samples carry the name of the slide under "slide".
         seed: Of the draws of mode "slide".
         allow_geometry_change: Accept masks and boxes although structure changes.
 
@@ -64,7 +64,7 @@ class ConditionedResample(TileTransform):
         guidance_scale: float = 1.0,
         p: Probability = 0.3,
         features: Callable[[Tensor], Tensor] | None = None,
-        mode: Mode = "tile",
+        mode: DrawScope = "tile",
         seed: int = 0,
         allow_geometry_change: bool = False,
     ) -> None:
@@ -95,9 +95,11 @@ class ConditionedResample(TileTransform):
         """Tiles, in all workers, whose new version was too unlike or too like the old one."""
         return self._rejected.total()
 
-    def make_params(self, flat_inputs: list[Any], facts: Facts = NO_FACTS) -> dict[str, Any]:
+    def make_params(
+        self, flat_inputs: list[Any], metadata: SampleMetadata = NO_METADATA
+    ) -> dict[str, Any]:
         """Draw which tiles are replaced, and a noise of its own for each, also within a slide."""
-        params = super().make_params(flat_inputs, facts)
+        params = super().make_params(flat_inputs, metadata)
         if self.mode == "slide":
             num = len(params["seeds"])
             params["seeds"] = torch.randint(0, MAX_SEED, (num,), device="cpu").tolist()
@@ -109,7 +111,7 @@ class ConditionedResample(TileTransform):
     def _tiles_at_once(self, grey: Tensor) -> int:
         return self.generator.batch_size
 
-    def _edit(self, grey: Tensor, params: dict[str, Any]) -> Edit:
+    def _edit(self, grey: Tensor, params: dict[str, Any]) -> EditedTiles:
         self.generator.check_process()
         tiles = grey.round().to(torch.uint8)
         result = resample(
@@ -127,4 +129,4 @@ class ConditionedResample(TileTransform):
         low, high = self.min_similarity, self.max_similarity
         is_accepted = ~((result.similarity < low) | (result.similarity > high))
         self._rejected.add(int((is_usable & ~is_accepted).sum()))
-        return Edit(result.images, is_usable & is_accepted)
+        return EditedTiles(result.images, is_usable & is_accepted)

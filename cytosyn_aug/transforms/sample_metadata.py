@@ -1,4 +1,4 @@
-"""What a sample says of its tiles beside their pixels: label, slide, laboratory.
+"""Label, slide and laboratory of a sample's tiles, read from beside the images.
 
 Found by key in any mapping of the sample, however nested: {"image": ..., "slide": ...} or (image,
 {"slide": ...}). A label may also be the last element of a tuple, as data sets return it. One value
@@ -23,8 +23,8 @@ _LABEL_ADVICE = (
 )
 
 
-class Facts(NamedTuple):
-    """One value a tile; None for what was not asked, or labels that are not there.
+class SampleMetadata(NamedTuple):
+    """One value per tile; None for what was not asked, or labels that are not there.
 
     Attributes:
         labels: Classes.
@@ -37,36 +37,36 @@ class Facts(NamedTuple):
     laboratories: list[Hashable] | None = None
 
 
-NO_FACTS = Facts()
+NO_METADATA = SampleMetadata()
 
 
 def read_labels(sample: object, num: int) -> list[Hashable] | None:
     """Return the labels of a sample's tiles: under the key "label", or last in a tuple.
 
     Raises:
-        ValueError: Another number of labels than tiles, or several values a tile.
+        ValueError: Another number of labels than tiles, or several values per tile.
     """
-    found, where = _find(sample, LABEL), f"under {LABEL!r}"
-    if found is None and isinstance(sample, tuple | list) and len(sample) > 1:
+    value, where = _find(sample, LABEL), f"under {LABEL!r}"
+    if value is None and isinstance(sample, tuple | list) and len(sample) > 1:
         last = sample[-1]
         if not (is_image(last) or isinstance(last, Mapping | TVTensor)):
-            found, where = last, "last in the sample, where its label is"
-    return None if found is None else _spread(found, num, where, _LABEL_ADVICE)
+            value, where = last, "last in the sample, where its label is"
+    return None if value is None else _broadcast(value, num, where, _LABEL_ADVICE)
 
 
-def read_fact(sample: object, key: str, num: int) -> list[Hashable]:
+def read_value(sample: object, key: str, num: int) -> list[Hashable]:
     """Return what a sample says under a key, for each of its tiles.
 
     Raises:
-        ValueError: It says nothing, another number of values than tiles, or several a tile.
+        ValueError: It says nothing, another number of values than tiles, or several per tile.
     """
-    found = _find(sample, key)
-    if found is None:
+    value = _find(sample, key)
+    if value is None:
         raise ValueError(
             f"the sample says no {key}, which this transform draws by; pass it in a dictionary, "
             f'as {{"image": ..., "{key}": ...}} or (image, {{"{key}": ...}})'
         )
-    return _spread(found, num, f"under {key!r}")
+    return _broadcast(value, num, f"under {key!r}")
 
 
 def _find(sample: object, key: str) -> Any:  # Any: whatever the user keeps there
@@ -76,22 +76,22 @@ def _find(sample: object, key: str) -> Any:  # Any: whatever the user keeps ther
         sample = tuple(sample.values())
     if isinstance(sample, tuple | list):
         for part in sample:
-            found = _find(part, key)
-            if found is not None:
-                return found
+            value = _find(part, key)
+            if value is not None:
+                return value
     return None
 
 
-def _spread(value: Any, num: int, where: str, advice: str = "") -> list[Hashable]:
-    value = _plain(value)
+def _broadcast(value: Any, num: int, where: str, advice: str = "") -> list[Hashable]:
+    value = _as_builtin(value)
     if not isinstance(value, tuple | list):
         return [_single(value, where, advice)] * num
     if len(value) != num:
         raise ValueError(
-            f"the sample has {num} tiles and {len(value)} values {where}; give one a tile, or one "
-            f"for all{advice}"
+            f"the sample has {num} tiles and {len(value)} values {where}; give one per tile, or "
+            f"one for all{advice}"
         )
-    return [_single(_plain(x), where, advice) for x in value]
+    return [_single(_as_builtin(x), where, advice) for x in value]
 
 
 def _single(value: Any, where: str, advice: str) -> Hashable:
@@ -107,6 +107,6 @@ def _single(value: Any, where: str, advice: str) -> Hashable:
     return value
 
 
-def _plain(value: Any) -> Any:
+def _as_builtin(value: Any) -> Any:
     """Return Python's own for tensors, and for numpy's numbers, texts and arrays."""
     return value.tolist() if isinstance(value, Tensor) or hasattr(value, "tolist") else value

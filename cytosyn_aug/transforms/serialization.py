@@ -95,7 +95,7 @@ def identify_argument(value: Any) -> Any:  # Any: as above
     As `write_argument`, but models, caches and references are named by digest, not by place.
 
     Raises:
-        TypeError: See `write_argument`.
+        TypeError: An argument that JSON cannot hold.
     """
     if isinstance(value, TileGenerator):
         return {"kind": "TileGenerator", "digest": value.digest, "networks": str(value.dtype)}

@@ -1,8 +1,8 @@
-"""torchvision v2 transforms that change the stain of tiles with a tile generator.
+"""StainTransfer and StainNormalize: torchvision v2 transforms that change the stain of tiles.
 
-The change is estimated by the model, and with `preserve="color"` applied to the original pixels;
-see `cytosyn_aug.stain.estimate`. The grammar is that of `cytosyn_aug.transforms.tile_transform`: of
-a list of plain tensors only the first is edited, as in torchvision; stack them, or wrap each in
+The change is that of `cytosyn_aug.stain.restain`, of the original pixels, or with `preserve="none"`
+drawn anew by the diffusion model. The grammar is that of `cytosyn_aug.transforms.tile_transform`:
+of a list of plain tensors only the first is edited, as in torchvision; stack them, or wrap each in
 `tv_tensors.Image`.
 """
 
@@ -33,7 +33,7 @@ from cytosyn_aug.stain.estimate import (
 from cytosyn_aug.stain.reference import StainReference, check_reference, list_references
 from cytosyn_aug.stain.restain import restain
 from cytosyn_aug.transforms.draws import (
-    Mode,
+    DrawScope,
     Sampling,
     draw_references,
     farthest_references,
@@ -41,9 +41,19 @@ from cytosyn_aug.transforms.draws import (
     without_laboratory,
 )
 from cytosyn_aug.transforms.redraw import redraw_restained
-from cytosyn_aug.transforms.sample_metadata import LABORATORY, NO_FACTS, Facts, read_fact
+from cytosyn_aug.transforms.sample_metadata import (
+    LABORATORY,
+    NO_METADATA,
+    SampleMetadata,
+    read_value,
+)
 from cytosyn_aug.transforms.schedules import Probability, Scheduled, check_scheduled, value_at
-from cytosyn_aug.transforms.tile_transform import Edit, TileTransform, missing_fact, warn_once
+from cytosyn_aug.transforms.tile_transform import (
+    EditedTiles,
+    TileTransform,
+    missing_value,
+    warn_once,
+)
 from cytosyn_aug.transforms.worker_state import SharedCount
 
 
@@ -104,7 +114,7 @@ class StainTransfer(TileTransform):
         mpp: float = 0.5,
         p: Probability = 0.5,
         sampling: Sampling = "uniform",
-        mode: Mode = "tile",
+        mode: DrawScope = "tile",
         seed: int = 0,
         recipe: EditRecipe | None = None,
         features: Callable[[Tensor], Tensor] | None = None,
@@ -151,36 +161,38 @@ class StainTransfer(TileTransform):
         self._targets: Tensor | None = None
         self._warned_laboratory = SharedCount()
 
-    def make_params(self, flat_inputs: list[Any], facts: Facts = NO_FACTS) -> dict[str, Any]:
+    def make_params(
+        self, flat_inputs: list[Any], metadata: SampleMetadata = NO_METADATA
+    ) -> dict[str, Any]:
         """Draw also the reference of every tile, and its strength in this epoch.
 
         Returns:
-            Lists with one entry a tile: `chosen`, `seeds`, `references`, `strengths`.
+            Lists with one entry per tile: `chosen`, `seeds`, `references`, `strengths`.
         """
-        params = self._draw(flat_inputs, facts, count=1)
+        params = self._draw(flat_inputs, metadata, count=1)
         return params | {"references": [drawn[0] for drawn in params["references"]]}
 
-    def _draw(self, flat_inputs: list[Any], facts: Facts, count: int) -> dict[str, Any]:
-        """Draw `count` references a tile, and everything else."""
+    def _draw(self, flat_inputs: list[Any], metadata: SampleMetadata, count: int) -> dict[str, Any]:
+        """Draw `count` references per tile, and everything else."""
         num = num_tiles(flat_inputs[0])
-        own = facts.laboratories or [None] * num
+        laboratories = metadata.laboratories or [None] * num
         if self.sampling == "own_excluded":
-            if facts.laboratories is None:
-                raise ValueError(missing_fact(LABORATORY))
-            self._check_laboratories(own)
-        params, sources = self._draw_tiles(num, facts)
+            if metadata.laboratories is None:
+                raise ValueError(missing_value(LABORATORY))
+            self._check_laboratories(laboratories)
+        params, generators = self._draw_tiles(num, metadata)
         if self.sampling == "farthest":
             params["references"] = self._farthest(flat_inputs[0], num, count)
         else:
             params["references"] = [
-                self._draw_references(x, count, source)
-                for x, source in zip(own, sources, strict=True)
+                self._draw_references(laboratory, count, generator)
+                for laboratory, generator in zip(laboratories, generators, strict=True)
             ]
         params["strengths"] = [value_at(self.strength, self.epoch)] * num
         return params
 
-    def _check_laboratories(self, own: Sequence[Hashable]) -> None:
-        unknown = [x for x in own if x not in self._laboratories]
+    def _check_laboratories(self, laboratories: Sequence[Hashable]) -> None:
+        unknown = [x for x in laboratories if x not in self._laboratories]
         if unknown:
             known = ", ".join(sorted({repr(x) for x in self._laboratories}))
             warn_once(
@@ -190,11 +202,11 @@ class StainTransfer(TileTransform):
             )
 
     def _draw_references(
-        self, own: Hashable, count: int, generator: torch.Generator | None
+        self, laboratory: Hashable, count: int, generator: torch.Generator | None
     ) -> list[int]:
         groups: Sequence[Sequence[int]] = self._groups
         if self.sampling == "own_excluded":
-            groups = without_laboratory(groups, self._laboratories, own, count)
+            groups = without_laboratory(groups, self._laboratories, laboratory, count)
         return draw_references(groups, count, generator)
 
     @isolated()
@@ -202,15 +214,15 @@ class StainTransfer(TileTransform):
         """Return the farthest references, by what the pixels alone say: it has to be cheap."""
         targets = torch.cat([measured_statistics(r) for r in self.references])
         if self.source is not None:
-            own = measured_statistics(self.source).expand(num, -1)
+            statistics = measured_statistics(self.source).expand(num, -1)
         else:
-            own = torch.cat(
+            statistics = torch.cat(
                 [
                     self._measured(part)
                     for part in open_image(image).grey.split(self.generator.batch_size)
                 ]
             )
-        return farthest_references(own.cpu(), targets, self._groups, count)
+        return farthest_references(statistics.cpu(), targets, self._groups, count)
 
     def _check_size(self, height_px: int, width_px: int) -> None:
         if self.preserve == "none":
@@ -224,9 +236,9 @@ class StainTransfer(TileTransform):
     def _tiles_at_once(self, grey: Tensor) -> int:
         return self.generator.batch_size
 
-    def _edit(self, grey: Tensor, params: dict[str, Any]) -> Edit:
+    def _edit(self, grey: Tensor, params: dict[str, Any]) -> EditedTiles:
         if not any(params["strengths"]):
-            return Edit(grey, torch.zeros(len(grey), dtype=torch.bool, device=grey.device))
+            return EditedTiles(grey, torch.zeros(len(grey), dtype=torch.bool, device=grey.device))
         self.generator.check_process()
         restained = restain(
             self.generator,
@@ -241,7 +253,7 @@ class StainTransfer(TileTransform):
         if self.preserve == "none":
             restained = redraw_restained(self.generator, restained, self.recipe, params["seeds"])
         self._count_failed(grey, restained.is_tissue & ~restained.is_finite)
-        return Edit(restained.images, restained.is_edited)
+        return EditedTiles(restained.images, restained.is_edited)
 
     def _reference_statistics(self) -> Tensor:
         """Return the stain of all references [R, 9], on the CPU, computed at first use."""
@@ -252,12 +264,12 @@ class StainTransfer(TileTransform):
             self._targets = torch.cat(statistics).cpu()
         return self._targets
 
-    def read_facts(self, sample: object, images: list[Any]) -> Facts:
-        """Return what draws go by, one value a tile; only what is asked for."""
-        facts = super().read_facts(sample, images)
+    def read_metadata(self, sample: object, images: list[Any]) -> SampleMetadata:
+        """Return what draws go by, one value per tile; only what is asked for."""
+        metadata = super().read_metadata(sample, images)
         if self.sampling != "own_excluded":
-            return facts
-        return facts._replace(laboratories=read_fact(sample, LABORATORY, num_tiles(images[0])))
+            return metadata
+        return metadata._replace(laboratories=read_value(sample, LABORATORY, num_tiles(images[0])))
 
 
 class StainNormalize(StainTransfer):
@@ -275,7 +287,8 @@ class StainNormalize(StainTransfer):
         preserve: "color" or "none".
         mpp: Scale of the images in microns per pixel.
         recipe: How the model edits.
-        features: See `StainTransfer`.
+        features: Gives CLS vectors [B, D] of uint8 tiles at the model's size and scale, such as
+            `features_cached`; None asks the encoder.
         seed: Seed of the model's noise, for every tile.
         allow_geometry_change: Accept masks and boxes although structure may move.
         p: Probability that a tile is normalised; a `Ramp`, or one of them by class.
@@ -318,11 +331,13 @@ class StainNormalize(StainTransfer):
             allow_geometry_change=allow_geometry_change,
         )
 
-    def make_params(self, flat_inputs: list[Any], facts: Facts = NO_FACTS) -> dict[str, Any]:
+    def make_params(
+        self, flat_inputs: list[Any], metadata: SampleMetadata = NO_METADATA
+    ) -> dict[str, Any]:
         """Choose tiles, all with the same seed; draw nothing where all are chosen."""
         num = num_tiles(flat_inputs[0])
         if self.p != 1.0:
-            return super().make_params(flat_inputs, facts) | {"seeds": [self.seed] * num}
+            return super().make_params(flat_inputs, metadata) | {"seeds": [self.seed] * num}
         return {
             "chosen": [True] * num,
             "seeds": [self.seed] * num,
@@ -335,7 +350,7 @@ def _check_draws(
     references: Sequence[StainReference],
     source: StainReference | None,
     sampling: Sampling,
-    mode: Mode,
+    mode: DrawScope,
 ) -> None:
     if sampling not in ("uniform", "farthest", "own_excluded"):
         raise ValueError(

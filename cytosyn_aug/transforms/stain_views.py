@@ -1,4 +1,4 @@
-"""Several restained views of one tile, aligned to the pixel, to train an encoder to invariance."""
+"""StainViews: restained views of one tile, aligned to the pixel, for training an encoder."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from cytosyn_aug.stain.estimate import (
 )
 from cytosyn_aug.stain.reference import StainReference, list_references
 from cytosyn_aug.stain.restain import recolour
-from cytosyn_aug.transforms.draws import Mode, Sampling
-from cytosyn_aug.transforms.sample_metadata import NO_FACTS, Facts
+from cytosyn_aug.transforms.draws import DrawScope, Sampling
+from cytosyn_aug.transforms.sample_metadata import NO_METADATA, SampleMetadata
 from cytosyn_aug.transforms.schedules import Scheduled
 from cytosyn_aug.transforms.stain_transfer import StainTransfer
 
@@ -32,7 +32,7 @@ class StainViews(StainTransfer):
 
     Each version is built as the sample is, and everything in it that is no image is the very same
     object: masks fit all versions, since only colour differs, pixel by pixel. Collation turns a
-    data set of such tuples into a list of batches, one a view. Every tile goes to different
+    data set of such tuples into a list of batches, one per view. Every tile goes to different
     references, and to different laboratories, as far as there are enough. Tiles that cannot be
     restained (blank, or `num_failed`) are the original in every view; and a view that changes
     nothing of an image is the object that came in, not a copy of it.
@@ -52,11 +52,15 @@ class StainViews(StainTransfer):
         source: Statistics of the slide the tiles come from; None for each tile's own.
         strength: 1 goes to the reference, 0 stays; or a `Ramp` over epochs.
         mpp: Scale of the images in microns per pixel.
-        sampling: See `StainTransfer`; "own_excluded" must leave a reference for every view.
-        mode: See `StainTransfer`.
-        seed: See `StainTransfer`.
+        sampling: "uniform" over laboratories; "farthest", the references that differ most from the
+            source, or without one from each tile; "own_excluded", uniform over all laboratories
+            but the tile's own, and must leave a reference for every view.
+        mode: "tile" draws for every tile; "slide" for every slide and epoch, in all workers alike,
+            and then samples carry the name of the slide under "slide".
+        seed: Of the draws of mode "slide", which do not depend on torch's generator.
         recipe: How the model edits.
-        features: See `StainTransfer`.
+        features: Gives CLS vectors [B, D] of uint8 tiles at the model's size and scale, such as
+            `features_cached`; None asks the encoder.
 
     Example:
         >>> generator = TileGenerator.from_pretrained()
@@ -78,7 +82,7 @@ class StainViews(StainTransfer):
         strength: Scheduled = 1.0,
         mpp: float = 0.5,
         sampling: Sampling = "uniform",
-        mode: Mode = "tile",
+        mode: DrawScope = "tile",
         seed: int = 0,
         recipe: EditRecipe | None = None,
         features: Callable[[Tensor], Tensor] | None = None,
@@ -109,9 +113,11 @@ class StainViews(StainTransfer):
         self.views = views
         self.has_original = has_original
 
-    def make_params(self, flat_inputs: list[Any], facts: Facts = NO_FACTS) -> dict[str, Any]:
-        """Draw for every tile one reference a view: `references` is a list of lists."""
-        return self._draw(flat_inputs, facts, count=self.views - self.has_original)
+    def make_params(
+        self, flat_inputs: list[Any], metadata: SampleMetadata = NO_METADATA
+    ) -> dict[str, Any]:
+        """Draw for every tile one reference per view: `references` is a list of lists."""
+        return self._draw(flat_inputs, metadata, count=self.views - self.has_original)
 
     @isolated()
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
@@ -124,7 +130,7 @@ class StainViews(StainTransfer):
             return (inpt,) * self.views
         grey, close = open_image(inpt)
         num_made = self.views - self.has_original
-        made = [torch.empty_like(grey) for _ in range(num_made)]
+        restained_views = [torch.empty_like(grey) for _ in range(num_made)]
         is_edited = torch.zeros(num_made, len(grey), dtype=torch.bool, device=grey.device)
         size = self._tiles_at_once(grey)
         targets = self._reference_statistics().to(grey.device)
@@ -135,9 +141,9 @@ class StainViews(StainTransfer):
             for view in range(num_made):
                 drawn = [references[view] for references in params["references"][part]]
                 restained = recolour(grey[part], estimate, targets[drawn], strength)
-                made[view][part] = restained.images
+                restained_views[view][part] = restained.images
                 is_edited[view, part] = restained.is_edited
-        edited = [close(*pair) for pair in zip(made, is_edited, strict=True)]
+        edited = [close(*pair) for pair in zip(restained_views, is_edited, strict=True)]
         return (inpt, *edited) if self.has_original else tuple(edited)
 
     def _estimate(self, grey: Tensor) -> StainEstimate:

@@ -1,4 +1,4 @@
-"""What all transforms share: the grammar of torchvision v2, for single tiles, batches and samples.
+"""Base class of all transforms: the grammar of torchvision v2 for tiles, batches and samples.
 
 `make_params` draws everything random, for every tile of the sample, from torch's generator, which
 the ranks of a job must seed differently, or they draw alike; `transform` is pure. PIL images, uint8
@@ -30,15 +30,21 @@ from cytosyn_aug.images import (
     sides_of,
     tile_key,
 )
-from cytosyn_aug.transforms.draws import MAX_SEED, Mode, slide_generator
-from cytosyn_aug.transforms.sample_metadata import NO_FACTS, SLIDE, Facts, read_fact, read_labels
+from cytosyn_aug.transforms.draws import MAX_SEED, DrawScope, slide_generator
+from cytosyn_aug.transforms.sample_metadata import (
+    NO_METADATA,
+    SLIDE,
+    SampleMetadata,
+    read_labels,
+    read_value,
+)
 from cytosyn_aug.transforms.schedules import Probability, Ramp, check_probability, probabilities
 from cytosyn_aug.transforms.worker_state import SharedCount, SharedEpoch
 
 _STRUCTURE = (tv_tensors.Mask, tv_tensors.BoundingBoxes, tv_tensors.KeyPoints)
 
 
-class Edit(NamedTuple):
+class EditedTiles(NamedTuple):
     """Edited grey levels, float32 [n, 3, H, W], and bool [n]: which tiles to take from there."""
 
     grey: Tensor
@@ -62,7 +68,7 @@ class TileTransform(v2.Transform):
     _transformed_types = (PIL.Image.Image, tv_tensors.Image, is_image_tensor)
 
     def __init__(
-        self, *, p: Probability, keeps_structure: bool, mode: Mode = "tile", seed: int = 0
+        self, *, p: Probability, keeps_structure: bool, mode: DrawScope = "tile", seed: int = 0
     ) -> None:
         super().__init__()
         check_probability(p)
@@ -109,7 +115,7 @@ class TileTransform(v2.Transform):
     def forward(self, *inputs: Any) -> Any:
         """Edit the images of a sample.
 
-        torchvision's own forward, which forgets the keys of the sample that facts are found by.
+        torchvision's own forward, which forgets the keys of the sample that metadata are found by.
         `torch.compile` around it leaves it as it is; `TileGenerator.compile` is for the networks.
         """
         if not inputs:
@@ -119,7 +125,7 @@ class TileTransform(v2.Transform):
         self.check_inputs(flat)
         is_image = self._needs_transform_list(flat)
         images = [x for x, edits in zip(flat, is_image, strict=True) if edits]
-        params = self.make_params(images, self.read_facts(sample, images))
+        params = self.make_params(images, self.read_metadata(sample, images))
         done = [
             self.transform(x, params) if edits else x
             for x, edits in zip(flat, is_image, strict=True)
@@ -164,33 +170,35 @@ class TileTransform(v2.Transform):
                 "alike, tile by tile, so give as many of each"
             )
 
-    def make_params(self, flat_inputs: list[Any], facts: Facts = NO_FACTS) -> dict[str, Any]:
+    def make_params(
+        self, flat_inputs: list[Any], metadata: SampleMetadata = NO_METADATA
+    ) -> dict[str, Any]:
         """Draw, for every tile of the sample, whether it is edited and with which seed.
 
         Args:
             flat_inputs: The images of the sample.
-            facts: What the sample says of its tiles.
+            metadata: What the sample says of its tiles.
 
         Returns:
-            Lists with one entry a tile, which JSON can hold: `chosen` and `seeds`.
+            Lists with one entry per tile, which JSON can hold: `chosen` and `seeds`.
         """
-        return self._draw_tiles(num_tiles(flat_inputs[0]), facts)[0]
+        return self._draw_tiles(num_tiles(flat_inputs[0]), metadata)[0]
 
     def _draw_tiles(
-        self, num: int, facts: Facts
+        self, num: int, metadata: SampleMetadata
     ) -> tuple[dict[str, Any], list[torch.Generator | None]]:
         """Draw `chosen` and `seeds`; return also where each tile's further draws come from.
 
         That is torch's own generator (None), or in mode "slide" one that all tiles of a slide
         begin anew, so that all of them must draw the same things in the same order.
         """
-        p = probabilities(self.p, self.epoch, facts.labels, num)
+        p = probabilities(self.p, self.epoch, metadata.labels, num)
         if self.mode == "tile":
             uniform = torch.rand(num, dtype=torch.float64, device="cpu").tolist()
             seeds = torch.randint(0, MAX_SEED, (num,), device="cpu").tolist()
             chosen = [x < limit for x, limit in zip(uniform, p, strict=True)]
             return {"chosen": chosen, "seeds": seeds}, [None] * num
-        sources = [slide_generator(x, self.epoch, self.seed) for x in self._slides(facts)]
+        sources = [slide_generator(x, self.epoch, self.seed) for x in self._slides(metadata)]
         params: dict[str, Any] = {"chosen": [], "seeds": []}
         for k, source in enumerate(sources):
             drawn = torch.rand((), dtype=torch.float64, generator=source, device="cpu")
@@ -199,16 +207,16 @@ class TileTransform(v2.Transform):
             params["seeds"].append(int(seed))
         return params, [*sources]
 
-    def _slides(self, facts: Facts) -> list[Hashable]:
-        if facts.slides is None:
-            raise ValueError(missing_fact(SLIDE))
+    def _slides(self, metadata: SampleMetadata) -> list[Hashable]:
+        if metadata.slides is None:
+            raise ValueError(missing_value(SLIDE))
         if not self._epoch.is_set:
             warn_once(
                 self._warned_epoch,
                 "mode='slide' draws the same for a slide until transform.set_epoch(epoch) says "
                 "that another epoch has begun, and it was never called; call it before each",
             )
-        return facts.slides
+        return metadata.slides
 
     @isolated()
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
@@ -236,16 +244,16 @@ class TileTransform(v2.Transform):
         """Return how many tiles are edited at once: intermediate results of all may not fit."""
         return len(grey)
 
-    def _edit(self, grey: Tensor, params: dict[str, Any]) -> Edit:
+    def _edit(self, grey: Tensor, params: dict[str, Any]) -> EditedTiles:
         """Edit the chosen tiles, float32 grey levels [n, 3, H, W], 0 to 255; params are theirs."""
         raise NotImplementedError
 
-    def read_facts(self, sample: object, images: list[Any]) -> Facts:
-        """Return what draws go by, one value a tile; only what is asked for."""
+    def read_metadata(self, sample: object, images: list[Any]) -> SampleMetadata:
+        """Return what draws go by, one value per tile; only what is asked for."""
         num = num_tiles(images[0])
-        return Facts(
+        return SampleMetadata(
             labels=read_labels(sample, num) if isinstance(self.p, Mapping) else None,
-            slides=read_fact(sample, SLIDE, num) if self.mode == "slide" else None,
+            slides=read_value(sample, SLIDE, num) if self.mode == "slide" else None,
         )
 
     def _assemble(self, done: list[Any], is_image: list[bool], spec: TreeSpec) -> Any:
@@ -269,7 +277,7 @@ class TileTransform(v2.Transform):
         self._failed.add(number)
 
 
-def missing_fact(name: str) -> str:
+def missing_value(name: str) -> str:
     """Return what to say where `make_params` was not told what draws go by."""
     return (
         f"draws go by {name}, and make_params was not told which; call the transform on a sample "

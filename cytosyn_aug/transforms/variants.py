@@ -1,4 +1,4 @@
-"""Filling caches of variants: tiles edited beforehand, so that training only looks them up."""
+"""Caches of variants: tiles edited beforehand, so that training only looks them up."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from cytosyn_aug.transforms.serialization import identify_argument
 from cytosyn_aug.transforms.tile_transform import TileTransform
 
 Payload = Literal["latents", "images"]
-# From uint8 images [B, 3, H, W] and one seed a tile to uint8 images of the same shape, or, for a
+# From uint8 images [B, 3, H, W] and one seed per tile to uint8 images of the same shape, or, for a
 # store of latents, to whitened latents [B, C, h, w].
-Edit = Callable[[Tensor, list[int]], Tensor]
+VariantFunction = Callable[[Tensor, list[int]], Tensor]
 # Not the edit's: a filled variant is always edited, and drawn with a probability afterwards.
 _NOT_NAMED = ("p", "training")
 
@@ -40,7 +40,7 @@ _NOT_NAMED = ("p", "training")
 def variants_spec(
     generator: TileGenerator,
     payload: Payload,
-    edits: Sequence[TileTransform | Edit],
+    edits: Sequence[TileTransform | VariantFunction],
     *,
     seed: int = 0,
     recipe: object = None,
@@ -52,7 +52,7 @@ def variants_spec(
         generator: The model.
         payload: "latents" (6 KB a record for CytoSyn) are decoded after collation, "images"
             (150 KB, pixels) in no time.
-        edits: What `fill_variants` will be given, one a variant. All settings of transforms are
+        edits: What `fill_variants` will be given, one per variant. All settings of transforms are
             written down, references and models by digest; only `p` is not, see there.
         seed: Base seed; each tile and variant derives its own from it.
         recipe: What edits that are functions do and with what, as JSON can hold it: nobody else
@@ -128,7 +128,7 @@ def fill_variants(
     generator: TileGenerator,
     images: Tensor,
     cache: LatentCache,
-    edits: Sequence[TileTransform | Edit],
+    edits: Sequence[TileTransform | VariantFunction],
 ) -> Filled:
     """Put whatever is missing of tiles' variants into a cache.
 
@@ -148,7 +148,7 @@ def fill_variants(
     Raises:
         ValueError: Another model, other edits than the specification's (each difference named),
             or a cache of something else.
-        OSError: The cache cannot be written; see `LatentCache.flush`.
+        OSError: The cache cannot be written: the disk is full, or the folder may only be read.
 
     Example:
         >>> import tempfile
@@ -174,11 +174,11 @@ def fill_variants(
             continue
         seeds = [derive_seed(keys[row], variant, seed) for row in rows]
         fields, is_finite = _edited_fields(generator, images[rows], edit, seeds, cache.spec)
-        made = list(zip(rows, is_finite.tolist(), strict=True))
-        kept = [keys[row] for row, is_kept in made if is_kept]
+        results = list(zip(rows, is_finite.tolist(), strict=True))
+        kept = [keys[row] for row, is_kept in results if is_kept]
         cache.put(kept, {k: v[is_finite] for k, v in fields.items()}, [variant] * len(kept))
         num_filled += len(kept)
-        failed += [keys[row] for row, is_kept in made if not is_kept]
+        failed += [keys[row] for row, is_kept in results if not is_kept]
     warn_of_failed(list(dict.fromkeys(failed)))
     return Filled(num_filled, len(failed))
 
@@ -190,7 +190,7 @@ def derive_seed(key: str, variant: int, seed: int) -> int:
 
 
 def _check_edits(
-    generator: TileGenerator, cache: LatentCache, edits: Sequence[TileTransform | Edit]
+    generator: TileGenerator, cache: LatentCache, edits: Sequence[TileTransform | VariantFunction]
 ) -> int:
     """Raise unless a cache was made for these edits; return its base seed."""
     if "is_edited" not in cache.spec.names:
@@ -222,7 +222,7 @@ def _check_edits(
 def _edited_fields(
     generator: TileGenerator,
     images: Tensor,
-    edit: TileTransform | Edit,
+    edit: TileTransform | VariantFunction,
     seeds: list[int],
     spec: CacheSpec,
 ) -> tuple[dict[str, Tensor], Tensor]:
@@ -236,23 +236,23 @@ def _edited_fields(
     rows = is_tissue(images).nonzero()[:, 0].tolist()
     if rows:
         tissue = images[rows]
-        made, is_failed = run_edit(edit, tissue, [seeds[row] for row in rows])
+        edited, is_failed = run_edit(edit, tissue, [seeds[row] for row in rows])
         is_edited[rows] = True
-        if made.dtype == torch.uint8:
-            if made.shape != tissue.shape:
+        if edited.dtype == torch.uint8:
+            if edited.shape != tissue.shape:
                 raise ValueError(
-                    f"an edit gave {list(made.shape)} for {list(tissue.shape)}, expected the same"
+                    f"an edit gave {list(edited.shape)} for {list(tissue.shape)}, expected the same"
                 )
-            is_edited[rows] = (made.cpu() != tissue.cpu()).flatten(1).any(1)
+            is_edited[rows] = (edited.cpu() != tissue.cpu()).flatten(1).any(1)
             if is_latent:
-                made = generator.whiten(generator.encode(made).mean)
+                edited = generator.whiten(generator.encode(edited).mean)
         shape = (len(rows), *payload.shape[1:])
-        if made.shape != shape or made.is_floating_point() != is_latent:
+        if edited.shape != shape or edited.is_floating_point() != is_latent:
             raise ValueError(
-                f"an edit gave {made.dtype} {list(made.shape)} for {len(rows)} tiles, the cache "
-                f"holds {spec.names[0]} {list(payload.shape[1:])}"
+                f"an edit gave {edited.dtype} {list(edited.shape)} for {len(rows)} tiles, the "
+                f"cache holds {spec.names[0]} {list(payload.shape[1:])}"
             )
-        payload[rows] = made.to(payload)
+        payload[rows] = edited.to(payload)
         is_finite[rows] = ~is_failed
     is_finite &= payload.isfinite().flatten(1).all(1)
     fields = {"latents" if is_latent else "images": payload}
@@ -261,7 +261,7 @@ def _edited_fields(
 
 
 def describe_edits(
-    edits: Sequence[TileTransform | Edit], seed: int, recipe: object
+    edits: Sequence[TileTransform | VariantFunction], seed: int, recipe: object
 ) -> dict[str, object]:
     """Return all that decides variants, as JSON holds it.
 
@@ -275,25 +275,27 @@ def describe_edits(
         ValueError: No edits, or one that depends on epochs, slides or laboratories.
     """
     if not edits:
-        raise ValueError("edits is empty, expected one a variant")
+        raise ValueError("edits is empty, expected one per variant")
     named = [_describe(number, edit, recipe is not None) for number, edit in enumerate(edits)]
     return {"edits": named, "seed": seed, "recipe": recipe}
 
 
-class Made(NamedTuple):
+class EditResults(NamedTuple):
     """What an edit made of tiles: images or latents, and bool [B], which its networks failed on."""
 
     results: Tensor
     is_failed: Tensor
 
 
-def run_edit(edit: TileTransform | Edit, images: Tensor, seeds: list[int]) -> Made:
-    """Edit all of some images uint8 [B, 3, H, W], by one seed a tile."""
+def run_edit(
+    edit: TileTransform | VariantFunction, images: Tensor, seeds: list[int]
+) -> EditResults:
+    """Edit all of some images uint8 [B, 3, H, W], with one seed per tile."""
     if not isinstance(edit, TileTransform):
         results = _checked(edit(images, seeds), "the edit")
         if results.dtype == torch.uint8 or len(results) != len(images):
-            return Made(results, torch.zeros(len(images), dtype=torch.bool))
-        return Made(results, ~results.isfinite().flatten(1).all(1).cpu())
+            return EditResults(results, torch.zeros(len(images), dtype=torch.bool))
+        return EditResults(results, ~results.isfinite().flatten(1).all(1).cpu())
     params = _draw(edit, images, seeds)
     num_failed = edit.num_failed
     results = _checked(edit.transform(images, params), type(edit).__name__)
@@ -304,7 +306,7 @@ def run_edit(edit: TileTransform | Edit, images: Tensor, seeds: list[int]) -> Ma
             num_failed = edit.num_failed
             edit.transform(images[row : row + 1], {k: v[row : row + 1] for k, v in params.items()})
             is_failed[row] = edit.num_failed > num_failed
-    return Made(results, is_failed)
+    return EditResults(results, is_failed)
 
 
 def check_draws(edit: TileTransform, name: str) -> None:
@@ -342,7 +344,9 @@ def _draw(edit: TileTransform, images: Tensor, seeds: list[int]) -> dict[str, li
     return params
 
 
-def _describe(number: int, edit: TileTransform | Edit, has_recipe: bool) -> dict[str, object]:
+def _describe(
+    number: int, edit: TileTransform | VariantFunction, has_recipe: bool
+) -> dict[str, object]:
     if not isinstance(edit, TileTransform):
         if not has_recipe:
             raise TypeError(

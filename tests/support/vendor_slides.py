@@ -40,13 +40,13 @@ def write_svs(file, picture, mpp):
     for level, image in enumerate((picture, reduced(picture, 4))):
         height, width = image.shape[:2]
         size = f"{width}x{height} [0,0 {width}x{height}] ({TILE_PX}x{TILE_PX}) JPEG/RGB Q=95"
-        facts = {270: ("s", f"{named}{size}|AppMag = 40|MPP = {mpp}")}
-        pages.append(_tiled_page(image, facts))
+        metadata = {270: ("s", f"{named}{size}|AppMag = 40|MPP = {mpp}")}
+        pages.append(_tiled_page(image, metadata))
         if level == 0:  # where readers look for it
             pages.append(_strip_page(reduced(picture, 16), {270: ("s", f"{named}thumbnail")}))
     label = np.zeros((32, 32, 3), np.uint8)
-    facts = {254: ("I", [1]), 270: ("s", f"{named}label 32x32")}
-    return _write_tiff(file, [*pages, _strip_page(label, facts)])
+    metadata = {254: ("I", [1]), 270: ("s", f"{named}label 32x32")}
+    return _write_tiff(file, [*pages, _strip_page(label, metadata)])
 
 
 def write_tif(file, picture, mpp):
@@ -60,10 +60,10 @@ def write_ndpi(file, picture, mpp):
     interval = picture.shape[1] // _MCU_PX // 4
     pages = []
     for factor, lens in ((1, 40.0), (4, 10.0), (16, -1.0)):
-        facts = {271: ("s", "Hamamatsu"), 65420: ("I", [1]), 65421: ("f", [lens])}
-        facts |= {65424: ("i", [0])} | _resolution(mpp * factor)  # the focal plane
+        metadata = {271: ("s", "Hamamatsu"), 65420: ("I", [1]), 65421: ("f", [lens])}
+        metadata |= {65424: ("i", [0])} | _resolution(mpp * factor)  # the focal plane
         settings = {"restart_marker_blocks": interval} if factor == 1 else {}
-        pages.append(_strip_page(reduced(picture, factor), facts, **settings))
+        pages.append(_strip_page(reduced(picture, factor), metadata, **settings))
         if factor == 1:
             pages[0][0][65426] = ("I", _interval_starts(pages[0][1][0]))
     return _write_tiff(file, pages, is_ndpi=True)
@@ -82,24 +82,24 @@ def _interval_starts(encoded):
     return [first, *(k + 2 for k in markers if 0xD0 <= encoded[k + 1] <= 0xD7)]
 
 
-def _tiled_page(image, facts):
+def _tiled_page(image, metadata):
     height, width = image.shape[:2]
     padded = np.pad(image, ((0, -height % TILE_PX), (0, -width % TILE_PX), (0, 0)), "edge")
     corners = product(range(0, height, TILE_PX), range(0, width, TILE_PX))
     tiles = [jpeg(padded[y : y + TILE_PX, x : x + TILE_PX]) for y, x in corners]
-    return _page(image, facts | {322: ("I", [TILE_PX]), 323: ("I", [TILE_PX])}), tiles
+    return _page(image, metadata | {322: ("I", [TILE_PX]), 323: ("I", [TILE_PX])}), tiles
 
 
-def _strip_page(image, facts, **settings):
-    return _page(image, facts | {278: ("I", [len(image)])}), [jpeg(image, **settings)]
+def _strip_page(image, metadata, **settings):
+    return _page(image, metadata | {278: ("I", [len(image)])}), [jpeg(image, **settings)]
 
 
-def _page(image, facts):
+def _page(image, metadata):
     """Return the tags of an image as number: (type, values), but not where its segments are."""
     height, width = image.shape[:2]
     size = {256: ("I", [width]), 257: ("I", [height]), 258: ("H", [8, 8, 8])}
     colour = {259: ("H", [7]), 262: ("H", [6]), 277: ("H", [3]), 530: ("H", [1, 1])}
-    return size | colour | facts
+    return size | colour | metadata
 
 
 def _write_tiff(file, pages, *, is_ndpi=False):

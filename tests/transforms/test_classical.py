@@ -96,10 +96,10 @@ def test_a_slide_is_fitted_to_its_tissue(synthetic_slide):
 
 def test_blurred_tiles_of_a_slide_do_not_count_unless_all_are(synthetic_slide):
     pytest.importorskip("tifffile", reason="fitting to slides is not tested")
-    facts = {"side": 224, "mpp": "0.5", "power": "20"}
-    some = synthetic_slide("some.svs", grid="####\n#b##", **facts)
+    metadata = {"side": 224, "mpp": "0.5", "power": "20"}
+    some = synthetic_slide("some.svs", grid="####\n#b##", **metadata)
     assert DensityReference.fit(some).num_tiles == 7
-    every = synthetic_slide("all.svs", grid="bb\nbb", **facts)
+    every = synthetic_slide("all.svs", grid="bb\nbb", **metadata)
     assert DensityReference.fit(every).num_tiles == 4
 
 

@@ -151,8 +151,8 @@ def test_p_by_class_may_change_with_the_epoch(tiles):
     for epoch in range(2):
         transform.set_epoch(epoch)
         sample = (tiles[0], "tumour")
-        facts = transform.read_facts(sample, [tiles[0]])
-        chosen += transform.make_params([tiles[0]], facts)["chosen"]
+        metadata = transform.read_metadata(sample, [tiles[0]])
+        chosen += transform.make_params([tiles[0]], metadata)["chosen"]
     assert chosen == [False, True]
 
 
@@ -236,8 +236,8 @@ def test_own_excluded_never_draws_the_own_laboratory(generator, references, tile
     sample = {"image": tiles, "laboratory": ["a", "b", "c", "elsewhere"]}
     allowed = [{3, 4}, {0, 1, 2, 4}, {0, 1, 2, 3}, {0, 1, 2, 3, 4}]
     for _ in range(20):
-        facts = transform.read_facts(sample, [tiles])
-        drawn = transform.make_params([tiles], facts)["references"]
+        metadata = transform.read_metadata(sample, [tiles])
+        drawn = transform.make_params([tiles], metadata)["references"]
         assert all(k in these for k, these in zip(drawn, allowed, strict=True))
     assert transform(sample)["laboratory"] == sample["laboratory"]
     with pytest.raises(ValueError, match="the sample says no laboratory"):
@@ -276,7 +276,7 @@ def test_slide_mode_gives_all_tiles_of_a_slide_the_same_and_epochs_another(
         transform.set_epoch(epoch)
         torch.manual_seed(epoch + len(slide))  # torch's generator has no say
         sample = {"image": tiles, "slide": slide}
-        params = transform.make_params([tiles], transform.read_facts(sample, [tiles]))
+        params = transform.make_params([tiles], transform.read_metadata(sample, [tiles]))
         assert all(len(set(values)) == 1 for values in params.values())
         return params["chosen"][0], params["references"][0]
 
@@ -290,8 +290,8 @@ def test_slide_mode_gives_all_tiles_of_a_slide_the_same_and_epochs_another(
 def test_slide_mode_reads_one_name_a_tile(generator, references, tiles):
     transform = StainTransfer(generator, references, p=1.0, mode="slide", recipe=FAST)
     sample = {"image": tiles, "slide": ["x", "y", "x", "y"]}
-    facts = transform.read_facts(sample, [tiles])
-    seeds = transform.make_params([tiles], facts)["seeds"]
+    metadata = transform.read_metadata(sample, [tiles])
+    seeds = transform.make_params([tiles], metadata)["seeds"]
     assert seeds[0] == seeds[2] != seeds[1] == seeds[3]
     assert not torch.equal(transform(sample)["image"], tiles)
     with pytest.raises(ValueError, match="the sample says no slide"):
@@ -320,14 +320,14 @@ def test_every_transform_edits_slides_as_a_whole_or_not_at_all(by_slide, tiles):
     by_slide.set_epoch(0)
     drawn, noises = [], set()
     for k in range(40):
-        facts = by_slide.read_facts({"image": tiles, "slide": f"slide {k}"}, [tiles])
-        params = by_slide.make_params([tiles], facts)
+        metadata = by_slide.read_metadata({"image": tiles, "slide": f"slide {k}"}, [tiles])
+        params = by_slide.make_params([tiles], metadata)
         noises.add(len(set(params.pop("seeds"))))
         assert all(len(set(values)) == 1 for values in params.values())
         drawn.append(params)
         # Resampled tiles of a slide must not share their noise.
         torch.manual_seed(k)
-        again = by_slide.make_params([tiles], facts)
+        again = by_slide.make_params([tiles], metadata)
         again.pop("seeds")
         assert again == params
     assert 10 < sum(params["chosen"][0] for params in drawn) < 30
@@ -354,7 +354,9 @@ def test_slide_mode_reads_names_however_they_are_stored(generator, references, t
     seeds = set()
     for name in ("A", np.str_("A"), ["A"] * 4, [np.str_("A")] * 4, np.array(["A"] * 4)):
         sample = {"image": tiles, "slide": name}
-        seeds |= set(transform.make_params([tiles], transform.read_facts(sample, [tiles]))["seeds"])
+        seeds |= set(
+            transform.make_params([tiles], transform.read_metadata(sample, [tiles]))["seeds"]
+        )
     assert len(seeds) == 1
 
 
@@ -384,8 +386,8 @@ class Slides(Dataset):
 
     def __getitem__(self, index):
         sample = {"image": self.tiles[index % 4], "slide": f"slide {index % 2}"}
-        facts = self.transform.read_facts(sample, [sample["image"]])
-        return self.transform.make_params([sample["image"]], facts)["seeds"][0]
+        metadata = self.transform.read_metadata(sample, [sample["image"]])
+        return self.transform.make_params([sample["image"]], metadata)["seeds"][0]
 
 
 def test_slide_mode_agrees_across_workers(generator, references, tiles):
