@@ -67,7 +67,7 @@ def test_a_set_has_no_distance_to_itself_and_full_recall():
 def test_real_tiles_are_looked_at_once_and_another_comparison_is_refused(
     student_folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("FORWARDS", (1, 2))  # for time only
+    monkeypatch.setattr(compare_samplers, "FORWARDS", (1, 2))  # for time only
     generator = TileGenerator.from_pretrained(student_folder)
     own = load_extractor("own", own=generator.encoder)
     loaded = {"alexnet": lambda kept: replace(own, kept=kept)}  # for time: a smaller network
