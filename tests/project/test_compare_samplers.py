@@ -43,8 +43,13 @@ def test_solvers_of_the_comparison_are_of_second_order(name):
 def test_every_row_costs_the_forwards_it_states(student_folder, monkeypatch):
     generator = TileGenerator.from_pretrained(student_folder)
     calls = []
-    for name in ("velocity", "student"):
-        monkeypatch.setattr(generator, name, lambda x, *rest: calls.append(len(x)) or x)
+
+    def count(x, *rest):
+        calls.append(len(x))
+        return x
+
+    monkeypatch.setattr(generator, "velocity", count)
+    monkeypatch.setattr(TileGenerator, "student", property(lambda self: count))
     rows = list(compare_samplers.runs(generator, 1.0, 12))
     assert {r.sampler for r in rows} == set(compare_samplers.SAMPLERS)
     for run in rows:
@@ -71,7 +76,9 @@ def test_real_tiles_are_looked_at_once_and_another_comparison_is_refused(
     generator = TileGenerator.from_pretrained(student_folder)
     own = load_extractor("own", own=generator.encoder)
     loaded = {"alexnet": lambda kept: replace(own, kept=kept)}  # for time: a smaller network
-    monkeypatch.setattr("load_extractor", lambda name, device, kept: loaded[name](kept))
+    monkeypatch.setattr(
+        compare_samplers, "load_extractor", lambda name, device, kept: loaded[name](kept)
+    )
     images = synthetic_tiles(40)
     settings = {"scale": 1.0, "num_reference": 0, "is_few_step": False}
     rows = compare_samplers.compare(generator, images, tmp_path, samplers=["student"], **settings)
