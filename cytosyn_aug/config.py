@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Preserve = Literal["color", "none"]
 Method = Literal["cytosyn", "macenko", "reinhard", "transport"]  # of normalisation
+Json = dict[str, Any]  # Any: whatever a JSON object holds
 Triple = tuple[float, float, float]
 # Folders of a model folder; the first two make a model, the others are optional.
 PART_NAMES = ("transformer", "vae", "encoder", "stain_probe", "student", "decoder")

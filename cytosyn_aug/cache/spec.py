@@ -19,6 +19,7 @@ import numpy as np
 
 from cytosyn_aug.config import TileSpec, config_digest, config_json
 from cytosyn_aug.io.files import write_atomically
+from cytosyn_aug.io.json_files import from_json
 
 FORMAT_VERSION = 1
 CACHE_NAME = "cache.json"
@@ -119,14 +120,9 @@ class CacheSpec:
         """Invert `to_json`.
 
         Raises:
-            ValueError, TypeError, KeyError: It is not such a text.
+            ValueError, TypeError: It is not such a text.
         """
-        content = json.loads(text)
-        content["tile"] = TileSpec(**content["tile"])
-        content["fields"] = tuple(
-            Field(f["name"], tuple(f["shape"]), f["dtype"]) for f in content["fields"]
-        )
-        return cls(**content)
+        return from_json(cls, json.loads(text))
 
     def differences(self, other: CacheSpec) -> list[str]:
         """Name each setting that differs from another specification, with both values."""

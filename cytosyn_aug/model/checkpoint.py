@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +24,9 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cytosyn_aug.config import TileSpec
+from cytosyn_aug.config import Json, TileSpec, config_json
 from cytosyn_aug.io.files import write_atomically
+from cytosyn_aug.io.json_files import from_json, read_json, to_json
 from cytosyn_aug.model.decoder import SmallDecoder
 from cytosyn_aug.model.encoder import StainProbe, TileEncoder
 from cytosyn_aug.model.parts import (
@@ -37,7 +37,7 @@ from cytosyn_aug.model.parts import (
     read_part,
 )
 from cytosyn_aug.model.released import index_notes
-from cytosyn_aug.model.tensors import WEIGHTS_NAME, KeyMap, read_json
+from cytosyn_aug.model.tensors import WEIGHTS_NAME, KeyMap
 from cytosyn_aug.model.transformer import SiT
 
 FORMAT_VERSION = 1
@@ -193,7 +193,7 @@ def save_model(folder: Path, parts: ModelParts, dtype: torch.dtype = torch.float
     index: dict[str, object] = {
         "_class_name": "TileGenerator",
         "format_version": FORMAT_VERSION,
-        "tile": asdict(parts.tile),
+        "tile": to_json(parts.tile),
     }
     for name, cls in PARTS.items():
         part = getattr(parts, name)
@@ -222,7 +222,7 @@ def parts_digest(
                 while block := stream.read(1 << 24):
                     whole.update(block)
     if answers != KeyMap():
-        whole.update(json.dumps(asdict(answers), sort_keys=True).encode())
+        whole.update(config_json(answers).encode())
     if unfiled:
         whole.update(json.dumps(list(unfiled)).encode())
     return whole.hexdigest()[:16]
@@ -283,14 +283,14 @@ def _check_student(student: SiT, transformer: SiT, folder: Path) -> None:
         )
 
 
-def _tile(index: dict[str, Any], transformer: SiT) -> tuple[TileSpec, tuple[str, ...]]:
+def _tile(index: Json, transformer: SiT) -> tuple[TileSpec, tuple[str, ...]]:
     if "tile" in index:
-        return TileSpec(**index["tile"]), ()
+        return from_json(TileSpec, index["tile"], "model_index.json: tile"), ()
     tile = TileSpec(size_px=8 * transformer.config["input_size"])
     return tile, (f"model_index.json states no tiles; {tile.describe()} assumed",)
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def _read_index(folder: Path) -> Json:
     index = read_json(folder / "model_index.json", "is this a model folder?")
     version = index.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:

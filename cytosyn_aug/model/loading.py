@@ -8,15 +8,15 @@ The digest decides: a folder whose weights have changed since is refused.
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.data import get_worker_info
 
 from cytosyn_aug.autocast import isolated
-from cytosyn_aug.config import TileSpec
+from cytosyn_aug.config import Json, TileSpec
+from cytosyn_aug.io.json_files import from_json, to_json
 from cytosyn_aug.model.checkpoint import EMBEDDED_MODEL, ModelParts, load_model, place_parts
 from cytosyn_aug.model.hub import ENCODER_PATTERNS, announce_licence, find_folder
 
@@ -148,22 +148,21 @@ class ModelHandle:
             )
         return parts
 
-    def to_dict(self) -> dict[str, Any]:  # Any: JSON
+    def to_dict(self) -> Json:
         """Return the handle as JSON holds it."""
-        return {"kind": _KIND, **asdict(self)}
+        return {"kind": _KIND, **to_json(self)}
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> ModelHandle:
+    def from_dict(cls, content: Json) -> ModelHandle:
         """Invert `to_dict`.
 
         Raises:
             ValueError: Not the dictionary of a handle.
         """
         fields = {k: v for k, v in content.items() if k != "kind"}
-        if content.get("kind") != _KIND or fields.keys() != set(cls.__dataclass_fields__):
+        if content.get("kind") != _KIND:
             raise ValueError(f"got a dictionary with {sorted(content)}, expected one of {_KIND}")
-        origins = {k: ModelSource(**fields[k]) for k in ("origin", "located")}
-        return cls(**fields | origins | {"tile": TileSpec(**fields["tile"])})
+        return from_json(cls, fields)
 
 
 class LazyParts:

@@ -14,7 +14,8 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
-from cytosyn_aug.config import TileSpec
+from cytosyn_aug.config import Json, TileSpec
+from cytosyn_aug.io.json_files import read_json
 from cytosyn_aug.model.compvis import (
     compvis_vae_state,
     is_compvis_vae,
@@ -30,7 +31,7 @@ from cytosyn_aug.model.released import (
     latent_statistics,
     transformer_settings,
 )
-from cytosyn_aug.model.tensors import KeyMap, assign, read_json, read_tensors, weight_files
+from cytosyn_aug.model.tensors import KeyMap, assign, read_tensors, weight_files
 from cytosyn_aug.model.transformer import SiT
 
 PARTS: dict[str, type] = {
@@ -48,7 +49,7 @@ class UnfilledPart(NamedTuple):
 
     network: Any  # Any: the class depends on the part
     holder: nn.Module  # the network, or the module in it whose names the tensors bear
-    config: dict[str, Any]
+    config: Json
     tensors: dict[str, Tensor]
     notes: tuple[str, ...]
     files: tuple[Path, ...]
@@ -118,9 +119,7 @@ class _Statistics(NamedTuple):
     unfiled: tuple[float, ...] = ()
 
 
-def fill_statistics(
-    unfilled: dict[str, UnfilledPart], index: dict[str, Any], answers: KeyMap
-) -> _Statistics:
+def fill_statistics(unfilled: dict[str, UnfilledPart], index: Json, answers: KeyMap) -> _Statistics:
     """Put the latent statistics of a folder into the transformer's tensors."""
     transformer = unfilled["transformer"]
     tensors, channels = transformer.tensors, transformer.network.config["in_channels"]

@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cytosyn_aug.config import PART_NAMES
+from cytosyn_aug.config import PART_NAMES, Json
 from cytosyn_aug.model.tensors import KeyMap
 
-Settings = dict[str, Any]  # Any: values of JSON
-
-# Settings of REPA-E's class that change what the network computes, with the only value we compute.
+# Json of REPA-E's class that change what the network computes, with the only value we compute.
 _REQUIRED: Mapping[str, tuple[object, ...]] = {
     "path_type": ("linear",),
     "prediction": ("v", "velocity"),
     "qk_norm": (False,),
 }
-# Settings that matter in training only, or are read elsewhere.
+# Json that matter in training only, or are read elsewhere.
 _WITHOUT_EFFECT = {
     "class_dropout_prob", "use_cfg", "fused_attn", "bn_momentum", "decoder_hidden_size",
     "bn_running_mean", "bn_running_var", "latents_bias", "latents_scale", "z_dims",
@@ -37,11 +35,11 @@ _PIPELINE_ONLY = {"scheduler", "safety_checker", "feature_extractor", "image_enc
 class Read(NamedTuple):
     """Arguments of a part's class, and remarks on what the folder states differently."""
 
-    settings: Settings
+    settings: Json
     notes: tuple[str, ...]
 
 
-def transformer_settings(config: Settings, tensors: Mapping[str, Tensor], cls: type) -> Read:
+def transformer_settings(config: Json, tensors: Mapping[str, Tensor], cls: type) -> Read:
     """Translate a released `transformer/config.json`.
 
     Args:
@@ -77,7 +75,7 @@ def transformer_settings(config: Settings, tensors: Mapping[str, Tensor], cls: t
     return Read(settings, tuple(notes))
 
 
-def known_settings(config: Settings, cls: type, part: str, ignored: set[str] | None = None) -> Read:
+def known_settings(config: Json, cls: type, part: str, ignored: set[str] | None = None) -> Read:
     """Keep the settings a class takes; the others become notes.
 
     Args:
@@ -97,7 +95,7 @@ def known_settings(config: Settings, cls: type, part: str, ignored: set[str] | N
     return Read(kept, notes)
 
 
-def index_notes(index: Settings) -> tuple[str, ...]:
+def index_notes(index: Json) -> tuple[str, ...]:
     """Return remarks on what `model_index.json` states beyond the parts that are read here."""
     read = {*PART_NAMES, "tile", "format_version", "latents_bias", "latents_scale"}
     return tuple(
@@ -117,9 +115,9 @@ class LatentStatistics(NamedTuple):
 
 def latent_statistics(
     tensors: Mapping[str, Tensor],
-    transformer: Settings,
-    vae: Settings,
-    index: Settings,
+    transformer: Json,
+    vae: Json,
+    index: Json,
     key_map: KeyMap,
     num_channels: int,
 ) -> LatentStatistics:
@@ -191,7 +189,7 @@ def _scaled(source: str, bias: object, scale: object) -> list[LatentStatistics]:
     return [_statistics(source, _vector(bias), _vector(scale).double().square().reciprocal())]
 
 
-def _deviating(vae: Settings) -> list[LatentStatistics]:
+def _deviating(vae: Json) -> list[LatentStatistics]:
     mean, std = vae.get("latents_mean"), vae.get("latents_std")
     if mean is None or std is None:
         return []

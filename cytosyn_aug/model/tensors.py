@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cytosyn_aug.config import PART_NAMES
+from cytosyn_aug.io.json_files import read_json
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 _LFS_POINTER = b"version https://git-lfs"
@@ -178,24 +178,6 @@ def assign(network: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype
         return tensor.to(torch.float32 if name.startswith("bn.") else dtype)
 
     network.load_state_dict({k: cast(k, v) for k, v in tensors.items()}, assign=True)
-
-
-def read_json(file: Path, advice: str) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        FileNotFoundError: No file; the message ends with the advice.
-        ValueError: The file holds no JSON object.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; {advice}")
-    try:
-        content = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); {advice}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds {type(content).__name__}, expected an object; {advice}")
-    return content
 
 
 def _is_entry(name: object, to: object) -> bool:

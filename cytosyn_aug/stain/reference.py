@@ -9,9 +9,8 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,14 +18,14 @@ from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 from cytosyn_aug.autocast import isolated
-from cytosyn_aug.config import TileSpec
+from cytosyn_aug.config import Json, TileSpec
 from cytosyn_aug.io.files import write_atomically
+from cytosyn_aug.io.json_files import FORMAT_VERSION, check_kind, from_json, read_json, to_json
 from cytosyn_aug.io.tile_source import MAX_TILES, TileSource, read_tiles
 from cytosyn_aug.model.conditions import Conditions, check_finite, read_conditions
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.stain.density import MIN_TISSUE, DensityMoments, pool_moments, tissue_moments
 
-FORMAT_VERSION = 1
 _KIND = "cytosyn_aug.StainReference"
 
 
@@ -123,7 +122,7 @@ class StainReference:
             "kind": _KIND,
             "format_version": FORMAT_VERSION,
             "model_digest": self.model_digest,
-            "tile": {"size_px": self.tile.size_px, "mpp": self.tile.mpp},
+            "tile": to_json(self.tile),
             "laboratory": self.laboratory,
             "num_tiles": len(self.cls),
             "tensors": weights.name,
@@ -139,13 +138,7 @@ class StainReference:
             ValueError: Not a reference, of another version, or corrupt.
         """
         file = _json_path(file)
-        try:
-            header = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{file} is not valid JSON ({error}); fit and save it again"
-            ) from error
-        _check_header(header, str(file))
+        header = check_kind(read_json(file, "fit and save it again"), _KIND, str(file))
         weights = file.parent / header["tensors"]
         if not weights.is_file():
             raise FileNotFoundError(f"{weights} is missing; copy it together with {file.name}")
@@ -155,10 +148,10 @@ class StainReference:
             raise ValueError(f"{weights} is corrupt ({error}); fit and save it again") from error
 
     @classmethod
-    def _from_tensors(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> StainReference:
+    def _from_tensors(cls, header: Json, tensors: dict[str, Tensor]) -> StainReference:
         return cls(
             model_digest=header["model_digest"],
-            tile=TileSpec(**header["tile"]),
+            tile=from_json(TileSpec, header["tile"]),
             cls=tensors["cls"],
             moments=DensityMoments(
                 tensors["density_mean"], tensors["density_covariance"], tensors["tissue"]
@@ -175,22 +168,22 @@ class StainReference:
         }
         return {k: v.contiguous() for k, v in tensors.items()}
 
-    def to_dict(self) -> dict[str, Any]:  # Any: JSON
+    def to_dict(self) -> Json:
         """Return all of the reference as JSON holds it, tensors as base64: about 100 KB."""
         content = base64.b64encode(save(self._tensors())).decode()
         return {
             "kind": _KIND,
             "format_version": FORMAT_VERSION,
             "model_digest": self.model_digest,
-            "tile": asdict(self.tile),
+            "tile": to_json(self.tile),
             "laboratory": self.laboratory,
             "tensors": content,
         }
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> StainReference:
+    def from_dict(cls, content: Json) -> StainReference:
         """Invert `to_dict`."""
-        _check_header(content, "the dictionary")
+        check_kind(content, _KIND, "the dictionary")
         tensors = load(base64.b64decode(content["tensors"]))
         return cls._from_tensors(content, tensors)
 
@@ -253,16 +246,6 @@ def _features(generator: TileGenerator, images: Tensor, given: Conditions | None
     cls = read_conditions(given, len(generator.null_condition), len(images))
     check_finite(cls)
     return cls
-
-
-def _check_header(header: object, name: str) -> None:
-    if not isinstance(header, dict) or header.get("kind") != _KIND:
-        raise ValueError(f"{name} is not a StainReference; give the .json that save() wrote")
-    if header.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{name} has format_version {header.get('format_version')}, this release reads "
-            f"{FORMAT_VERSION}; fit and save it again"
-        )
 
 
 def _json_path(file: Path | str) -> Path:

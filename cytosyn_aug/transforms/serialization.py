@@ -45,7 +45,7 @@ def write_argument(value: Any) -> Any:  # Any: whatever a transform is given, an
         return {"kind": _CACHE, "folder": folder, "digest": value.spec.digest}
     if isinstance(value, StainReference):
         return value.to_dict()
-    if isinstance(value, tuple(_RECORDS.values())):
+    if isinstance(value, DensityReference | MacenkoReference | ReinhardReference):
         return record_to_dict(value)
     if isinstance(value, EditRecipe | Ramp):
         return {"kind": type(value).__name__, **asdict(value)}

@@ -62,7 +62,7 @@ def test_it_survives_json(reference):
     assert torch.equal(back.cls, reference.cls)
     assert all(torch.equal(a, b) for a, b in zip(back.moments, reference.moments, strict=True))
     assert (back.model_digest, back.tile) == (reference.model_digest, reference.tile)
-    with pytest.raises(ValueError, match="the dictionary is not a StainReference"):
+    with pytest.raises(ValueError, match="the dictionary holds something, expected cytosyn_aug"):
         StainReference.from_dict({"kind": "something"})
 
 
@@ -99,7 +99,7 @@ def test_folders_that_cannot_serve_are_refused(generator, tmp_path):
     ("change", "message"),
     [
         (lambda h: h | {"format_version": 9}, "format_version 9"),
-        (lambda h: h | {"kind": "something"}, "is not a StainReference"),
+        (lambda h: h | {"kind": "something"}, "expected cytosyn_aug.StainReference"),
     ],
 )
 def test_foreign_files_are_refused(reference, tmp_path, change, message):

@@ -31,11 +31,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cytosyn_aug.config import Triple
+from cytosyn_aug.io.json_files import read_json
 from cytosyn_aug.model.checkpoint import EMBEDDED_MODEL, load_model
 from cytosyn_aug.model.encoder import H0_MINI_MEAN, H0_MINI_STD, TileEncoder
 from cytosyn_aug.model.hub import ENCODER_PATTERNS, announce_licence, find_folder
 from cytosyn_aug.model.parts import load_strictly
-from cytosyn_aug.model.tensors import read_json, read_tensors, weight_files
+from cytosyn_aug.model.tensors import read_tensors, weight_files
 from training.evaluation.kept import KeptResults, images_digest
 from training.stages.perception import PerceptualNetwork
 
