@@ -5,7 +5,6 @@ Reads the sample tiles that ship with the package (samples/LICENCES.md), needs n
 
 from __future__ import annotations
 
-import html
 import platform
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from torchvision.utils import make_grid
 
 from cytosyn_aug.io.files import write_atomically
 from cytosyn_aug.model.generator import TileGenerator
+from cytosyn_aug.report.rendering import render_page
 from cytosyn_aug.stain.density import tissue_moments
 from cytosyn_aug.stain.reference import StainReference
 from cytosyn_aug.transforms.stain_transfer import StainNormalize
@@ -64,7 +64,17 @@ def write_demo(out: Path, *, model: Path | None = None, seed: int = 0) -> Path:
         f"torch {torch.__version__}",
         "seconds": f"{time.monotonic() - began:.0f}",
     }
-    write_atomically(page, _page(settings, transfer, variations).encode())
+    content = render_page(
+        "cytosyn-aug demo",
+        [],
+        "demo.html.j2",
+        settings=list(settings.items()),
+        laboratories=list(LABORATORIES),
+        transfer=transfer,
+        variations=variations,
+        numbers=[f"variation {k + 1}" for k in range(NUM_VARIATIONS)],
+    )
+    write_atomically(page, content.encode())
     return page
 
 
@@ -133,41 +143,3 @@ def _read(name: str) -> Tensor:
 def _save_sheet(file: Path, images: Tensor, columns: int) -> None:
     grid = make_grid(images.cpu(), nrow=columns, padding=4, pad_value=255)
     Image.fromarray(grid.permute(1, 2, 0).contiguous().numpy()).save(file)
-
-
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    def line(cells: tuple[str, ...], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-    return "<table>" + line(header, "th") + "".join(line(r, "td") for r in rows) + "</table>"
-
-
-def _page(
-    settings: dict[str, str],
-    transfer: list[tuple[str, ...]],
-    variations: list[tuple[str, ...]],
-) -> str:
-    numbers = tuple(f"variation {k + 1}" for k in range(NUM_VARIATIONS))
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>cytosyn-aug demo</title>
-<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem}}
-img{{max-width:100%}}table{{border-collapse:collapse}}td,th{{padding:.2rem .8rem;
-border-bottom:1px solid #ccc;text-align:left}}</style>
-<h1>cytosyn-aug demo</h1>
-<p>Not a medical device. The embedded model is a small demonstration model.</p>
-{_table(("setting", "value"), list(settings.items()))}
-<h2>Stain transfer</h2>
-<p>Left column: real tiles. Then the same tiles restained to {", ".join(LABORATORIES)}. Only colour
-changes; every nucleus stays where it was.</p>
-<img src="stain_transfer.png" alt="content by reference">
-<p>Distance of mean tissue optical density to the reference, before and after:</p>
-{_table(("content", "reference", "before", "after"), transfer)}
-<h2>Variations</h2>
-<p>Left column: real tiles. Then five tiles generated from their features alone.</p>
-<img src="variations.png" alt="variations">
-<p>Cosine similarity of the features of variation and source:</p>
-{_table(("tile", *numbers), variations)}
-<h2>Unconditional</h2>
-<p>Twelve tiles generated without any condition.</p>
-<img src="unconditional.png" alt="unconditional samples">
-</html>
-"""

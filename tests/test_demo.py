@@ -17,7 +17,9 @@ def test_the_demo_writes_a_page_whose_pictures_exist(tmp_path, capsys, monkeypat
     pictures = re.findall(r'src="([^"]+)"', page.read_text())
     assert sorted(pictures) == ["stain_transfer.png", "unconditional.png", "variations.png"]
     assert all((page.parent / name).stat().st_size > 10_000 for name in pictures)
-    rows = re.findall(r"<td>\d\.\d{3}</td><td>\d\.\d{3}</td></tr>", page.read_text())
+    rows = re.findall(
+        r'<td class="number">\d\.\d{3}</td><td class="number">\d\.\d{3}</td></tr>', page.read_text()
+    )
     assert len(rows) == len(CONTENT) * len(LABORATORIES)
 
 

@@ -7,25 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from cytosyn_aug.report.html import Html, group, joined
+from markupsafe import Markup
+
 from cytosyn_aug.report.measures import ReferenceColour
-from cytosyn_aug.report.svg import (
-    COLOURS,
-    GREY,
-    Curve,
-    Points,
-    Range,
-    legend,
-    plot_curves,
-    plot_points,
-)
+from cytosyn_aug.report.rendering import render
+from cytosyn_aug.report.svg import COLOURS, GREY, Curve, Points, Range, plot_curves, plot_points
 from cytosyn_aug.report.tallies import Histogram
 from cytosyn_aug.report.tissue_colours import (
     LAB,
     STAINS,
     ColourDistribution,
     pooled_histograms,
-    rgb_of_lab,
 )
 
 _AXIS_NAMES = {
@@ -37,18 +29,13 @@ _AXIS_NAMES = {
 }
 # Of all pixels, in a bin; where there are fewer a plot ends.
 _LEAST_SHARE = 2e-4
-READING = (
-    "Curves are shares of tissue pixels, points are means of tiles, crosses means of references; "
-    "glass does not count. H and E are optical densities along the fixed stain vectors of Ruifrok "
-    "and Johnston."
-)
 
 
 def plot_colours(
     before: Sequence[ColourDistribution],
     after: Mapping[str, ColourDistribution],
     references: Sequence[ReferenceColour] = (),
-) -> Html:
+) -> Markup:
     """Return all plots with their legend.
 
     Args:
@@ -58,25 +45,19 @@ def plot_colours(
     """
     palette = dict(zip(after, COLOURS, strict=False))
     known = {found.name: found for found in references if found.name in palette}
-    parts = [legend(_entries(bool(before), palette, known))]
+    rows = []
     for axes, plane in ((LAB, ("a*", "b*")), (STAINS, ("H", "E"))):
         plots = [_axis_plot(axis, before, after, palette, known) for axis in axes]
         plots.append(_plane_plot(plane, before, after, palette, known))
-        parts.append(group(plots, "plots"))
-    return joined(parts)
+        rows.append(plots)
+    entries = _legend(bool(before), palette, known)
+    return render("colour_plots.html.j2", entries=entries, rows=rows)
 
 
-def swatch(mean: Mapping[str, float] | None) -> Html | None:
-    """Return a small area of a mean colour."""
-    if mean is None:
-        return None
-    levels = ",".join(str(level) for level in rgb_of_lab(mean))
-    return Html(f'<span class="swatch" style="background:rgb({levels})"></span>')
-
-
-def _entries(
+def _legend(
     has_sources: bool, palette: Mapping[str, str], known: Mapping[str, ReferenceColour]
 ) -> list[tuple[str, str, str]]:
+    """Return name, colour and kind of line of all that plots show."""
     entries = [("sources", GREY, "area")] if has_sources else []
     for name, shade in palette.items():
         entries.append((f"results, {name}" if name else "results", shade, "line"))
@@ -94,7 +75,7 @@ def _axis_plot(
     after: Mapping[str, ColourDistribution],
     palette: Mapping[str, str],
     known: Mapping[str, ReferenceColour],
-) -> Html:
+) -> Markup:
     curves = []
     if before:
         sources = _curve("sources", pooled_histograms(before)[axis], GREY)
@@ -130,7 +111,7 @@ def _plane_plot(
     after: Mapping[str, ColourDistribution],
     palette: Mapping[str, str],
     known: Mapping[str, ReferenceColour],
-) -> Html:
+) -> Markup:
     x_axis, y_axis = plane
 
     def points(name: str, found: ColourDistribution, shade: str) -> Points:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+from typing import Literal, NamedTuple
 
 from cytosyn_aug.report import run_plots as plots
 from cytosyn_aug.report import sections
-from cytosyn_aug.report.html import Html, escaped, group, paragraph, whole_page
+from cytosyn_aug.report.rendering import render_page
 from cytosyn_aug.report.run_data import Facts
 
 # Below these a reader should look; see LOG.md for what real runs measure.
@@ -14,14 +14,18 @@ LEAST_STRUCTURE = 0.8
 _LEAST_USUAL_STRUCTURE = 0.9
 
 
+class Finding(NamedTuple):
+    """What a reader should know first; kinds are classes of the style sheet."""
+
+    text: str
+    kind: Literal["bad", "good", ""] = ""
+
+
 def run_page(facts: Facts) -> str:
     """Return the page of a run."""
     identity = facts.manifest.identity
-    title = f"{identity['command']}: {facts.manifest.folder.resolve().name}"
-    opening = [paragraph(_summary(facts), "lead"), _cards(facts), *findings(facts)]
-    return whole_page(
-        title,
-        opening,
+    return render_page(
+        f"{identity['command']}: {facts.manifest.folder.resolve().name}",
         [
             (
                 "Before and after" if facts.pictures.has_sources else "Generated tiles",
@@ -36,12 +40,16 @@ def run_page(facts: Facts) -> str:
             ("Seams", sections.seams(facts)),
             ("References and slides", sections.groups(facts)),
             ("Throughput", plots.throughput(facts)),
-            ("Settings", sections.settings(facts, own_version())),
+            ("Settings", sections.settings(facts)),
         ],
+        "run/page.html.j2",
+        summary=_summary(facts),
+        cards=_cards(facts),
+        findings=findings(facts),
     )
 
 
-def findings(facts: Facts) -> list[Html]:
+def findings(facts: Facts) -> list[Finding]:
     """Return what a reader should know first, the worst first; or that nothing stands out."""
     tally, manifest, measures = facts.tally, facts.manifest, facts.measures
     bad: list[str] = []
@@ -74,10 +82,8 @@ def findings(facts: Facts) -> list[Html]:
     notes += [
         f"{count} of the sampled: {text}." for text, count in measures.problems.most_common(5)
     ]
-    made = [paragraph(text, "note bad") for text in bad] + [
-        paragraph(text, "note") for text in notes
-    ]
-    return made or [paragraph("Nothing stands out.", "note good")]
+    shown = [Finding(text, "bad") for text in bad] + [Finding(text) for text in notes]
+    return shown or [Finding("Nothing stands out.", "good")]
 
 
 def is_moved(least: float, usual: float) -> bool:
@@ -88,14 +94,6 @@ def is_moved(least: float, usual: float) -> bool:
         usual: What 5 % of scores are below.
     """
     return least < LEAST_STRUCTURE or usual < _LEAST_USUAL_STRUCTURE
-
-
-def own_version() -> str:
-    """Return the version of this package, or that it is not installed."""
-    try:
-        return version("cytosyn-aug")
-    except PackageNotFoundError:
-        return "from a checkout"
 
 
 def _summary(facts: Facts) -> str:
@@ -109,7 +107,8 @@ def _summary(facts: Facts) -> str:
     )
 
 
-def _cards(facts: Facts) -> Html:
+def _cards(facts: Facts) -> list[tuple[str, str]]:
+    """Return numbers, each with its name."""
     tally = facts.tally
     order = sorted(tally.statuses.items(), key=lambda pair: (-pair[1], pair[0]))
     cards = [(f"{count:,}", status) for status, count in order]
@@ -121,12 +120,8 @@ def _cards(facts: Facts) -> Html:
         (tally.distance.quantile(0.5), 1, "median Delta E to the source"),
         (tally.similarity.quantile(0.5), 3, "median similarity"),
         (facts.measures.structure_quantile(0.5), 3, "median structure score"),
-        (None if facts.pace is None else facts.pace.results_per_s, 1, "results a second"),
+        (None if facts.pace is None else facts.pace.results_per_s, 1, "results per second"),
     ):
         if value is not None:
             cards.append((f"{value:.{digits}f}", name))
-    boxes = [
-        Html(f'<div class="card"><b>{escaped(value)}</b><span>{escaped(name)}</span></div>')
-        for value, name in cards
-    ]
-    return group(boxes, "cards")
+    return cards

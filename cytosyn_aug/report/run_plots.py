@@ -1,79 +1,79 @@
-"""The sections of a report on a run that are plots: colour, structure, similarity, throughput."""
+"""The sections of a report on a run that are plots: colour, structure, similarity, throughput.
+
+Each function returns a section rendered by the template of its name in `templates/run/`, or nothing
+where a run has nothing to show of the kind.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import numpy as np
+from markupsafe import Markup
 
-from cytosyn_aug.report.colour_plots import READING, plot_colours, swatch
-from cytosyn_aug.report.html import Html, group, heading, joined, paragraph, shortened, table
+from cytosyn_aug.report.colour_plots import plot_colours
+from cytosyn_aug.report.rendering import render
 from cytosyn_aug.report.run_data import Facts
 from cytosyn_aug.report.svg import COLOURS, Curve, Mark, Range, plot_bars, plot_curves
 from cytosyn_aug.report.tallies import Histogram
-from cytosyn_aug.report.tissue_colours import LAB
+from cytosyn_aug.report.tissue_colours import LAB, rgb_of_lab
 
 _REJECTED = "#b91c1c"
 _SHARES = (0.01, 0.05, 0.5, 0.95, 0.99)
 
 
-def colour(facts: Facts) -> Html:
+def colour(facts: Facts) -> Markup:
     """Return distributions of tissue colours, and how far results came towards references."""
     measures = facts.measures
     names = [name for name in facts.shown_references or [""] if name in measures.after]
     after = {name: measures.after[name] for name in names if measures.after[name].tiles}
     if not after:
-        return Html()
-    sources = ", and of their sources" if measures.before else ""
-    lead = f"Of {measures.num_read} results drawn evenly from all{sources}. {READING}"
-    plots = plot_colours(list(measures.before.values()), after, facts.references)
-    return joined([paragraph(lead, "lead"), plots, _gap_table(facts)])
+        return Markup()
+    return render(
+        "run/colour.html.j2",
+        num_read=measures.num_read,
+        has_sources=bool(measures.before),
+        plots=plot_colours(list(measures.before.values()), after, facts.references),
+        gaps=_gaps(facts),
+    )
 
 
-def structure(facts: Facts) -> Html:
+def structure(facts: Facts) -> Markup:
     """Return how well structure was kept."""
-    if not facts.pictures.has_results:
-        return Html()
-    if not facts.keeps_structure:
-        text = "Results are drawn anew: their structure is not that of their sources. Not scored."
-        return paragraph(text, "lead") if facts.pictures.has_sources else Html()
-    scores = [x.structure for x in facts.measures.scored]
-    if not scores:
-        return Html()
-    histogram = Histogram(-1.0, 1.0, 4000)
-    histogram.add(np.array(scores))
-    quantiles = [facts.measures.structure_quantile(share) for share in (0.0, 0.05, 0.5)]
-    lead = (
-        "Correlation of the gradients of optical density of source and result, of "
-        f"{len(scores)} results: 1 where every edge stayed where it was, whatever the stain; "
-        "about 0 for other tissue."
+    has_claim, scores = facts.keeps_structure, [x.structure for x in facts.measures.scored]
+    is_shown = bool(scores) if has_claim else facts.pictures.has_sources
+    if not is_shown or not facts.pictures.has_results:
+        return Markup()
+    plot, quantiles = Markup(), []
+    if has_claim:
+        histogram = Histogram(-1.0, 1.0, 4000)
+        histogram.add(np.array(scores))
+        plot = plot_bars(
+            [histogram.counts.tolist()],
+            Range(-1.0, 1.0),
+            title="histogram of structure scores",
+            x_label="gradient correlation",
+        )
+        quantiles = [facts.measures.structure_quantile(share) for share in (0.0, 0.05, 0.5)]
+    return render(
+        "run/structure.html.j2",
+        is_scored=has_claim,
+        num_scores=len(scores),
+        plot=plot,
+        row=["structure", *(_number(x, 3) for x in quantiles)],
     )
-    plot = plot_bars(
-        [histogram.counts.tolist()],
-        Range(-1.0, 1.0),
-        title="histogram of structure scores",
-        x_label="gradient correlation",
-    )
-    header = ["", "least", "5 % lie below", "median"]
-    numbers = table(header, [["structure", *(_number(x, 3) for x in quantiles)]])
-    return joined([paragraph(lead, "lead"), group([plot], "plots"), numbers])
 
 
-def similarity(facts: Facts) -> Html:
+def similarity(facts: Facts) -> Markup:
     """Return histograms of similarity, with the gate, and of colour distance."""
     tally = facts.tally
     kept, rejected, distance = tally.similarity, tally.rejected_similarity, tally.distance
     low, high = facts.gate
     marks = [Mark(low, f"min {low:g}")] if low is not None else []
     marks += [Mark(high, f"max {high:g}")] if high is not None else []
-    plots, numbers = [], []
-    lead = "Of all results. Delta E is the mean distance in CIE Lab over tissue, pixel by pixel"
-    lead += ". " if facts.keeps_structure else ": most of it is structure that was drawn anew. "
-    if kept.total + rejected.total:
-        lead += "Similarity is the cosine of the encoder's features of source and result. "
-        lead += "No gate was set." if not marks else "Dashed: the gate"
-        if marks:
-            lead += f"; red: the {rejected.total:,.0f} results that it rejected."
+    plots, rows = [], []
+    has_similarity = bool(kept.total + rejected.total)
+    if has_similarity:
         plots.append(
             plot_bars(
                 [kept.counts.tolist(), rejected.counts.tolist()],
@@ -84,7 +84,7 @@ def similarity(facts: Facts) -> Html:
                 marks=marks,
             )
         )
-        numbers.append(["similarity", *_quantiles(kept, 3)])
+        rows.append(["similarity", *_quantiles(kept, 3)])
     if distance.total:
         plots.append(
             plot_bars(
@@ -94,18 +94,26 @@ def similarity(facts: Facts) -> Html:
                 x_label="colour distance to the source, Delta E",
             )
         )
-        numbers.append(["Delta E", *_quantiles(distance, 1)])
+        rows.append(["Delta E", *_quantiles(distance, 1)])
     if not plots:
-        return Html()
-    header = ["share of results below", *(f"{share:.0%}" for share in _SHARES)]
-    return joined([paragraph(lead, "lead"), group(plots, "plots"), table(header, numbers)])
+        return Markup()
+    return render(
+        "run/similarity.html.j2",
+        keeps_structure=facts.keeps_structure,
+        has_similarity=has_similarity,
+        has_gate=bool(marks),
+        num_rejected=rejected.total,
+        plots=plots,
+        shares=[f"{share:.0%}" for share in _SHARES],
+        rows=rows,
+    )
 
 
-def throughput(facts: Facts) -> Html:
+def throughput(facts: Facts) -> Markup:
     """Return how fast the run was."""
     pace = facts.pace
     if pace is None:
-        return Html()
+        return Markup()
     unit, scale = ("hours", 3600.0) if pace.active_s > 3 * 3600 else ("minutes", 60.0)
     counts = np.linspace(0, pace.num_results, len(pace.seconds) + 1).tolist()
     times = [0.0, *(seconds / scale for seconds in pace.seconds)]
@@ -116,16 +124,7 @@ def throughput(facts: Facts) -> Html:
         y_label="results",
         y_ticks=True,
     )
-    pauses = ""
-    if pace.num_pauses:
-        minutes = pace.paused_s / 60
-        pauses = f"Pauses are left out: {pace.num_pauses}, of {minutes:,.1f} minutes in all. "
-    lead = (
-        f"{pace.results_per_s:,.2f} results a second, of all processes together, over "
-        f"{pace.active_s / 60:,.1f} minutes at work. {pauses}From the times of the written files: "
-        "a copy made without their times tells the speed of copying."
-    )
-    return joined([paragraph(lead, "lead"), group([plot], "plots")])
+    return render("run/throughput.html.j2", pace=pace, plot=plot)
 
 
 def gap(facts: Facts, name: str) -> tuple[float, float] | None:
@@ -144,30 +143,18 @@ def _lab_distance(one: Mapping[str, float], other: Mapping[str, float]) -> float
     return float(np.linalg.norm([one[axis] - other[axis] for axis in LAB]))
 
 
-def _gap_table(facts: Facts) -> Html:
+def _gaps(facts: Facts) -> list[tuple[str, list[tuple[int, int, int] | None], str, str, str]]:
+    """Return each reference's name, three mean colours, the two distances, and the gap closed."""
     rows = []
     for name in facts.shown_references:
-        found, reference = gap(facts, name), facts.reference(name)
-        if found is None or reference is None:
+        distances, reference = gap(facts, name), facts.reference(name)
+        if distances is None or reference is None:
             continue
-        measured = facts.measures.before[name].mean(), facts.measures.after[name].mean()
-        swatches = (swatch(mean) for mean in (*measured, reference.mean))
-        closed = f"{1 - found[1] / max(found[0], 1e-9):.0%}"
-        numbers = f"{found[0]:.1f}", f"{found[1]:.1f}", closed
-        rows.append((shortened(name), *swatches, *numbers))
-    if not rows:
-        return Html()
-    header = [
-        "reference",
-        "sources",
-        "results",
-        "its own",
-        "distance before",
-        "after",
-        "gap closed",
-    ]
-    lead = "Mean tissue colours, and their distance in CIE Lab to the reference's."
-    return joined([heading("Towards the reference"), paragraph(lead, "lead"), table(header, rows)])
+        before, after = facts.measures.before[name].mean(), facts.measures.after[name].mean()
+        colours = [None if x is None else rgb_of_lab(x) for x in (before, after, reference.mean)]
+        closed = 1 - distances[1] / max(distances[0], 1e-9)
+        rows.append((name, colours, f"{distances[0]:.1f}", f"{distances[1]:.1f}", f"{closed:.0%}"))
+    return rows
 
 
 def _quantiles(histogram: Histogram, digits: int) -> list[str | None]:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
+from markupsafe import Markup
 
 from cytosyn_aug.io.slide import SlideError
-from cytosyn_aug.report.colour_plots import READING, plot_colours, swatch
-from cytosyn_aug.report.html import (
-    Html,
-    code,
-    escaped,
-    figure,
+from cytosyn_aug.report.colour_plots import plot_colours
+from cytosyn_aug.report.rendering import (
+    EmbeddedImage,
+    embed,
     flattened,
-    group,
-    heading,
-    joined,
-    missing,
-    paragraph,
-    picture,
-    table,
-    whole_page,
+    own_version,
+    render,
+    render_page,
 )
-from cytosyn_aug.report.run_page import is_moved, own_version
+from cytosyn_aug.report.run_page import Finding, is_moved
 from cytosyn_aug.report.slide_data import (
     FoundSlides,
     SlideFacts,
@@ -29,6 +25,7 @@ from cytosyn_aug.report.slide_data import (
     describe_slide,
     gather_slide,
 )
+from cytosyn_aug.report.tissue_colours import rgb_of_lab
 
 _OVERVIEW_PX = 560
 _LEAST_TILES = 8
@@ -49,46 +46,41 @@ def slides_page(found: FoundSlides, *, title: str, num_tiles: int) -> str:
     num_shown = min(_MAX_SHOWN, len(found.slides))
     shown = {k * len(found.slides) // num_shown for k in range(num_shown)}
     share = max(_LEAST_TILES, num_tiles // max(1, num_shown))
-    rows, sections, findings = [], [], _findings(found, num_shown)
+    rows, sections, findings = [], [], _findings(found)
     for number, (file, source) in enumerate(found.slides):
         is_shown = number in shown
         try:
             facts = gather_slide(file, source, share) if is_shown else describe_slide(file)
         except SlideError as error:
-            findings.append(paragraph(str(error), "note bad"))
+            findings.append(Finding(str(error), "bad"))
             continue
         rows.append(_row(facts))
-        findings += [paragraph(f"{file.name}: {text}", "note") for text in slide_findings(facts)]
+        findings += [Finding(f"{file.name}: {text}") for text in slide_findings(facts)]
         if is_shown:
             sections.append((file.name, _section(facts)))
-    header = ["slide", "status", "pixels", "microns/pixel", "tissue", "seams before", "after"]
-    header += ["structure, median"]
-    lead = (
-        "Seams: the mean step of tissue colour across the borders of tiles over that inside of "
-        "them, of the whole slide. Tissue that was never cut has about 1, some slides up to 1.5: "
-        "compare after with before."
+    overview = render("slides/overview.html.j2", rows=rows)
+    return render_page(
+        title,
+        [("Slides", overview), *sections],
+        "slides/page.html.j2",
+        version=own_version(),
+        findings=findings or [Finding("Nothing stands out.", "good")],
+        num_shown=num_shown,
+        num_slides=len(found.slides),
     )
-    overview = joined([paragraph(lead, "lead"), table(header, rows)])
-    by = f"Written by cytosyn_aug {own_version()}. Not a medical device."
-    opening = [
-        paragraph(by, "lead"),
-        *(findings or [paragraph("Nothing stands out.", "note good")]),
-    ]
-    return whole_page(title, opening, [("Slides", overview), *sections])
 
 
-def _findings(found: FoundSlides, num_shown: int) -> list[Html]:
+def _findings(found: FoundSlides) -> list[Finding]:
     """Return what a reader should know first of all slides together."""
-    notes = [paragraph(f"{name} failed: {reason}", "note bad") for name, reason in found.failed]
+    findings = [Finding(f"{name} failed: {reason}", "bad") for name, reason in found.failed]
     if not found.is_finished:
-        text = f"Not finished: {len(found.slides)} of {found.num_slides} slides are written so far."
-        notes.append(paragraph(f"{text} The same command goes on with the rest.", "note"))
-    if num_shown < len(found.slides):
-        text = (
-            f"{num_shown} of {len(found.slides)} slides are shown, evenly spaced; all are listed."
+        findings.append(
+            Finding(
+                f"Not finished: {len(found.slides)} of {found.num_slides} slides are written so "
+                "far. The same command goes on with the rest."
+            )
         )
-        notes.append(paragraph(text, "lead"))
-    return notes
+    return findings
 
 
 def slide_findings(facts: SlideFacts) -> list[str]:
@@ -130,49 +122,51 @@ def _row(facts: SlideFacts) -> list[object]:
     ]
 
 
-def _section(facts: SlideFacts) -> Html:
+class ShownTile(NamedTuple):
+    """A tile before and after, as a page shows it; its corner is of the result's finest level."""
+
+    x: int
+    y: int
+    before: EmbeddedImage
+    after: EmbeddedImage
+    caption: str
+
+
+def _section(facts: SlideFacts) -> Markup:
     assert facts.overviews is not None
-    before, after = (
-        missing("not at hand") if image is None else picture(image, which, _OVERVIEW_PX)
-        for image, which in zip(facts.overviews, ("before", "after"), strict=True)
-    )
-    parts = [figure(group([before, after], "pair"), "The whole of it, before and after.")]
-    if facts.tiles:
-        shown = group([_pair(tile) for tile in facts.tiles], "grid")
-        parts += [heading("Tiles, evenly spaced over the tissue"), shown]
-    if facts.worst:
-        shown = group([_pair(tile) for tile in facts.worst], "grid")
-        title = f"Structure: the least kept, of {len(facts.structures)} measured"
-        parts += [heading(title), shown]
+    before, after = facts.overviews
+    plots = Markup()
     if facts.after.tiles:
-        sources = [facts.before] if facts.before.tiles else []
-        parts += [
-            heading("Colour"),
-            paragraph(f"Of {len(facts.after.tiles)} tiles. {READING}", "lead"),
-            plot_colours(sources, {"": facts.after}),
-            _means(facts),
-        ]
-    settings = [(name, code(value)) for name, value in flattened(facts.said)]
-    parts += [heading("What the file says of itself"), table(["setting", "value"], settings)]
-    return joined(parts)
+        plots = plot_colours([facts.before] if facts.before.tiles else [], {"": facts.after})
+    return render(
+        "slides/slide.html.j2",
+        before=embed(before, side_px=_OVERVIEW_PX),
+        after=embed(after, side_px=_OVERVIEW_PX),
+        tiles=[_shown(tile) for tile in facts.tiles],
+        worst=[_shown(tile) for tile in facts.worst],
+        num_scores=len(facts.structures),
+        num_tiles=len(facts.after.tiles),
+        plots=plots,
+        axes=list(facts.after.mean() or {}),
+        means=_means(facts),
+        settings=list(flattened(facts.said)),
+    )
 
 
-def _pair(tile: SlideTile) -> Html:
-    before = missing("not at hand") if tile.before is None else picture(tile.before, "before")
-    told = []
+def _shown(tile: SlideTile) -> ShownTile:
+    caption = []
     if tile.distance is not None:
-        told.append(f"Delta E {tile.distance:.1f}")
+        caption.append(f"Delta E {tile.distance:.1f}")
     if tile.structure is not None:
-        told.append(f"structure {tile.structure:.3f}")
-    place = Html(f"<b>x {tile.x:,}, y {tile.y:,}</b> ")
-    pair = group([before, picture(tile.after, "after")], "pair")
-    return figure(pair, joined([place, escaped(", ".join(told))]))
+        caption.append(f"structure {tile.structure:.3f}")
+    return ShownTile(tile.x, tile.y, embed(tile.before), embed(tile.after), ", ".join(caption))
 
 
-def _means(facts: SlideFacts) -> Html:
-    rows = []
-    for name, found in (("slide", facts.before), ("result", facts.after)):
-        mean = found.mean()
-        if mean is not None:
-            rows.append([name, swatch(mean), *(f"{value:.2f}" for value in mean.values())])
-    return table(["", "mean colour", *(facts.after.mean() or {})], rows)
+def _means(facts: SlideFacts) -> list[tuple[str, tuple[int, int, int], list[str]]]:
+    """Return whose it is, mean colour in grey levels, and mean colour along each axis."""
+    means = {"slide": facts.before.mean(), "result": facts.after.mean()}
+    return [
+        (name, rgb_of_lab(mean), [f"{value:.2f}" for value in mean.values()])
+        for name, mean in means.items()
+        if mean is not None
+    ]

@@ -20,7 +20,7 @@ from cytosyn_aug.report.pictures import RunPictures
 from cytosyn_aug.report.run_data import gather
 from cytosyn_aug.runs.manifest import open_manifest
 from cytosyn_aug.runs.receipts import ROW_SCHEMA
-from tests.report.test_html import check_page
+from tests.report.test_rendering import check_page
 from tests.support.offline_runs import QUIET, augment, digest, read
 from tests.support.synthetic import SIZE, synthetic_tiles
 from tests.support.synthetic import save_tile as save
@@ -73,7 +73,7 @@ def test_a_report_says_what_was_done(tree, tmp_path, small, laboratories):
     for entry in open_manifest(out).identity["references"]:
         assert entry["sha256"] in said
     assert all_rows(out)[0]["recipe"] in said
-    assert "results a second" in said
+    assert "results per second" in said
     assert text.count('class="pair"') > 9
 
 

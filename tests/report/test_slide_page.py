@@ -12,7 +12,7 @@ from cytosyn_aug.report.slide_data import gather_slide, source_of
 from cytosyn_aug.report.tissue_colours import ColourDistribution
 from cytosyn_aug.slides.normalize import normalize_slide
 from cytosyn_aug.slides.recipe import SlideRecipe
-from tests.report.test_html import check_page
+from tests.report.test_rendering import check_page
 from tests.support.synthetic import synthetic_tiles, write_slide
 
 pytest.importorskip("tifffile", reason="reports on slides are not tested")

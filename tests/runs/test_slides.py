@@ -19,7 +19,7 @@ from cytosyn_aug.runs.folder import RunFolder, open_run
 from cytosyn_aug.runs.unit_work import software
 from cytosyn_aug.slides.blocks import BlockMaker
 from cytosyn_aug.slides.recipe import SlideRecipe
-from tests.report.test_html import check_page
+from tests.report.test_rendering import check_page
 from tests.support.offline_runs import QUIET, digest, rows
 from tests.support.synthetic import damage_tile, synthetic_tiles, write_slide
 

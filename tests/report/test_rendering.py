@@ -8,15 +8,15 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from markupsafe import Markup
 from PIL import Image
 
-from cytosyn_aug.report.html import Html, escaped, flattened, picture, shortened, table, whole_page
+from cytosyn_aug.report.rendering import ENVIRONMENT, embed, flattened, render_page
 from cytosyn_aug.report.svg import (
     Curve,
     Mark,
     Points,
     Range,
-    legend,
     plot_bars,
     plot_curves,
     plot_points,
@@ -26,6 +26,7 @@ from cytosyn_aug.report.throughput import measure_pace
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)>\n\u202egpj.\udcff&amp;'
 _VOID = {"meta", "img", "br"}
+PARTS = ENVIRONMENT.get_template("parts.html.j2").module
 
 
 class Parsed(HTMLParser):
@@ -54,7 +55,9 @@ class Parsed(HTMLParser):
 
     @property
     def whole_text(self):
-        return "".join(self.text)
+        """The text as a reader sees it: line breaks of a template are spaces or nothing."""
+        shown = (re.sub(r"\s*\n\s*", " ", text) for text in self.text if not text.isspace())
+        return "".join(shown)
 
 
 def check_page(page):
@@ -76,36 +79,51 @@ def check_page(page):
 
 
 def test_whatever_a_name_holds_is_text():
+    image = embed(np.zeros((8, 8, 3), np.uint8))
     parts = [
-        table([EVIL], [[EVIL], [shortened(EVIL)], [shortened(EVIL * 3)]]),
-        picture(np.zeros((8, 8, 3), np.uint8), EVIL),
-        legend([(EVIL, "#000", "line")]),
+        PARTS.table([EVIL], [[EVIL], [EVIL * 3]]),
+        PARTS.table([EVIL], [[EVIL], [EVIL * 3]], first_is_name=True),
+        PARTS.settings([(EVIL, EVIL)]),
+        PARTS.findings([(EVIL, "bad")]),
+        PARTS.image(image, EVIL),
+        PARTS.image(embed(None, EVIL), EVIL),
+        PARTS.legend([(EVIL, "#000", "line")]),
         plot_curves([Curve(EVIL, [0, 1], [0, 1], "#000")], title=EVIL, x_label=EVIL),
         plot_points([Points(EVIL, [0], [1], "#000")], title=EVIL, x_label=EVIL, y_label=EVIL),
         plot_bars([[1.0]], Range(0, 1), title=EVIL, x_label=EVIL, marks=[Mark(0.5, EVIL)]),
     ]
-    page = whole_page(EVIL, [escaped(EVIL)], [(EVIL, Html("".join(parts)))])
+    page = render_page(EVIL, [(EVIL, Markup().join(parts)), ("left out", Markup())])
     found = check_page(page)
     assert sum(tag == "img" for tag, _ in found.elements) == 1
     assert r"<script>alert(1)</script>" in found.whole_text
     assert r"\n\u202egpj.\udcff&amp;" in found.whole_text
+    assert "left out" not in page
 
 
 def test_pictures_are_in_the_page_with_their_colours():
     y, x = np.mgrid[:64, :96]
     pixels = np.stack([x + 100, y + 50, 255 - x], -1).astype(np.uint8)
-    shown = picture(pixels, "a tile", side_px=96)
+    shown = PARTS.image(embed(pixels, side_px=96), "a tile")
     content = base64.b64decode(re.search(r"base64,([^\"]+)", shown)[1])
     found = np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).astype(int)
     assert found.shape == pixels.shape
     assert np.abs(found - pixels).mean() < 2
-    assert 'width="48" height="32"' in picture(pixels, "a tile", side_px=48)
+    assert 'width="48" height="32"' in PARTS.image(embed(pixels, side_px=48), "a tile")
 
 
 def test_columns_of_numbers_stand_right_and_nothing_is_a_dash():
-    made = table(["name", "value"], [["a", "1,234"], ["b", None]])
+    made = PARTS.table(["name", "value"], [["a", "1,234"], ["b", None]])
     assert made.count('class="number"') == 3
     assert ">-<" in made
+    assert PARTS.table(["value"], [["1"], ["unknown"]]).count("number") == 0
+
+
+def test_names_stand_left_and_show_whole_when_pointed_at():
+    name = f"{'7' * 60}/tile.png"
+    made = PARTS.table(["name", "value"], [[name, "1"], ["12", "2"]], first_is_name=True)
+    assert made.count('class="number"') == 3
+    assert f'<span title="{name}">77777777777777...' in made
+    assert "<td>12</td>" in made
 
 
 def test_settings_are_named_by_their_path():
