@@ -82,7 +82,7 @@ class SlideReport:
         num_bytes: Size of the file.
         tissue: Share of tissue, 0 to 1.
         seam_ratio: Of the result's tiles, see `cytosyn_aug.slides.seams`; None where too little is
-        tissue.
+            tissue.
         seam_ratio_before: The same of the slide's own colours.
         damaged: Corners, in level-0 pixels, of blocks that could not be decoded and are black.
         notes: Remarks on the slide.

@@ -1,10 +1,13 @@
-"""The documentation is true: public examples run, and the README's file tree is the tree."""
+"""The documentation is true: its Python runs, and what it names is there."""
 
 import doctest
+import json
 import os
 import re
+import runpy
 import subprocess
 import sys
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -13,6 +16,10 @@ import pytest
 from tests.support.python_process import start_python
 
 ROOT = Path(__file__).parents[2]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "ARCHITECTURE", "CONTRIBUTING", "CHANGELOG")),
+    *sorted((ROOT / "docs" / "pages").rglob("*.md")),
+]
 MODULES = [
     "cytosyn_aug.cache.store",
     "cytosyn_aug.cache.spec",
@@ -34,6 +41,10 @@ MODULES = [
     "cytosyn_aug.transforms.stain_views",
     "training.stages.perception",
 ]
+
+
+def page_name(page):
+    return str(page.relative_to(ROOT))
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -61,15 +72,101 @@ def test_public_names_are_completed_before_they_are_loaded_and_say_what_they_are
         assert len(getattr(cytosyn_aug, name).__doc__) > 20, name
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/cookbook.md"])
-def test_the_python_of_a_page_runs(name, tmp_path, monkeypatch):
-    text = (ROOT / name).read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert blocks
+@pytest.fixture(autouse=True, scope="module")
+def tiny_loaded_once():
+    """Let all pages share one generator, since each begins by loading it."""
+    from cytosyn_aug import TileGenerator
+
+    load = TileGenerator.from_pretrained
+    tiny = cache(load)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            TileGenerator, "from_pretrained", lambda *a, **k: load(*a, **k) if a or k else tiny()
+        )
+        yield
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if "```python\n" in p.read_text()], ids=page_name
+)
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    run_blocks(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL), page)
+
+
+def test_the_notebook_runs_and_shows_its_pictures(tmp_path, monkeypatch):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    file = ROOT / "examples" / "quickstart.ipynb"
+    assert file.stat().st_size < 1_500_000
+    cells = [c for c in json.loads(file.read_text())["cells"] if c["cell_type"] == "code"]
+    pictures = [out for c in cells for out in c["outputs"] if "image/png" in out.get("data", {})]
+    assert len(pictures) >= 4
+    assert not any(out["output_type"] == "error" for c in cells for out in c["outputs"])
+    monkeypatch.chdir(tmp_path)
+    run_blocks(["".join(c["source"]) for c in cells], file)
+
+
+def run_blocks(blocks, file):
     names: dict[str, object] = {}  # a reader goes on where the block before ended
     for block in blocks:
-        exec(compile(block, name, "exec"), names)
+        exec(compile(block, str(file), "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_links_of_a_page_lead_somewhere(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if not target.startswith("https://"):
+            assert (page.parent / target).exists(), target
+    for included in re.findall(r'^--8<-- "(.*)"', text, re.MULTILINE):
+        assert (ROOT / included).is_file(), included
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "CHANGELOG.md"], ids=page_name)
+def test_files_and_modules_that_a_page_names_exist(page):
+    text = page.read_text()
+    tops = r"(?:cytosyn_aug|training|tests|benchmarks|examples|docs)"
+    files = set(re.findall(rf"(?<![\w/]){tops}/[\w/.-]+\.(?:py|md|sh|ipynb|yml)\b", text))
+    packages = "|".join(f.name for f in (ROOT / "cytosyn_aug").iterdir() if f.is_dir())
+    files |= {f"cytosyn_aug/{name}" for name in re.findall(rf"`((?:{packages})/\w+\.py)`", text)}
+    modules = re.findall(r"python -m ((?:benchmarks|training|cytosyn_aug)[\w.]*)", text)
+    files |= {f"{m.replace('.', '/')}.py" for m in modules if "." in m}
+    missing = {f for f in files if not (ROOT / f).is_file()}
+    assert not missing
+
+
+def test_the_readme_is_short_and_holds_the_two_commands():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 200
+    assert "pip install -e . && cytosyn-aug demo" in lines
+    assert 'pip install -e ".[test]" && pytest -n auto --dist loadfile' in lines
+
+
+def test_the_page_of_commands_is_what_commands_say():
+    written = runpy.run_path(str(ROOT / "docs" / "write_commands.py"))
+    page = written["PAGE"].read_text()
+    # Versions of Python break lines elsewhere.
+    assert page.split() == written["commands_page"]().split(), "run python docs/write_commands.py"
+
+
+def test_every_public_name_stands_in_the_reference():
+    from cytosyn_aug import __all__ as names
+    from cytosyn_aug import offline
+
+    text = "".join(f.read_text() for f in (ROOT / "docs/pages/reference").glob("*.md"))
+    shown = set(re.findall(r"^::: cytosyn_aug\.([\w.]+)$", text, re.MULTILINE))
+    wanted = {*names, *(f"offline.{n}" for n in offline.__all__ if n not in names)}
+    assert wanted <= shown
+
+
+def test_the_page_of_formats_names_every_column_of_the_manifest():
+    from cytosyn_aug.runs.receipts import ROW_SCHEMA
+
+    text = (ROOT / "docs/pages/reference/formats.md").read_text()
+    table = text.split("### manifest.parquet")[1].split("### ")[0]
+    assert set(re.findall(r"`(\w+)`", table)) >= set(ROW_SCHEMA.names)
 
 
 def test_the_readmes_tree_names_every_package():
