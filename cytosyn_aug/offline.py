@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from cytosyn_aug.cache.encodings import Contents
 from cytosyn_aug.cache.store import LatentCache
@@ -138,7 +137,7 @@ def normalize(
     stain_source: Source = "tile",
     strength: float = 1.0,
     mpp: float | None = None,
-    format: Format | Literal["slide"] = "png",
+    format: Format = "png",
     input: InputKind | None = None,
     unit_tiles: int = UNIT_TILES,
     work: Work | None = None,
@@ -156,9 +155,7 @@ def normalize(
             `NormalizeRecipe`.
         strength: 1 goes to the reference, 0 stays.
         mpp: See `augment`, as for all that follow.
-        format: "png", "webp" or "tar"; or "slide", for what `normalize_slides` does by default:
-            `mpp` is then the scale of slides instead of what they state, and `stain_source` and
-            `unit_tiles` mean nothing.
+        format: "png", "webp" or "tar" (of WebP, one per unit).
         input: What IN is.
         unit_tiles: Tiles of a work unit.
         work: Shard, threads and the like.
@@ -166,17 +163,6 @@ def normalize(
     Raises:
         ValueError, OSError: See `augment`.
     """
-    if format == "slide":
-        is_usual = (stain_source, unit_tiles) == ("tile", UNIT_TILES)
-        if not is_usual or input not in (None, "slides", "table"):
-            raise ValueError(
-                "stain_source, unit_tiles and input are of tiles and mean nothing for format "
-                "'slide'; leave them out"
-            )
-        slides = SlideRecipe(strength=strength, slide_mpp=mpp)
-        return normalize_slides(
-            source, out, generator, reference=reference, method=method, recipe=slides, work=work
-        )
     recipe = NormalizeRecipe(method=method, source=stain_source, strength=strength)
     tiles = Tiles(source=source, kind=input, mpp=mpp, unit_tiles=unit_tiles)
     run = plan_normalize(tiles, out, generator, [reference], recipe, format)

@@ -1,18 +1,18 @@
-"""The commands for whole data sets: augment, normalize, cache, sample, and slurm around them.
+"""The commands for whole data sets of tiles: augment, normalize, cache, sample.
 
-No torch is imported to show help; for exit codes see `cytosyn_aug.cli.options`.
+No torch is imported to show help. Exit codes: 0 done; 1 done, but some tiles failed and are named;
+2 the run was refused or had to stop.
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from cytosyn_aug.cli.options import (
+    Commands,
+    add_command,
     add_model,
     add_tile_work,
     add_work,
@@ -21,44 +21,22 @@ from cytosyn_aug.cli.options import (
     shared_path,
     work_of,
 )
-from cytosyn_aug.cli.slides import FILE_SUFFIXES
-from cytosyn_aug.cli.slurm import SlurmJob, array_script
 from cytosyn_aug.config import Method
 
-AddCommand = Callable[[str, Callable[..., int], str, str], argparse.ArgumentParser]
 _IN = "folder of tiles, .csv or .parquet with paths, tar shards (file or folder), or slides"
 
 
-def add_commands(add: AddCommand, parse: Callable[[list[str]], argparse.Namespace]) -> None:
-    """Add the commands to a parser.
-
-    Args:
-        add: Takes name, function, one sentence and an example.
-        parse: Parses a whole command line.
-    """
-    _add_augment(add)
-    _add_normalize(add, parse)
-    _add_cache(add)
-    _add_sample(add)
-    slurm = add(
-        "slurm",
-        partial(_slurm, parse),
-        "print a SLURM job array that shares one of these commands among many machines",
-        "cytosyn-aug slurm --shards 16 --gpus 1 -- augment TILES OUT --references LAB > job.sh",
-    )
-    slurm.add_argument("--shards", type=int, required=True, help="jobs of the array")
-    slurm.add_argument("--gpus", type=int, default=1, help="of each job")
-    slurm.add_argument("--cpus", type=int, default=8, help="of each job")
-    slurm.add_argument("--memory", default="32G", help="of each job")
-    slurm.add_argument("--time", default="24:00:00", help="limit of each job")
-    slurm.add_argument("--partition")
-    slurm.add_argument("--account")
-    slurm.add_argument("--setup", default="", help="line to run before, such as activating a venv")
-    slurm.add_argument("words", nargs=argparse.REMAINDER, help="-- and the command to share")
+def register(commands: Commands) -> None:
+    """Add the commands to those of a parser."""
+    _register_augment(commands)
+    _register_normalize(commands)
+    _register_cache(commands)
+    _register_sample(commands)
 
 
-def _add_augment(add: AddCommand) -> None:
-    augment = add(
+def _register_augment(commands: Commands) -> None:
+    augment = add_command(
+        commands,
         "augment",
         _augment,
         "write variants of all tiles of a data set, and a manifest; resumes",
@@ -111,11 +89,12 @@ def _add_augment(add: AddCommand) -> None:
     add_work(augment)
 
 
-def _add_normalize(add: AddCommand, parse: Callable[[list[str]], argparse.Namespace]) -> None:
-    normalize = add(
+def _register_normalize(commands: Commands) -> None:
+    normalize = add_command(
+        commands,
         "normalize",
-        partial(_normalize, parse),
-        "restain all tiles of a data set, or whole slides, to one reference; resumes",
+        _normalize,
+        "restain all tiles of a data set to one reference; resumes",
         "cytosyn-aug normalize TILES OUT --reference LAB_A",
     )
     normalize.add_argument("source", metavar="IN", type=Path, help=_IN)
@@ -136,18 +115,15 @@ def _add_normalize(add: AddCommand, parse: Callable[[list[str]], argparse.Namesp
     )
     normalize.add_argument("--strength", type=float, default=1.0, metavar="S", help="0 to 1")
     _add_input(normalize)
-    _add_format(
-        normalize,
-        ["png", "webp", "tar", "slide"],
-        "pixels without loss; slide: slides to slides, as normalize-slide does with its defaults",
-    )
+    _add_format(normalize, ["png", "webp", "tar"])
     add_model(normalize)
     add_tile_work(normalize)
     add_work(normalize)
 
 
-def _add_cache(add: AddCommand) -> None:
-    cache = add(
+def _register_cache(commands: Commands) -> None:
+    cache = add_command(
+        commands,
         "cache",
         _cache,
         "put what the model sees in all tiles of a data set into a cache; resumes",
@@ -170,8 +146,9 @@ def _add_cache(add: AddCommand) -> None:
     add_work(cache, "refused, since CACHE may hold other sets of tiles; remove it yourself")
 
 
-def _add_sample(add: AddCommand) -> None:
-    sample = add(
+def _register_sample(commands: Commands) -> None:
+    sample = add_command(
+        commands,
         "sample",
         _sample,
         "generate tiles, and write a manifest; resumes",
@@ -204,10 +181,8 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_format(
-    parser: argparse.ArgumentParser, formats: list[str], text: str = "pixels without loss"
-) -> None:
-    parser.add_argument("--format", default="png", choices=formats, help=text)
+def _add_format(parser: argparse.ArgumentParser, formats: list[str]) -> None:
+    parser.add_argument("--format", default="png", choices=formats, help="pixels without loss")
 
 
 def _augment(args: argparse.Namespace) -> int:
@@ -237,9 +212,7 @@ def _augment(args: argparse.Namespace) -> int:
     return say_summary(summary)
 
 
-def _normalize(parse: Callable[[list[str]], argparse.Namespace], args: argparse.Namespace) -> int:
-    if args.format == "slide":
-        return _normalize_slides(parse, args)
+def _normalize(args: argparse.Namespace) -> int:
     from cytosyn_aug import offline
 
     summary = offline.normalize(
@@ -255,30 +228,6 @@ def _normalize(parse: Callable[[list[str]], argparse.Namespace], args: argparse.
         work=work_of(args),
     )
     return say_summary(summary)
-
-
-# What tiles have and slides have not.
-_OF_TILES = ("stain_source", "unit_tiles", "writers")
-
-
-def _normalize_slides(
-    parse: Callable[[list[str]], argparse.Namespace], args: argparse.Namespace
-) -> int:
-    """Do what `normalize-slide` does, with the options that both commands have."""
-    words = [str(args.source), str(args.out), "--reference", *args.reference]
-    usual = vars(parse(["normalize", *words]))
-    strange = [name for name in _OF_TILES if getattr(args, name) != usual[name]]
-    if args.input not in (None, "slides", "table"):
-        strange.append("input")
-    if strange:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in strange)
-        raise ValueError(f"{flags} mean nothing for --format slide; see normalize-slide --help")
-    slides = parse(["normalize-slide", *words])
-    for name in vars(slides).keys() & vars(args).keys() - {"mpp", "run", "command", *_OF_TILES}:
-        setattr(slides, name, getattr(args, name))
-    slides.slide_mpp = args.mpp
-    run: Callable[[argparse.Namespace], int] = slides.run
-    return run(slides)
 
 
 def _cache(args: argparse.Namespace) -> int:
@@ -312,34 +261,6 @@ def _sample(args: argparse.Namespace) -> int:
         work=work_of(args),
     )
     return say_summary(summary)
-
-
-def _slurm(parse: Callable[[list[str]], argparse.Namespace], args: argparse.Namespace) -> int:
-    words = args.words[1:] if args.words[:1] == ["--"] else args.words
-    nested = parse(words)  # a typing error is found now, not when the job starts
-    if not hasattr(nested, "shard"):
-        raise ValueError("expected augment, normalize, cache, sample or normalize-slide after --")
-    if nested.shard != (0, 1) or nested.overwrite or nested.dry_run:
-        raise ValueError("leave --shard, --overwrite and --dry-run away; the script says --shard")
-    if nested.engine != "local":
-        raise ValueError("each job of an array would start a Ray of its own; leave --engine away")
-    if nested.out.suffix.lower() in FILE_SUFFIXES:
-        raise ValueError(
-            f"{nested.out} is one file, and one slide is not shared among jobs; give a folder of "
-            "slides and a folder to write"
-        )
-    job = SlurmJob(
-        shards=args.shards,
-        gpus=args.gpus,
-        cpus=args.cpus,
-        memory=args.memory,
-        time=args.time,
-        partition=args.partition,
-        account=args.account,
-        setup=args.setup,
-    )
-    print(array_script(f"cytosyn-aug {shlex.join(words)}", nested.command, job), end="")
-    return 0
 
 
 def _input(args: argparse.Namespace) -> dict[str, Any]:  # Any: arguments of offline's functions

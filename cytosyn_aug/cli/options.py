@@ -1,7 +1,7 @@
-"""Options that the commands for whole data sets have in common, and what they say in the end.
+"""Options that several commands share: the model, the work on a run, and its exit code.
 
-Exit codes: 0 done; 1 done, but some items failed and are named; 2 the run could not be made or not
-go on. No torch is imported to show help.
+Exit codes: 0 done; 1 done, but some items failed and are named; 2 the run was refused or had to
+stop. No torch is imported to show help.
 """
 
 from __future__ import annotations
@@ -9,29 +9,60 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
     from cytosyn_aug.model.generator import TileGenerator
     from cytosyn_aug.runs.execute import Summary, Work
     from cytosyn_aug.runs.ray_actors import RayCluster
 
-_DTYPES = ["float32", "bfloat16", "float16"]
-_NAMED = 20
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+DTYPES = ["float32", "bfloat16", "float16"]
+_MAX_NAMED = 20
+
+
+def add_command(
+    commands: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    sentence: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    """Add a command to those of a parser, and return its own parser.
+
+    Args:
+        commands: Where to add it.
+        name: What is typed.
+        run: Does it and returns the exit code.
+        sentence: What it does, without a full stop.
+        example: A line that can be pasted.
+    """
+    command = commands.add_parser(
+        name,
+        help=sentence,
+        description=f"{sentence[0].upper()}{sentence[1:]}. Example: {example}",
+    )
+    command.set_defaults(run=run)
+    return command
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the model."""
+    """Add the options of the model that works on a data set."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="DIR|ID", help="folder or Hub id; default: tiny")
-    group.add_argument("--encoder", default="auto", help="folder, file or Hub id; or none")
-    group.add_argument("--revision", help="branch, tag or commit on the Hub")
-    group.add_argument("--key-map", type=Path, metavar="FILE", help="JSON that renames tensors")
-    group.add_argument("--device", default="cpu")
-    group.add_argument("--dtype", default="float32", choices=_DTYPES)
+    add_weights(group)
     group.add_argument("--batch-size", type=int, default=16, help="tiles in the networks at once")
+
+
+def add_weights(parser: argparse._ActionsContainer) -> None:
+    """Add the options of how the weights of a model are found and loaded."""
+    parser.add_argument("--encoder", default="auto", help="folder, file or Hub id; or none")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--key-map", type=Path, metavar="FILE", help="JSON that renames tensors")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
 
 
 def add_work(
@@ -75,15 +106,26 @@ def add_tile_work(parser: argparse.ArgumentParser) -> None:
 
 
 def load_generator(args: argparse.Namespace) -> TileGenerator:
-    """Return the model that was asked for, with contradictions refused before it is read."""
+    """Return the model that was asked for, on the CPU if only Ray workers have GPUs."""
+    import torch
+
+    device = args.device
+    if args.engine == "ray" and device == "cuda" and not torch.cuda.is_available():
+        print(
+            "No GPU on this machine: references are fitted on the CPU; Ray workers use their own "
+            "GPUs",
+            file=sys.stderr,
+        )
+        device = "cpu"
+    return load_weights(args, device=device, batch_size=args.batch_size)
+
+
+def load_weights(args: argparse.Namespace, *, device: str, batch_size: int) -> TileGenerator:
+    """Return the model whose weights the options of `add_weights` name."""
     import torch
 
     from cytosyn_aug.model.generator import TileGenerator
 
-    device, cluster = args.device, _ray(args)  # refused before the model is read
-    if cluster is not None and device == "cuda" and not torch.cuda.is_available():
-        print("no GPU here: what comes before the actors is done on the processor", file=sys.stderr)
-        device = "cpu"
     return TileGenerator.from_pretrained(
         args.model,
         encoder=None if args.encoder == "none" else args.encoder,
@@ -91,7 +133,7 @@ def load_generator(args: argparse.Namespace) -> TileGenerator:
         key_map=args.key_map,
         device=device,
         dtype=getattr(torch, args.dtype),
-        batch_size=args.batch_size,
+        batch_size=batch_size,
     )
 
 
@@ -147,11 +189,11 @@ def say_summary(summary: Summary) -> int:
 
 
 def _name_failures(failed: Sequence[tuple[str, str]], number: int) -> None:
-    for name, reason in failed[:_NAMED]:
+    for name, reason in failed[:_MAX_NAMED]:
         shown = name.encode("unicode_escape").decode()  # names may hold line breaks
         print(f"failed: {shown} {reason}", file=sys.stderr)
-    if number > _NAMED:
-        print(f"and {number - _NAMED} more failed, see the manifest", file=sys.stderr)
+    if number > _MAX_NAMED:
+        print(f"and {number - _MAX_NAMED} more failed, see the manifest", file=sys.stderr)
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
-AddCommand = Callable[[str, Callable[..., int], str, str], argparse.ArgumentParser]
+from cytosyn_aug.cli.options import Commands, add_command
 
 
-def add_report(add: AddCommand) -> None:
-    """Add the command to a parser; `add` takes name, function, one sentence and an example."""
-    command = add(
+def register(commands: Commands) -> None:
+    """Add the command to those of a parser."""
+    command = add_command(
+        commands,
         "report",
-        run,
+        _report,
         "write one HTML file about a run, finished or not, or about normalised slides",
         "cytosyn-aug report OUT --out report.html",
     )
@@ -35,8 +35,7 @@ def add_report(add: AddCommand) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Write the report and print where it is."""
+def _report(args: argparse.Namespace) -> int:
     from cytosyn_aug.offline import report
 
     print(report(args.made, out=args.out, source=args.source, num_tiles=args.num_tiles))

@@ -1,7 +1,8 @@
 """The command for whole slides: normalize-slide. No torch is imported to show help.
 
 One slide to one file, or any number of slides to a folder as a run, which is resumed, shared and
-recorded as those of tiles are. For exit codes see `cytosyn_aug.cli.options`.
+recorded as those of tiles are. Exit codes: 0 done; 1 done, but some slides failed and are named;
+2 the run was refused or had to stop.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from cytosyn_aug.cli.options import (
+    Commands,
+    add_command,
     add_model,
     add_work,
     load_generator,
@@ -27,17 +29,17 @@ if TYPE_CHECKING:
     from cytosyn_aug.model.generator import TileGenerator
     from cytosyn_aug.slides.recipe import SlideRecipe, SlideReport
 
-AddCommand = Callable[[str, Callable[..., int], str, str], argparse.ArgumentParser]
-FILE_SUFFIXES = (".tif", ".tiff")
-# Nobody means a folder by these.
-PICTURE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".czi", ".png", ".jpg", ".jpeg")
+_FILE_SUFFIXES = (".tif", ".tiff")
+# A folder with such a name is almost certainly a forgotten .ome.tif.
+_PICTURE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".czi", ".png", ".jpg", ".jpeg")
 
 
-def add_command(add: AddCommand) -> None:
-    """Add the command to a parser; `add` takes name, function, one sentence and an example."""
-    command = add(
+def register(commands: Commands) -> None:
+    """Add the command to those of a parser."""
+    command = add_command(
+        commands,
         "normalize-slide",
-        run,
+        _normalize_slide,
         "write slides with the stain of a reference, as pyramids that keep pixels and scale only",
         "cytosyn-aug normalize-slide SLIDE.svs OUT.ome.tif --reference LAB_A",
     )
@@ -79,7 +81,7 @@ def add_command(add: AddCommand) -> None:
     add_work(command)
 
 
-def run(args: argparse.Namespace) -> int:
+def _normalize_slide(args: argparse.Namespace) -> int:
     """Normalise one slide to a file, or slides to a folder; return the exit code."""
     from cytosyn_aug.slides.recipe import SlideRecipe
 
@@ -93,17 +95,20 @@ def run(args: argparse.Namespace) -> int:
         keeps_thumbnail=args.keep_thumbnail,
         allows_damage=args.allow_damage,
     )
-    is_file = args.out.suffix.lower() in FILE_SUFFIXES
+    is_file = args.out.suffix.lower() in _FILE_SUFFIXES
     if is_file:
         _check_one(args)
-    elif args.out.suffix.lower() in PICTURE_SUFFIXES and not args.out.is_dir():
-        raise ValueError(f"{args.out} would be a folder; end the name of a file in .ome.tif")
+    elif args.out.suffix.lower() in _PICTURE_SUFFIXES and not args.out.is_dir():
+        raise ValueError(
+            f"{args.out} would become a folder; for a single slide give a name that ends in "
+            ".ome.tif"
+        )
     generator = load_generator(args) if args.method == "cytosyn" else None
     return (_one if is_file else _many)(args, recipe, generator)
 
 
 def _check_one(args: argparse.Namespace) -> None:
-    """Refuse what means nothing for one slide."""
+    """Refuse options that cannot be combined with one slide."""
     if args.source.is_dir():
         raise ValueError(f"{args.source} is a folder, and {args.out} names a file; give a folder")
     if args.shard != (0, 1) or args.engine != "local":
@@ -111,7 +116,7 @@ def _check_one(args: argparse.Namespace) -> None:
             f"{args.out} is one file, and one slide is not shared among jobs; leave --shard and "
             "--engine away, or give a folder of slides and a folder to write"
         )
-    work_of(args)  # refuses options of actors, which are as little for one slide
+    work_of(args)  # refuses options of Ray workers without --engine ray
 
 
 def _many(args: argparse.Namespace, recipe: SlideRecipe, generator: TileGenerator | None) -> int:
@@ -145,7 +150,7 @@ def _one(args: argparse.Namespace, recipe: SlideRecipe, generator: TileGenerator
         return 0
     is_there = args.out.exists() and not args.overwrite
     if is_there and is_made(args.out, args.source, reference, recipe):
-        print(f"{args.out}: is made already")
+        print(f"{args.out} is up to date; use --overwrite to write it again")
         return 0
     with tqdm(unit="block", disable=args.quiet) as bar:
 

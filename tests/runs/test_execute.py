@@ -535,23 +535,6 @@ def test_python_has_the_options_of_the_commands_with_their_defaults(words, funct
         assert value == expected or expected is Parameter.empty or not is_set, name
 
 
-def test_slurm_prints_an_array_of_shards(capsys):
-    words = ["augment", "my tiles", "out", "--references", "lab"]
-    assert main(["slurm", "--shards", "3", "--gpus", "0", "--", *words]) == 0
-    script = capsys.readouterr().out
-    assert "#SBATCH --array=0-2\n" in script
-    line = "cytosyn-aug augment 'my tiles' out --references lab"
-    assert f'{line} --shard "$SLURM_ARRAY_TASK_ID/3" --quiet\n' in script
-    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
-    assert main(["slurm", "--shards", "3", "--", *words, "--shard", "0/2"]) == 2
-    assert main(["slurm", "--shards", "3", "--", "info"]) == 2
-    assert main(["slurm", "--shards", "3", "--", *words, "--engine", "ray"]) == 2
-    capsys.readouterr()
-    slides = ["normalize", "slides", "out", "--reference", "lab", "--format", "slide"]
-    assert main(["slurm", "--shards", "3", "--", *slides]) == 0
-    assert f'cytosyn-aug {" ".join(slides)} --shard "$SLURM_' in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("wrong", [["--steps", "0"], ["--guidance-scale", "nan"]])
 def test_settings_that_cannot_be_drawn_with_do_not_lock_a_folder(
     tree, tmp_path, model_folder, laboratories, capsys, wrong

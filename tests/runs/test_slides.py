@@ -292,7 +292,7 @@ def test_the_model_is_part_of_the_run(slides, small, tmp_path):
     lab = StainReference.fit(small, 255 - synthetic_tiles(6, seed=7) // 2)
     out, same = tmp_path / "out", tmp_path / "same"
     tumour = slides / "tumour"
-    summary = offline.normalize(tumour, out, small, reference=lab, format="slide", work=QUIET)
+    summary = offline.normalize_slides(tumour, out, small, reference=lab, work=QUIET)
     assert summary.counts == {"edited": 2}
     assert {row["model"] for row in rows(out)} == {small.digest}
     alone = normalize_slide(tumour / "a.svs", tmp_path / "a.tif", lab, generator=small)
@@ -307,32 +307,27 @@ def test_the_model_is_part_of_the_run(slides, small, tmp_path):
 
 def test_a_model_that_is_not_needed_makes_no_other_run(slides, reference, normalised, small):
     settings = {"reference": reference, "method": "transport", "work": QUIET}
-    summary = offline.normalize(slides, normalised, small, format="slide", **settings)
+    summary = offline.normalize_slides(slides, normalised, small, **settings)
     assert summary.counts == {"edited": 3, "failed": 1}  # which the command, without one, has made
-    for changed in ({"unit_tiles": 3}, {"stain_source": "slide"}, {"input": "tree"}):
-        with pytest.raises(ValueError, match="mean nothing for format 'slide'"):
-            offline.normalize(slides, normalised, small, format="slide", **settings | changed)
 
 
-def test_the_commands_are_one_run(slides, reference, normalised, tmp_path, capsys):
+def test_the_command_does_the_run_of_the_function(slides, reference, normalised, tmp_path, capsys):
     reference.save(tmp_path / "lab.json")
     words = ["--reference", str(tmp_path / "lab.json"), "--method", "transport", "--quiet"]
     out = str(tmp_path / "out")
-    assert main(["normalize-slide", str(slides), out, *words]) == 1
+    command = ["normalize-slide", str(slides), out, *words]
+    assert main(command) == 1
     said = capsys.readouterr()
     assert said.out == f"{out}: 3 edited, 1 failed\n"
     assert "failed: normal/broken.svs (8 bytes) is of a format" in said.err
     made = digest(tmp_path / "out")
-    same = ["normalize", str(slides), out, *words, "--format", "slide"]
-    assert main([*same, "--dry-run"]) == 1
+    assert main([*command, "--dry-run"]) == 1
     assert json.loads(capsys.readouterr().out)["units_to_do"] == 1
-    assert main([*same, "--readers", "1"]) == 1
+    assert main([*command, "--threads", "1"]) == 1
     assert digest(tmp_path / "out") == made
     for name in set(made) - {"run.json", "manifest.parquet"}:
         assert (tmp_path / "out" / name).read_bytes() == (normalised / name).read_bytes()
-    assert main([*same, "--stain-source", "slide", "--unit-tiles", "3"]) == 2
-    assert "--stain-source, --unit-tiles mean nothing" in capsys.readouterr().err
-    assert main([*same, "--overwrite", "--strength", "0.5"]) == 1
+    assert main([*command, "--overwrite", "--strength", "0.5"]) == 1
     assert {row["strength"] for row in rows(tmp_path / "out")} == {0.5, None}  # one failed
 
 
@@ -344,12 +339,10 @@ def test_one_slide_to_one_file_is_not_shared(slides, reference, tmp_path, capsys
     assert "is one file, and one slide is not shared" in capsys.readouterr().err
     assert main([*one, "--actors", "2"]) == 2
     assert "only go with --engine ray" in capsys.readouterr().err
-    assert main(["slurm", "--shards", "2", "--", *one]) == 2
-    assert "is one file, and one slide is not shared" in capsys.readouterr().err
     assert main(["normalize-slide", str(slides), str(tmp_path / "a.tif"), *words]) == 2
     assert "is a folder, and" in capsys.readouterr().err
     assert main([one[0], one[1], str(tmp_path / "a.svs"), *words]) == 2
-    assert "would be a folder; end the name of a file in .ome.tif" in capsys.readouterr().err
+    assert "would become a folder; for a single slide give a name" in capsys.readouterr().err
     assert not (tmp_path / "a.svs").exists()
     assert main([*one, "--dry-run"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -359,7 +352,7 @@ def test_one_slide_to_one_file_is_not_shared(slides, reference, tmp_path, capsys
     written = (tmp_path / "a.tif").stat().st_size
     assert told["output_bytes"] == pytest.approx(written, rel=0.25)
     assert main(one) == 0
-    assert "is made already" in capsys.readouterr().out
+    assert "is up to date; use --overwrite" in capsys.readouterr().out
 
 
 def test_the_report_of_a_run_shows_slides_and_names_what_failed(

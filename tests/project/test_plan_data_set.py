@@ -1,15 +1,20 @@
-"""What a data set takes, by hand; and the page that tells it."""
+"""The plan of a data set, by hand; and the page about scale, with its job script."""
 
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from cytosyn_aug.cache.encodings import encodings_spec
-from cytosyn_aug.cli.budget import Fleet, Volume, labour, storage
-from cytosyn_aug.cli.main import main, parse
+from cytosyn_aug.cli.main import parse
+from examples.plan_data_set import Fleet, Volume, labour, main, storage
+from tests.support.offline_runs import rows
 
 PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
 
@@ -64,15 +69,15 @@ def test_labour_by_hand():
     ],
 )
 def test_what_cannot_be_is_refused(words, said, capsys):
-    assert main(["budget", *words]) == 2
+    assert main(words) == 2
     assert said in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        parse(["budget", "--slides", "1.5", "--tiles", "9"])
+        main(["--slides", "1.5", "--tiles", "9"])
 
 
-def test_the_page_has_the_numbers_of_the_command(capsys):
+def test_the_page_has_the_numbers_of_the_script(capsys):
     words = ["--slides", "10000", "--tiles", "40e6", "--unit-tiles", "1024"]
-    assert main(["budget", *words]) == 0
+    assert main(words) == 0
     kept = json.loads(capsys.readouterr().out)["storage"]
     table = re.findall(r"^\| .* \| ([\d.]+) TB \| ([\d,]+) \|$", PAGE.read_text(), re.MULTILINE)
     assert len(table) == len(kept)
@@ -82,11 +87,47 @@ def test_the_page_has_the_numbers_of_the_command(capsys):
         assert files == f"{row['files']:,}"
 
 
-def test_the_commands_of_the_page_are_understood():
-    lines = re.findall(r"^cytosyn-aug (.*)$", PAGE.read_text(), re.MULTILINE)
-    assert len(lines) > 4
+def test_the_commands_of_the_page_are_understood(capsys):
+    programs = r"cytosyn-aug|python examples/plan_data_set\.py"
+    lines = re.findall(rf"^(?:{programs}) .*[^\\\n]$", PAGE.read_text(), re.MULTILINE)
+    assert len(lines) > 3
     for line in lines:
-        command = line.partition(">")[0].replace("RATE", "100")
-        args = parse(shlex.split(command, comments=True))
-        if args.command == "slurm":
-            parse(args.words[1:])
+        first, *words = shlex.split(line.replace("RATE", "100"), comments=True)
+        if first == "python":
+            assert main(words[1:]) == 0
+        else:
+            parse(words)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="without bash the job script is not run")
+def test_the_job_script_of_the_page_completes_a_run(tree, tmp_path, model_folder, laboratories):
+    text = PAGE.read_text()
+    (script,) = re.findall(r"^```bash\n(#!/bin/bash.*?)^```", text, re.MULTILINE | re.DOTALL)
+    for name, path in {"TILES": tree, "OUT": tmp_path / "out", "LAB": laboratories[0]}.items():
+        script, count = re.subn(rf"^{name}=.*$", f"{name}={path}", script, flags=re.MULTILINE)
+        assert count == 1
+    for words, tiny in [
+        ("--device cuda --dtype bfloat16", f"--model {model_folder} --batch-size 2"),
+        ("--unit-tiles 1024", "--unit-tiles 1"),
+    ]:
+        assert words in script
+        script = script.replace(words, tiny)
+    program, job = tmp_path / "bin" / "cytosyn-aug", tmp_path / "job.sh"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/bash\nexec {sys.executable} -m cytosyn_aug "$@"\n')
+    program.chmod(0o755)
+    job.write_text(script)
+    num_tasks = 2  # of 32: every task loads torch
+    environment = os.environ | {
+        "PATH": f"{program.parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(PAGE.parents[1]),
+        "SLURM_ARRAY_TASK_COUNT": str(num_tasks),
+        "SLURM_CPUS_PER_TASK": "1",
+    }
+    for task in range(num_tasks):
+        assert not (tmp_path / "out" / "manifest.parquet").exists()
+        own = environment | {"SLURM_ARRAY_TASK_ID": str(task)}
+        done = subprocess.run(["bash", job], env=own, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    statuses = [row["status"] for row in rows(tmp_path / "out")]
+    assert sorted(statuses) == ["blank"] + 9 * ["edited"]

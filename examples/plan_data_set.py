@@ -1,12 +1,18 @@
-"""What a data set of any size takes: bytes, files, hours and money, from rates that are given.
+"""Plan a data set of any size: bytes, files, hours and money, as JSON.
 
-Formulas of docs/scale.md, which says where each measured constant comes from. Rates of GPUs are for
-the reader to measure (`--dry-run` prints the one of a command); none is assumed here.
+    python examples/plan_data_set.py --slides 10000 --tiles 40e6 --variants 2 --tiles-per-s RATE
+
+Formulas of docs/scale.md, which says where each measured constant comes from. The rate of a GPU is
+for the reader to measure (`--dry-run` of a command prints it); none is assumed here. Nothing is
+read or loaded.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -22,12 +28,12 @@ Stored = Literal["png", "webp", "tar", "latents"]
 READ_S = 0.0018
 WRITE_S: dict[str, float] = {"png": 0.0035, "webp": 0.0016, "tar": 0.0013, "latents": 1 / 15_468}
 # By benchmarks/units.py, of one processor.
-LIST_S = 18e-6  # a tile of a tree of files
-CUT_S = 6e-6  # a tile
-LOOK_S = 1.9e-3  # a finished unit
-MANIFEST_S = 11e-6  # a row
-MANIFEST_BYTES = 125  # a row
-LATENT_BYTES = 0.13  # a pixel of a tile, with its features
+LIST_S = 18e-6  # per tile of a tree of files
+CUT_S = 6e-6  # per tile
+LOOK_S = 1.9e-3  # per finished unit
+MANIFEST_S = 11e-6  # per row
+MANIFEST_BYTES = 125  # per row
+LATENT_BYTES = 0.13  # per pixel of a tile, with its features
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,9 +43,9 @@ class Volume:
     Attributes:
         slides: Whole slides.
         tiles: Tiles of all of them.
-        variants: Results of a tile.
+        variants: Results per tile.
         format: How results are stored.
-        unit_tiles: Tiles of a work unit.
+        unit_tiles: Tiles per work unit.
         tile_bytes: Of a stored tile; 74 kB was measured of 8,509 tiles of H&E as lossless WebP.
         tile: Side and scale of tiles.
         cls_width: Numbers of an encoder's feature; 768 of H0-mini.
@@ -83,7 +89,7 @@ class Fleet:
     Attributes:
         tiles_per_s: Of one worker, with all variants of a tile; `--dry-run` prints it.
         workers: Jobs of an array, or Ray actors.
-        price: Of a worker, an hour.
+        price: Per hour of a worker.
         task_hours: What a job of an array shall take.
     """
 
@@ -106,8 +112,8 @@ class Fleet:
 def storage(volume: Volume) -> dict[str, dict[str, int]]:
     """Return bytes and files of everything that may be kept.
 
-    `tiles` is a tar file a slide, as `python -m training tile` writes them; a cache has one shard a
-    unit until it is compacted; `while_running` are receipts and locks.
+    `tiles` is one tar file per slide, as `python -m training tile` writes them; a cache has one
+    shard per unit until it is compacted; `while_running` are receipts and locks.
     """
     latent = volume.tile.size_px // 8
     features = Field("cls", (volume.cls_width,), "float32")
@@ -155,3 +161,74 @@ def labour(volume: Volume, fleet: Fleet) -> dict[str, Any]:  # Any: JSON
 def _record_bytes(volume: Volume, content: Field) -> int:
     fields = (content, THUMBNAIL)
     return CacheSpec(tile=volume.tile, fields=fields, model_digest="").record_bytes
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the plan; return 0, or 2 for amounts that cannot be."""
+    args = _parser().parse_args(arguments)
+    try:
+        plan = _plan(args)
+    except ValueError as error:
+        print(f"plan_data_set.py: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(plan, indent=1))
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> dict[str, object]:
+    volume = Volume(
+        slides=args.slides,
+        tiles=args.tiles,
+        variants=args.variants,
+        format=args.format,
+        unit_tiles=args.unit_tiles,
+        tile_bytes=args.tile_bytes,
+        cls_width=args.cls_width,
+    )
+    plan: dict[str, object] = {"storage": storage(volume)}
+    if args.tiles_per_s is not None:
+        fleet = Fleet(
+            tiles_per_s=args.tiles_per_s,
+            workers=args.workers,
+            price=args.price,
+            task_hours=args.task_hours,
+        )
+        plan["labour"] = labour(volume, fleet)
+    return plan
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--slides", type=_count, required=True)
+    parser.add_argument("--tiles", type=_count, required=True, help="of all slides, such as 40e6")
+    parser.add_argument("--variants", type=int, default=1, metavar="K", help="of each tile")
+    parser.add_argument("--format", default="tar", choices=["png", "webp", "tar", "latents"])
+    parser.add_argument("--unit-tiles", type=int, default=256)
+    parser.add_argument("--tile-bytes", type=float, default=74_000, help="of a stored tile")
+    parser.add_argument("--cls-width", type=int, default=768, help="of the encoder's features")
+    parser.add_argument(
+        "--tiles-per-s",
+        type=float,
+        metavar="RATE",
+        help="of one worker, as --dry-run of a command prints it; without it, storage only",
+    )
+    parser.add_argument("--workers", type=int, default=1, help="jobs or Ray actors")
+    parser.add_argument("--price", type=float, default=0.0, help="per hour of a worker")
+    parser.add_argument("--task-hours", type=float, default=4.0, help="of one job of an array")
+    return parser
+
+
+def _count(text: str) -> int:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.5
+    if not number.is_integer():
+        raise argparse.ArgumentTypeError(f"{text!r} is no count, expected one such as 10000 or 4e7")
+    return int(number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
