@@ -162,7 +162,8 @@ def _healthy(shard: Shard, spec: CacheSpec) -> np.ndarray:
     scratch = {f.name: np.empty(f.num_bytes, np.uint8) for f in spec.fields}
     right = shard.words == record_words(shard.keys, shard.variants)
     checked = (shard.read(row, shard.record_key(row), scratch) for row in range(len(shard)))
-    return right & np.fromiter(checked, bool, len(shard))
+    is_healthy: np.ndarray = right & np.fromiter(checked, bool, len(shard))
+    return is_healthy
 
 
 def _drop_duplicates(pool: ShardPool, names: list[str], kept: list[np.ndarray]) -> int:

@@ -338,7 +338,8 @@ class Slide:
         for _ in range(2):
             try:
                 self._handle = self._handle or self._open()
-                return self._handle.read_region((x, y), level, size)
+                region: Image.Image = self._handle.read_region((x, y), level, size)
+                return region
             except openslide.OpenSlideError as error:
                 self.close()
                 failure = error

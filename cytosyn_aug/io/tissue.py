@@ -111,7 +111,8 @@ class TissueMask:
         (x0, y0), (x1, y1) = first.T, last.T
         s = self._sums
         inside = s[y1, x1] - s[y0, x1] - s[y1, x0] + s[y0, x0]
-        return inside / ((x1 - x0) * (y1 - y0))
+        shares: np.ndarray = inside / ((x1 - x0) * (y1 - y0))
+        return shares
 
 
 def tissue_pixels(image: np.ndarray, config: TissueConfig) -> np.ndarray:
@@ -130,11 +131,12 @@ def tissue_pixels(image: np.ndarray, config: TissueConfig) -> np.ndarray:
     green, blue = image[..., 1], image[..., 2]
     value = image.max(-1).astype(np.int32)  # 255 * 255 would not fit into 16 bits
     saturated = (value - image.min(-1)) * 255 > config.min_saturation * value
-    pen = _spread(pen_pixels(image), config.pen_margin_px)
+    pen = _dilate(pen_pixels(image), config.pen_margin_px)
     stained = saturated & (blue >= green) & (value >= 60)  # no hue from red over yellow to cyan
     tissue = _box_average(stained, config.smooth_px // 2) > 127
-    closed = ~_spread(~_spread(tissue, config.close_px // 2), config.close_px // 2)
-    return closed & ~pen
+    closed = ~_dilate(~_dilate(tissue, config.close_px // 2), config.close_px // 2)
+    unmarked: np.ndarray = closed & ~pen
+    return unmarked
 
 
 def pen_pixels(image: np.ndarray) -> np.ndarray:
@@ -155,7 +157,8 @@ def pen_pixels(image: np.ndarray) -> np.ndarray:
     blue_ink = (blue - red > 60) & (green - red > -10) & (green < 170)
     green_ink = (green - red > 25) & (green - blue > 5) & (red < 150)
     red_ink = (red - green > 110) & (red - blue > 90) & (green < 90)
-    return black_ink | blue_ink | green_ink | red_ink
+    is_ink: np.ndarray = black_ink | blue_ink | green_ink | red_ink
+    return is_ink
 
 
 def tile_quality(image: np.ndarray) -> TileQuality:
@@ -273,7 +276,7 @@ def _box_average(is_set: np.ndarray, radius_px: int) -> np.ndarray:
     return np.asarray(image.filter(ImageFilter.BoxBlur(radius_px)))
 
 
-def _spread(is_set: np.ndarray, radius_px: int) -> np.ndarray:
+def _dilate(is_set: np.ndarray, radius_px: int) -> np.ndarray:
     """Return the pixels within a square of this radius around set ones."""
     return _box_average(is_set, radius_px) > 0
 

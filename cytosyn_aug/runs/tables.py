@@ -15,6 +15,7 @@ here, and no torch.
 from __future__ import annotations
 
 import csv
+import math
 import os
 from collections.abc import Iterator
 from functools import lru_cache, partial
@@ -231,10 +232,10 @@ def looks_like_slide(file: Path) -> bool:
         return False
     try:
         with openslide.OpenSlide(file) as slide:
-            width, height = slide.dimensions
+            size_px: tuple[int, int] = slide.dimensions
     except openslide.OpenSlideError:
         return False
-    return width * height > MAX_PIXELS
+    return math.prod(size_px) > MAX_PIXELS
 
 
 def _size(file: Path) -> tuple[int, str]:

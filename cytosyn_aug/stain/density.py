@@ -195,4 +195,5 @@ def _smooth_step(x: Tensor, start: float, end: float) -> Tensor:
 
 def _power(matrix: Tensor, exponent: float) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp_min(1e-8).pow(exponent)[:, None, :]) @ vectors.transpose(1, 2)
+    powers = values.clamp_min(1e-8).pow(exponent)[:, None, :]
+    return torch.matmul(vectors * powers, vectors.transpose(1, 2))
