@@ -6,8 +6,8 @@ The only module that knows about value ranges and channel order. Three forms, on
 * ``pixels``: float [B, 3, H, W] in [-1, 1], what the VAE reads and writes.
 * optical density: float [B, 3, H, W], natural logarithm, 0 for glass; see `optical_density`.
 
-And the forms users hold tiles in, opened and closed again by `open_image`: PIL images, uint8 and
-float tensors, tv_tensors, with any leading dimensions.
+And the forms users hold tiles in, which `open_image` opens and its `restore` gives back: PIL
+images, uint8 and float tensors, tv_tensors, with any leading dimensions.
 
 It refuses to know what a tile shows, where it comes from and which model will read it.
 """
@@ -154,13 +154,13 @@ class OpenImage(NamedTuple):
     Attributes:
         grey: float32 [B, 3, H, W] in 0 to 255, on the image's device; B = 1 without leading
             dimensions. A copy, which may be written to.
-        close: Takes edited grey levels [B, 3, H, W] and bool [B], which tiles were edited, and
+        restore: Takes edited grey levels [B, 3, H, W] and bool [B], which tiles were edited, and
             returns what the user gave, in type, shape, dtype and device. The other tiles keep
             their very bits; without any edited one the user's object itself comes back.
     """
 
     grey: Tensor
-    close: Callable[[Tensor, Tensor], Any]
+    restore: Callable[[Tensor, Tensor], Any]
 
 
 def is_image_tensor(x: object) -> bool:
@@ -237,13 +237,13 @@ def open_image(image: PIL.Image.Image | Tensor) -> OpenImage:
     if dtype.is_floating_point:
         grey = grey * 255.0
 
-    def close(edited: Tensor, is_edited: Tensor) -> Any:
+    def restore(edited: Tensor, is_edited: Tensor) -> Any:
         if not is_edited.any():
             return image
         edited = (edited / 255.0 if dtype.is_floating_point else edited.round()).to(dtype)
         return _mixed(image, edited, is_edited)
 
-    return OpenImage(grey, close)
+    return OpenImage(grey, restore)
 
 
 class OpenTiles(NamedTuple):
@@ -251,11 +251,11 @@ class OpenTiles(NamedTuple):
 
     Attributes:
         tiles: uint8 [B, 3, H, W], on the image's device; must not be written to.
-        close: As that of `OpenImage`, but takes bytes, and at least one tile was edited.
+        restore: As that of `OpenImage`, but takes bytes, and at least one tile was edited.
     """
 
     tiles: Tensor
-    close: Callable[[Tensor, Tensor], Any]
+    restore: Callable[[Tensor, Tensor], Any]
 
 
 def open_tiles(image: PIL.Image.Image | Tensor) -> OpenTiles:
@@ -276,8 +276,10 @@ def open_tiles(image: PIL.Image.Image | Tensor) -> OpenTiles:
         _check_shape(image)
         flat = image.as_subclass(Tensor).reshape(-1, *image.shape[-3:])
         return OpenTiles(flat, lambda x, is_edited: _mixed(image, x, is_edited))
-    grey, close = open_image(image)
-    return OpenTiles(grey.round().to(torch.uint8), lambda x, is_edited: close(x.float(), is_edited))
+    grey, restore = open_image(image)
+    return OpenTiles(
+        grey.round().to(torch.uint8), lambda x, is_edited: restore(x.float(), is_edited)
+    )
 
 
 def _merged(tiles: Tensor) -> PIL.Image.Image:
@@ -316,10 +318,10 @@ def _mixed(image: Tensor, edited: Tensor, is_edited: Tensor) -> Tensor:
 def _open_pil(image: PIL.Image.Image) -> OpenImage:
     grey = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
 
-    def close(edited: Tensor, is_edited: Tensor) -> Any:
+    def restore(edited: Tensor, is_edited: Tensor) -> Any:
         if not is_edited.any():
             return image
         array = edited[0].round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
         return PIL.Image.fromarray(array)
 
-    return OpenImage(grey, close)
+    return OpenImage(grey, restore)

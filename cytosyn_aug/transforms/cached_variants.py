@@ -145,7 +145,7 @@ class CachedVariants(TileTransform):
         if not index and not self.is_latent:
             check_image(inpt)
             return inpt
-        tiles, close = open_tiles(inpt)
+        tiles, restore = open_tiles(inpt)
         is_edited = torch.zeros(len(tiles), dtype=torch.bool, device="cpu")
         payload: Tensor | None = None
         if index:
@@ -160,7 +160,7 @@ class CachedVariants(TileTransform):
         if len(index) < len(tiles):
             edited = tiles.clone()
             edited[index] = payload.to(tiles.device)
-        return close(edited, is_edited)
+        return restore(edited, is_edited)
 
     def _latent_variant(
         self, image: Tensor, index: list[int], payload: Tensor | None, is_variant: Tensor

@@ -128,7 +128,7 @@ class StainViews(StainTransfer):
         if not any(params["strengths"]):
             check_image(inpt)
             return (inpt,) * self.views
-        grey, close = open_image(inpt)
+        grey, restore = open_image(inpt)
         num_made = self.views - self.has_original
         restained_views = [torch.empty_like(grey) for _ in range(num_made)]
         is_edited = torch.zeros(num_made, len(grey), dtype=torch.bool, device=grey.device)
@@ -143,7 +143,7 @@ class StainViews(StainTransfer):
                 restained = recolour(grey[part], estimate, targets[drawn], strength)
                 restained_views[view][part] = restained.images
                 is_edited[view, part] = restained.is_edited
-        edited = [close(*pair) for pair in zip(restained_views, is_edited, strict=True)]
+        edited = [restore(*pair) for pair in zip(restained_views, is_edited, strict=True)]
         return (inpt, *edited) if self.has_original else tuple(edited)
 
     def _estimate(self, grey: Tensor) -> StainEstimate:

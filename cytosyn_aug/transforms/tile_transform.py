@@ -226,7 +226,7 @@ class TileTransform(v2.Transform):
         if not index:
             check_image(inpt)
             return inpt
-        grey, close = open_image(inpt)
+        grey, restore = open_image(inpt)
         is_edited = torch.zeros(len(grey), dtype=torch.bool, device=grey.device)
         size = self._tiles_at_once(grey)
         for start in range(0, len(index), size):
@@ -235,7 +235,7 @@ class TileTransform(v2.Transform):
             edit = self._edit(grey[rows], {k: _pick(v, part) for k, v in params.items()})
             is_edited[rows] = edit.is_edited.to(grey.device)
             grey[rows] = edit.grey.to(grey)
-        return close(grey, is_edited)
+        return restore(grey, is_edited)
 
     def _check_size(self, height_px: int, width_px: int) -> None:
         """Raise ValueError for images of a size that cannot be edited."""
