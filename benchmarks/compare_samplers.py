@@ -47,11 +47,11 @@ from cytosyn_aug.model.solvers import (
     sample_noise,
     shifted_grid,
 )
-from training.evaluation.comparison import ReferenceSet
-from training.evaluation.comparison import compare as score
 from training.evaluation.extractors import load_extractor
-from training.evaluation.kept import KeptResults
 from training.evaluation.metrics import principal_components
+from training.evaluation.result_store import ResultStore
+from training.evaluation.scores import ReferenceSet
+from training.evaluation.scores import compare as score
 
 FORWARDS = (1, 2, 4, 8)
 NUM_COMPONENTS = 16
@@ -177,7 +177,7 @@ def compare(
         "small decoder": is_few_step,
     }
     check_identity(out / "comparison.json", identity)
-    judge = load_extractor("alexnet", device=generator.device, kept=KeptResults(out / "kept"))
+    judge = load_extractor("alexnet", device=generator.device, kept=ResultStore(out / "kept"))
     sources, half = (judge.features(images[k::2]) for k in (0, 1))
     cls = generator.features(images[0::2]).cls
     others = ReferenceSet.of(half, principal_components(half, NUM_COMPONENTS))

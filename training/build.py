@@ -23,7 +23,7 @@ from training.stage_inputs import StageInputs
 from training.stages.decoder import DecoderRecipe, DecoderStage, build_decoder
 from training.stages.distil import DistilRecipe, DistilStage, build_student
 from training.stages.encoder import EncoderRecipe, EncoderStage, build_encoder
-from training.stages.frozen import LatentSpace, measure_latents, set_latent_statistics
+from training.stages.latent_space import LatentSpace, measure_latents, set_latent_statistics
 from training.stages.latents import LatentsRecipe, StoredViews, write_views
 from training.stages.repae import RepaeRecipe, RepaeStage
 from training.stages.sit import SitRecipe, SitStage, build_transformer

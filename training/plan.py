@@ -16,7 +16,7 @@ from cytosyn_aug.model.checkpoint import ModelParts
 from training import recipes
 from training.build import find_latents_recipe, find_recipe
 from training.costs import count_flop, decode_flop, encode_flop, step_uses, tile_encoder
-from training.evaluation.claims import NUM_SOURCES, NUM_VARIATIONS
+from training.evaluation.card_numbers import NUM_SOURCES, NUM_VARIATIONS
 from training.evaluation.evaluate import Evaluation
 from training.stage_inputs import NEEDED, TRAINED
 from training.stages.vae import VaeRecipe, build_vae

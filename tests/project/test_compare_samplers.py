@@ -11,9 +11,9 @@ from benchmarks import compare_samplers
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.model.solvers import linear_grid
 from tests.support.synthetic import synthetic_tiles
-from training.evaluation.comparison import ReferenceSet
 from training.evaluation.extractors import load_extractor
 from training.evaluation.metrics import principal_components
+from training.evaluation.scores import ReferenceSet
 
 F64 = torch.float64
 

@@ -15,10 +15,10 @@ from tests.support.synthetic import synthetic_tiles
 from training.command_line import main
 from training.data.batches import TileSet, load_tiles
 from training.engine.weights import stage_weights
-from training.evaluation import claims as card
+from training.evaluation import card_numbers as card
 from training.recipes import smoke_encoder, smoke_sit
 from training.stages.encoder import EncoderStage, _Teacher
-from training.stages.frozen import LatentSpace, mean_token
+from training.stages.latent_space import LatentSpace, mean_token
 from training.stages.latents import StoredViews
 from training.stages.losses import alignment
 from training.stages.sit import SitStage

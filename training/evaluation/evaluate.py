@@ -22,12 +22,12 @@ from cytosyn_aug.model.generator import DEFAULT_STEPS, Sampler, TileGenerator
 from cytosyn_aug.model.sampler import time_grid
 from training.data.batches import TileSet, evenly_spaced, load_tiles
 from training.engine.contact_sheets import write_sheet
-from training.evaluation.claims import Sample, card_numbers, check_tiles
+from training.evaluation.card_numbers import Sample, card_numbers, check_tiles
 from training.evaluation.codecs import check_codecs, count_codecs, recompress
 from training.evaluation.extractors import load_extractor
-from training.evaluation.judgement import EvaluationSets, Judgement, MadeTiles, judge
-from training.evaluation.kept import KeptResults, images_digest
 from training.evaluation.report import write_report
+from training.evaluation.result_store import ResultStore, images_digest
+from training.evaluation.scores import EvaluationSets, Judgement, MadeTiles, judge
 
 TILES_PER_FILE = 256  # of kept tiles
 NUM_SAMPLES_SHOWN = 36
@@ -107,7 +107,7 @@ def evaluate(
         ValueError: Tiles, codecs or weights that do not fit.
     """
     codecs = _codecs(data, config) if config.extractors else {}
-    kept = KeptResults(out / "kept")
+    kept = ResultStore(out / "kept")
     load = partial(load_extractor, own=generator.encoder, device=generator.device, kept=kept)
     extractors = [load(spec) for spec in config.extractors]
     held_out = load_tiles(data / "val", generator.tile.size_px, config.num_tiles)
@@ -152,7 +152,7 @@ def make_tiles(
     sample: partial[Tensor],
     times: Sequence[float],
     seed: int,
-    kept: KeptResults,
+    kept: ResultStore,
 ) -> MadeTiles:
     """Return real tiles with their round trips and tiles sampled from their features.
 

@@ -37,7 +37,7 @@ from cytosyn_aug.model.encoder import H0_MINI_MEAN, H0_MINI_STD, TileEncoder
 from cytosyn_aug.model.hub import ENCODER_PATTERNS, announce_licence, find_folder
 from cytosyn_aug.model.parts import load_strictly
 from cytosyn_aug.model.tensors import read_tensors, weight_files
-from training.evaluation.kept import KeptResults, images_digest
+from training.evaluation.result_store import ResultStore, images_digest
 from training.stages.perception import PerceptualNetwork
 
 BATCH_SIZE = 16
@@ -70,7 +70,7 @@ class Extractor:
     mean: Triple
     std: Triple
     input_px: int = TILE_PX
-    kept: KeptResults | None = None
+    kept: ResultStore | None = None
     golden: dict[str, float] = field(default_factory=dict)
 
     @torch.no_grad()
@@ -144,7 +144,7 @@ def load_extractor(
     *,
     own: TileEncoder | None = None,
     device: torch.device | str = "cpu",
-    kept: KeptResults | None = None,
+    kept: ResultStore | None = None,
 ) -> Extractor:
     """Return the extractor of a name or NAME=SOURCE; the module's docstring lists them.
 

@@ -1,7 +1,7 @@
 """An evaluation as files: JSON for machines, Markdown for readers, one plot an extractor.
 
-It refuses to compute: every number comes from `training.evaluation.judgement` and
-`training.evaluation.claims`.
+It refuses to compute: every number comes from `training.evaluation.scores` and
+`training.evaluation.card_numbers`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from cytosyn_aug.model.checkpoint import write_atomically
-from training.evaluation.judgement import GENERATED, ROUND_TRIPS, Judgement, gap_rows
+from training.evaluation.scores import GENERATED, ROUND_TRIPS, Judgement, gap_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -34,7 +34,7 @@ from training.data.batches import Batches, Tiles, spread_evenly, step_generator
 from training.engine.contact_sheets import write_sheet
 from training.engine.loop import LoopConfig
 from training.engine.precision import mixed_precision
-from training.stages.frozen import LatentSpace, Views, stratified
+from training.stages.latent_space import LatentSpace, Views, stratified
 from training.stages.latents import StoredViews
 from training.stages.losses import cauchy_error
 from training.stages.mean_flow import RULES, Target, logit_normal, ordered_times

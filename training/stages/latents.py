@@ -39,7 +39,7 @@ from training.data.batches import (
     step_generator,
 )
 from training.engine.distributed import world
-from training.stages.frozen import LatentSpace, Views, channel_sums, token_sum
+from training.stages.latent_space import LatentSpace, Views, channel_sums, token_sum
 
 FORMAT_VERSION = 1
 DESCRIPTION_NAME = "latents.json"
@@ -225,7 +225,7 @@ class StoredViews:
                 )
 
     def take(self, index: Tensor, with_patches: bool = True) -> Views:
-        """Return views by index [n], as `training.stages.frozen.LatentSpace.encode` does."""
+        """Return views by index [n], as `training.stages.latent_space.LatentSpace.encode` does."""
         names = ("mean", "std", "cls") + (("patches",) if with_patches else ())
         found: dict[str, list[Tensor]] = {name: [] for name in names}
         for place in index.tolist():

@@ -50,7 +50,7 @@ from training.engine.distributed import mean_over_processes
 from training.engine.loop import LoopConfig
 from training.engine.precision import mixed_precision
 from training.stages.discriminator import PatchDiscriminator, deceive_loss, judge_loss
-from training.stages.frozen import LatentSpace, align_grid, mean_token, stratified
+from training.stages.latent_space import LatentSpace, align_grid, mean_token, stratified
 from training.stages.losses import alignment, kl_to_standard_normal, velocity_error
 from training.stages.perception import PerceptualNetwork, texture_distance
 from training.stages.vae import reconstruction_numbers, round_trip
@@ -71,7 +71,7 @@ class RepaeRecipe:
         vae_alignment_weight: Weight of the alignment in the autoencoder's loss.
         alignment_weight: Weight of the alignment in the transformer's loss.
         is_centred: Align to tokens without their common part; see
-        `training.stages.frozen.mean_token`.
+        `training.stages.latent_space.mean_token`.
         condition_dropout: Probability that a sample trains under the null condition.
         stain_jitter: See `training.data.batches.stain_maps`.
     """

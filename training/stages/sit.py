@@ -20,7 +20,7 @@ from training.data.batches import Batches, Tiles, spread_evenly, step_generator
 from training.engine.contact_sheets import write_comparison
 from training.engine.loop import LoopConfig
 from training.engine.precision import mixed_precision
-from training.stages.frozen import LatentSpace, Views, set_latent_statistics, stratified
+from training.stages.latent_space import LatentSpace, Views, set_latent_statistics, stratified
 from training.stages.latents import StoredViews
 from training.stages.losses import alignment, velocity_error
 

@@ -8,11 +8,11 @@ from PIL import Image
 
 from tests.support.synthetic import SIZE, synthetic_tiles
 from training.data.batches import TileSet
-from training.evaluation import claims as card
+from training.evaluation import card_numbers as card
 from training.evaluation import evaluate as stage
-from training.evaluation.claims import check_tiles
+from training.evaluation.card_numbers import check_tiles
 from training.evaluation.evaluate import Evaluation, evaluate
-from training.evaluation.judgement import half_floors
+from training.evaluation.scores import half_floors
 
 NUM_HELD_OUT, NUM_TRAINING = 12, 40
 

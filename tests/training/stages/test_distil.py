@@ -12,7 +12,7 @@ from training.data.batches import TileSet
 from training.engine.loop import recipe_dict, train
 from training.recipes import smoke_distil, smoke_latents, tiny_distil, tiny_sit, xl_distil
 from training.stages.distil import DistilStage, build_student, guided_velocity
-from training.stages.frozen import LatentSpace
+from training.stages.latent_space import LatentSpace
 from training.stages.latents import StoredViews, write_views
 from training.stages.sit import build_transformer
 

@@ -10,7 +10,7 @@ from torch import nn
 from tests.support.synthetic import random_parts, synthetic_tiles
 from training.data.batches import Batches, TileSet
 from training.recipes import smoke_latents
-from training.stages.frozen import LatentSpace, mean_token, measure_latents
+from training.stages.latent_space import LatentSpace, mean_token, measure_latents
 from training.stages.latents import StoredViews, write_views
 
 EVERY = slice(None)

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from training.evaluation.comparison import ReferenceSet, compare, frechet_excess
 from training.evaluation.metrics import (
     fit_normal,
     frechet_distance,
@@ -13,6 +12,7 @@ from training.evaluation.metrics import (
     principal_components,
 )
 from training.evaluation.neighbours import manifold_scores
+from training.evaluation.scores import ReferenceSet, compare, frechet_excess
 
 F64 = torch.float64
 

@@ -1,7 +1,8 @@
-"""Tensors on disk under what they were made from, so that long work goes on where it stopped.
+"""Store of results on disk, so that an evaluation that was stopped goes on from them.
 
-A result is found by a digest of what it was made from: whoever asks with another model, other tiles
-or other settings makes it anew, beside the old one. Only a change of the code goes unseen.
+A result is a tensor, found by a digest of what it was made from: whoever asks with another model,
+other tiles or other settings makes it anew, beside the old one. Only a change of the code goes
+unseen.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from cytosyn_aug.io.files import write_atomically
 
 
-class KeptResults:
+class ResultStore:
     """A folder of results.
 
     Args:

@@ -1,4 +1,4 @@
-"""Between pixels and latents: the frozen networks, and what is measured of what they give."""
+"""Latent space of a model: its frozen autoencoder and encoder, and statistics of their output."""
 
 from __future__ import annotations
 

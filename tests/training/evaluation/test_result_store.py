@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from training.evaluation.extractors import load_extractor
-from training.evaluation.kept import KeptResults, images_digest
+from training.evaluation.result_store import ResultStore, images_digest
 
 
 def forbidden():
@@ -12,7 +12,7 @@ def forbidden():
 
 
 def test_a_result_is_made_once_and_found_by_all_it_was_made_from(tmp_path):
-    kept, result = KeptResults(tmp_path / "kept"), torch.arange(6.0).view(2, 3).T
+    kept, result = ResultStore(tmp_path / "kept"), torch.arange(6.0).view(2, 3).T
     first = kept.get("numbers", {"seed": 1, "scale": 2.0}, lambda: result)
     again = kept.get("numbers", {"scale": 2.0, "seed": 1}, forbidden)
     assert torch.equal(first, result)
@@ -23,7 +23,7 @@ def test_a_result_is_made_once_and_found_by_all_it_was_made_from(tmp_path):
 
 
 def test_a_damaged_result_is_made_again(tmp_path):
-    kept, result = KeptResults(tmp_path), torch.ones(100)
+    kept, result = ResultStore(tmp_path), torch.ones(100)
     kept.get("ones", {}, lambda: result)
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-40])
@@ -33,7 +33,7 @@ def test_a_damaged_result_is_made_again(tmp_path):
 
 def test_a_failure_leaves_nothing(tmp_path):
     with pytest.raises(AssertionError, match="made again"):
-        KeptResults(tmp_path / "kept").get("none", {}, forbidden)
+        ResultStore(tmp_path / "kept").get("none", {}, forbidden)
     assert not (tmp_path / "kept").exists()
 
 
@@ -50,7 +50,7 @@ def test_kept_features_are_those_of_the_network(tmp_path, monkeypatch):
     """Split among files without a change, and found without the network the second time."""
     monkeypatch.setattr("training.evaluation.extractors.TILES_PER_FILE", 16)
     images = torch.randint(256, (19, 3, 224, 224), dtype=torch.uint8)
-    kept = load_extractor("tiny", kept=KeptResults(tmp_path))
+    kept = load_extractor("tiny", kept=ResultStore(tmp_path))
     assert torch.equal(kept.features(images), load_extractor("tiny").features(images))
     assert len(list(tmp_path.iterdir())) == 2
     times = [f.stat().st_mtime_ns for f in sorted(tmp_path.iterdir())]
