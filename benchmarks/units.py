@@ -1,8 +1,8 @@
 """Measure what a run costs beside its tiles: listing, work units, restart and manifest.
 
 No pixels are read: the tiles are empty files, and their receipts are written without them. What is
-printed goes into the formulas of docs/scale.md; those of tiles themselves are measured by
-benchmarks/runs.py and by `--dry-run`.
+printed goes into the formulas of docs/pages/how-to/scale.md; those of tiles themselves are
+measured by benchmarks/runs.py and by `--dry-run`.
 
 usage: python -m benchmarks.units [--tiles 100000] [--unit-tiles 256]
 """

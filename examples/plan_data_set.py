@@ -2,9 +2,9 @@
 
     python examples/plan_data_set.py --slides 10000 --tiles 40e6 --variants 2 --tiles-per-s RATE
 
-Formulas of docs/scale.md, which says where each measured constant comes from. The rate of a GPU is
-for the reader to measure (`--dry-run` of a command prints it); none is assumed here. Nothing is
-read or loaded.
+Formulas of docs/pages/how-to/scale.md, which says where each measured constant comes from. The
+rate of a GPU is for the reader to measure (`--dry-run` of a command prints it); none is assumed
+here. Nothing is read or loaded.
 """
 
 from __future__ import annotations

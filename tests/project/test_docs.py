@@ -151,6 +151,13 @@ def test_the_page_of_commands_is_what_commands_say():
     assert page.split() == written["commands_page"]().split(), "run python docs/write_commands.py"
 
 
+def test_every_program_stands_in_the_reference():
+    text = (ROOT / "docs/pages/reference/programs.md").read_text()
+    examples = {f"examples/{f.name}" for f in (ROOT / "examples").glob("*.*")}
+    benchmarks = {f"benchmarks.{f.stem}" for f in (ROOT / "benchmarks").glob("[a-z]*.py")}
+    assert examples | benchmarks <= set(re.findall(r"^\| `([\w./]+)` \|", text, re.MULTILINE))
+
+
 def test_every_public_name_stands_in_the_reference():
     from cytosyn_aug import __all__ as names
     from cytosyn_aug import offline

@@ -16,7 +16,8 @@ from cytosyn_aug.cli.main import parse
 from examples.plan_data_set import Fleet, Volume, labour, main, storage
 from tests.support.offline_runs import rows
 
-PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "pages" / "how-to" / "scale.md"
 
 
 def test_storage_by_hand():
@@ -120,7 +121,7 @@ def test_the_job_script_of_the_page_completes_a_run(tree, tmp_path, model_folder
     num_tasks = 2  # of 32: every task loads torch
     environment = os.environ | {
         "PATH": f"{program.parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(PAGE.parents[1]),
+        "PYTHONPATH": str(ROOT),
         "SLURM_ARRAY_TASK_COUNT": str(num_tasks),
         "SLURM_CPUS_PER_TASK": "1",
     }
