@@ -1,4 +1,4 @@
-"""Code that computes in the types and on the devices it was written for, whatever its caller set.
+"""Isolation from the caller's autocast and default device.
 
 A training step under `torch.autocast` calls transforms and models of this package, whose colour
 needs float32 and whose networks have a type of their own. `torch.set_default_device` would move

@@ -1,4 +1,4 @@
-"""Frozen settings that travel with weights and results, with exact JSON and a digest of all fields.
+"""Settings that travel with weights and results: frozen, with exact JSON and a digest.
 
 No torch here, so that the command line can show its help without loading a network library.
 """

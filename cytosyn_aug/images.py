@@ -4,7 +4,7 @@ The only module that knows about value ranges and channel order. Three forms, on
 
 * ``images``: uint8 [B, 3, H, W], RGB, 0 to 255.
 * ``pixels``: float [B, 3, H, W] in [-1, 1], what the VAE reads and writes.
-* optical density: float [B, 3, H, W], natural logarithm, 0 for glass; see `optical_density`.
+* optical density: float [B, 3, H, W], natural logarithm, 0 for glass.
 
 And the forms users hold tiles in, which `open_image` opens and its `restore` gives back: PIL
 images, uint8 and float tensors, tv_tensors, with any leading dimensions.
@@ -262,11 +262,13 @@ def open_tiles(image: PIL.Image.Image | Tensor) -> OpenTiles:
     """Return a user's image as bytes, which for look-ups are faster than `open_image`'s floats.
 
     Args:
-        image: See `open_image`. Float images are rounded: of any type, bfloat16 too, they come back
-            to the bytes that they were divided by 255 from.
+        image: PIL image of mode RGB, or uint8 in 0 to 255 or float in [0, 1] [..., 3, H, W]. Float
+            images are rounded: of any type, bfloat16 too, they come back to the bytes that they
+            were divided by 255 from.
 
     Raises:
-        TypeError, ValueError: See `open_image`.
+        TypeError: Not 8-bit and not float.
+        ValueError: Not RGB, a float image outside [0, 1] or not finite, or an empty batch.
     """
     if isinstance(image, PIL.Image.Image) and image.mode == "RGB":
         # By bands, because Pillow turns channels about faster than torch and numpy do.

@@ -1,4 +1,4 @@
-"""Why a tile is not in a cache: found out by its size, its variants and a thumbnail of it.
+"""Diagnosis of a look-up that failed, by the size, the variants and a thumbnail of the tile.
 
 A cache is addressed by exact pixels, so a crop, a flip or another JPEG decoder before the look-up
 makes every tile a miss. Records made by `cytosyn_aug.transforms.variants` carry a thumbnail of
@@ -55,14 +55,14 @@ def explain_miss(cache: LatentCache, image: Tensor, variant: int = 0) -> str:
         warnings.simplefilter("ignore")  # what is wrong is said below
         newest = LatentCache.open(cache.folder)
         numbers = range(min(cache.spec.num_variants, _MAX_VARIANTS))
-        found = newest.get([key] * len(numbers), numbers).is_found.tolist()
+        is_present = newest.get([key] * len(numbers), numbers).is_found.tolist()
         is_there = bool(newest.get([key], [variant]).is_found)
     if is_there:
         return "it was written after this handle was opened; call cache.refresh() before"
     if newest.num_damaged:
         return f"{newest.faults[-1]}; fill the cache again"
-    if any(found):
-        there = [n for n, is_found in zip(numbers, found, strict=True) if is_found]
+    if any(is_present):
+        there = [n for n, is_there in zip(numbers, is_present, strict=True) if is_there]
         return f"of this tile variants {there} are there; filling was interrupted, run it again"
     faults = "".join(f"; besides, {fault}" for fault in newest.faults[:1])
     return _compare_thumbnails(cache, image) + faults

@@ -87,7 +87,7 @@ def encode_cached(
 
     Raises:
         ValueError: The cache is of another model or holds no moments.
-        OSError: The cache cannot be written; see `LatentCache.flush`.
+        OSError: The disk is full or the cache cannot be written; records that wait stay in memory.
 
     Example:
         >>> import tempfile
@@ -122,7 +122,7 @@ def features_cached(
 
     Raises:
         ValueError: The cache is of another model or holds no features.
-        OSError: The cache cannot be written; see `LatentCache.flush`.
+        OSError: The disk is full or the cache cannot be written; records that wait stay in memory.
 
     Example:
         >>> import functools, tempfile
@@ -151,7 +151,8 @@ def fill_encodings(generator: TileGenerator, images: Tensor, cache: LatentCache)
         cache: Flush or close it at the end.
 
     Raises:
-        ValueError, OSError: See `encode_cached`.
+        ValueError: The cache is of another model, or the tiles are of another size.
+        OSError: The disk is full or the cache cannot be written; records that wait stay in memory.
 
     Example:
         >>> import tempfile
@@ -165,10 +166,10 @@ def fill_encodings(generator: TileGenerator, images: Tensor, cache: LatentCache)
     check_filler(generator, cache)
     generator.check_images(images)
     keys = [tile_key(image) for image in images]
-    made = _fill_missing(generator, images, cache, keys, cache.get(keys), writes=True)
-    failed = [key for key, fields in made.items() if not _is_finite(fields)]
+    computed = _fill_missing(generator, images, cache, keys, cache.get(keys), writes=True)
+    failed = [key for key, fields in computed.items() if not _is_finite(fields)]
     warn_of_failed(failed)
-    return Filled(len(made) - len(failed), len(failed))
+    return Filled(len(computed) - len(failed), len(failed))
 
 
 def check_model(generator: TileGenerator, cache: LatentCache) -> None:
@@ -184,10 +185,10 @@ def check_filler(generator: TileGenerator, cache: LatentCache) -> None:
     """Raise unless records of this model, computed in its dtype, belong into a cache."""
     check_model(generator, cache)
     recipe = json.loads(cache.spec.recipe)
-    found = recipe.get("networks") if isinstance(recipe, dict) else None
-    if found != str(generator.dtype):
+    dtype = recipe.get("networks") if isinstance(recipe, dict) else None
+    if dtype != str(generator.dtype):
         raise ValueError(
-            f"{cache.folder} is of networks in {found}, this generator computes in "
+            f"{cache.folder} is of networks in {dtype}, this generator computes in "
             f"{generator.dtype}; load it with that dtype, or fill a cache in another folder"
         )
 
@@ -257,11 +258,11 @@ def _fill_missing(
         fields["moments"] = torch.stack(generator.encode(missing), 1).cpu()
     if "cls" in cache.spec.names:
         fields["cls"] = generator.cls_features(missing).cpu()
-    made = {keys[row]: {k: v[n] for k, v in fields.items()} for n, row in enumerate(rows)}
-    kept = [n for n, one in enumerate(made.values()) if _is_finite(one)]
+    computed = {keys[row]: {k: v[n] for k, v in fields.items()} for n, row in enumerate(rows)}
+    kept = [n for n, one in enumerate(computed.values()) if _is_finite(one)]
     if writes and kept:
         cache.put([keys[rows[n]] for n in kept], {k: v[kept] for k, v in fields.items()})
-    return made
+    return computed
 
 
 def _is_finite(fields: dict[str, Tensor]) -> bool:

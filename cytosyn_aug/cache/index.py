@@ -1,8 +1,8 @@
-"""Where a cache's records are: sorted words, found by binary search, merged or mapped.
+"""Index of a cache: the sorted words of its records, merged in memory or mapped from a file.
 
 `index.safetensors`, written by compaction, lists all shards of that time and is only mapped, so
 that opening costs the same for any size. Shards written since are read for their words alone and
-merged in memory, 16 bytes a record: 40 M records that were never compacted take 640 MB in every
+merged in memory, 16 bytes per record: 40 M records that were never compacted take 640 MB in every
 process, compacted ones none. No torch here.
 """
 
@@ -29,7 +29,7 @@ class Table(NamedTuple):
     """Entries sorted by word; of equal words, the earlier shard's first.
 
     Attributes:
-        words: uint64 [n], see `record_words`.
+        words: uint64 [n], the 64-bit hashes that `record_words` returns.
         shards: uint32 [n], positions in the index's names.
         rows: uint32 [n], positions in the shard.
     """
@@ -48,7 +48,12 @@ class ShardPool:
         self._most = _most_open()
 
     def get(self, name: str) -> Shard:
-        """Return a shard; see `Shard` for what it raises."""
+        """Return a shard.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is damaged, or belongs to another cache, model or recipe.
+        """
         shard = self._shards.get(name)
         if shard is None:
             shard = Shard(self._folder / name, self._spec)
@@ -145,7 +150,7 @@ class Index:
     def _take_in(self, listed: list[str]) -> None:
         """Read the words of listed shards that are not known yet."""
         known = self._refused.union(self.names)
-        found = []
+        new_shards = []
         for name in listed:
             if name in known:
                 continue
@@ -158,8 +163,8 @@ class Index:
                 self._refused.add(name)
                 self.faults.append(str(error))
                 continue
-            found.append((name, words))
-        self.add(found)
+            new_shards.append((name, words))
+        self.add(new_shards)
 
 
 def merge_tables(tables: list[Table]) -> Table:

@@ -1,4 +1,4 @@
-"""Looking after a cache on disk: checking every byte of it, and merging its files.
+"""Maintenance of a cache on disk: checking every byte of it, and merging its files.
 
 Both may run while other processes read and write. No torch here.
 """
@@ -89,7 +89,7 @@ def compact(
 
     Killed at any moment it leaves every record in place, at worst twice. Readers keep what they
     have mapped, and look again when a shard they have not mapped yet is gone. In memory it takes
-    one new shard and about 60 bytes a record.
+    one new shard and about 60 bytes per record.
 
     Args:
         folder: Of the cache.
@@ -274,11 +274,11 @@ def _retire(file: Path, keeps_old: bool) -> None:
 
 def _leftovers(folder: Path) -> list[Path]:
     """Return temporary files that no writer can still be at."""
-    found = []
+    leftovers = []
     for file in (*folder.glob(".*.tmp"), *(folder / SHARD_FOLDER).glob(".*.tmp")):
         try:
             if time.time() - file.stat().st_mtime > _ABANDONED_S:
-                found.append(file)
+                leftovers.append(file)
         except FileNotFoundError:  # a writer has just renamed it
             continue
-    return found
+    return leftovers

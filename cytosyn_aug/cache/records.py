@@ -61,7 +61,7 @@ class RecordBuffer:
 
     @property
     def is_full(self) -> bool:
-        """Whether the next new record finds no place."""
+        """Whether there is no room for another record."""
         return len(self.rows) == self.capacity
 
     def add(self, record_key: RecordKey, record: Mapping[str, np.ndarray]) -> None:
@@ -124,7 +124,7 @@ def write_shard(folder: Path, spec: CacheSpec, block: RecordBlock) -> tuple[str,
     and end at random, so that processes on any number of machines share a folder.
 
     Raises:
-        OSError: See `cytosyn_aug.io.files.atomic_file`.
+        OSError: The disk is full or cannot be written; no part of a file stays.
     """
     words = record_words(block.keys, block.variants)
     order = np.argsort(words, kind="stable")
@@ -170,10 +170,10 @@ class Shard:
         expected = {"words": ((), "<u8"), "checksums": ((), "<u4"), "variants": ((), "<u2")}
         expected |= {"keys": ((KEY_BYTES,), "|u1")}
         expected |= {f.name: (f.shape, np.dtype(f.dtype).str) for f in spec.fields}
-        found = {k: (t.shape[1:], t.dtype.str) for k, t in tensors.items()}
+        actual = {k: (t.shape[1:], t.dtype.str) for k, t in tensors.items()}
         lengths = {len(t) for t in tensors.values()}
-        if found != expected or len(lengths) != 1 or 0 in lengths:
-            raise ValueError(f"{file} holds {found}, expected {expected}; remove it")
+        if actual != expected or len(lengths) != 1 or 0 in lengths:
+            raise ValueError(f"{file} holds {actual}, expected {expected}; remove it")
         self.file = file
         self.words, self.keys = tensors["words"], tensors["keys"]
         self.variants, self._checksums = tensors["variants"], tensors["checksums"]

@@ -1,4 +1,4 @@
-"""What a cache holds and what it was computed with, in `cache.json`, which is never changed.
+"""Specification of a cache: what it holds and what computed it, in `cache.json`, never changed.
 
 Compared as a whole, so that records of another model, recipe or tile size are never read as this
 cache's. No torch here.
@@ -134,8 +134,8 @@ def _differing(path: str, mine: Any, its: Any) -> Iterator[tuple[str, Any, Any]]
     """Yield where two values differ, by the innermost names and positions that both have."""
     if isinstance(mine, dict) and isinstance(its, dict):
         for key in mine | its:
-            place = f"{path}.{key}" if path else str(key)
-            yield from _differing(place, mine.get(key), its.get(key))
+            inner = f"{path}.{key}" if path else str(key)
+            yield from _differing(inner, mine.get(key), its.get(key))
     elif isinstance(mine, list | tuple) and isinstance(its, list | tuple) and len(mine) == len(its):
         for number, pair in enumerate(zip(mine, its, strict=True)):
             yield from _differing(f"{path}[{number}]", *pair)
@@ -206,11 +206,11 @@ def read_spec(folder: Path) -> CacheSpec:
     return spec
 
 
-def check_equal(folder: Path, found: CacheSpec, spec: CacheSpec) -> None:
+def check_equal(folder: Path, stored: CacheSpec, spec: CacheSpec) -> None:
     """Raise `ValueError`, with the differences, if a cache holds something else than asked for."""
-    if found != spec:
+    if stored != spec:
         raise ValueError(
-            f"{folder} is a cache of digest {found.digest} for model {found.model_digest}, "
+            f"{folder} is a cache of digest {stored.digest} for model {stored.model_digest}, "
             f"asked for is {spec.digest} for model {spec.model_digest}: "
-            f"{'; '.join(spec.differences(found))}; use another folder, or remove this one"
+            f"{'; '.join(spec.differences(stored))}; use another folder, or remove this one"
         )

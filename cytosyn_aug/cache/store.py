@@ -1,4 +1,4 @@
-"""LatentCache: what a model computed for a tile, found again by the tile's own pixels.
+"""LatentCache: results of a model for tiles, looked up by the tiles' own pixels.
 
     FOLDER/cache.json                   specification and its digest; written first, never changed
     FOLDER/shards/<time>-<random>.safetensors   write-once records, see `cytosyn_aug.cache.records`
@@ -12,7 +12,7 @@ of the handle after a minute.
 
 Size: a record takes 46 bytes and its fields. For CytoSyn that is 46 + 12,544 (moments [2, 4, 28,
 28] in float16) + 3,072 (features [768] in float32) + 48 (thumbnail) = 15,710 bytes, so 40 M tiles
-take 628 GB in 586 shards of 1 GiB. The index takes 16 bytes a record, 640 MB, mapped rather than
+take 628 GB in 586 shards of 1 GiB. The index takes 16 bytes per record, 640 MB, mapped rather than
 loaded; before compaction every process holds that in memory instead. A handle further holds at
 most `max_pending_bytes` of records to be written.
 """
@@ -116,10 +116,10 @@ class LatentCache:
         folder = Path(folder).absolute()  # this process may change its directory
         if spec is not None and not (folder / CACHE_NAME).is_file():
             create_cache(folder, spec)
-        found = read_spec(folder)
+        stored = read_spec(folder)
         if spec is not None:
-            check_equal(folder, found, spec)
-        return cls(folder, found, max_pending_bytes)
+            check_equal(folder, stored, spec)
+        return cls(folder, stored, max_pending_bytes)
 
     def __len__(self) -> int:
         """Return the number of records that readers find, duplicates included until compacted."""
@@ -146,7 +146,8 @@ class LatentCache:
 
         Raises:
             ValueError: A key is no SHA-256, or a variant is out of range.
-            OSError: Records have waited for long and cannot be written; see `flush`.
+            OSError: Records have waited for over a minute and cannot be written, since the disk is
+                full or the folder is read-only.
         """
         record_keys = self._record_keys(keys, variants)
         if self._write_buffer.is_overdue:
@@ -214,7 +215,7 @@ class LatentCache:
             self._pool.clear()
 
     def verify(self) -> Iterator[str]:
-        """Read all shards and the index; yield one sentence a fault. Changes nothing."""
+        """Read all shards and the index; yield one sentence per fault. Changes nothing."""
         return maintenance.verify(self.folder, self.spec)
 
     def compact(
@@ -249,13 +250,13 @@ class LatentCache:
     def __setstate__(self, state: dict[str, Any]) -> None:
         folder, spec = state["folder"], state["spec"]
         try:
-            found = read_spec(folder)
+            stored = read_spec(folder)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{folder} is not here, or no longer a cache, as it was where this handle of it "
                 "was pickled; make it reachable under the same path, or open it by yours"
             ) from error
-        check_equal(folder, found, spec)
+        check_equal(folder, stored, spec)
         self.__init__(folder, spec, state["max_pending_bytes"])  # type: ignore[misc]
 
     def _record_keys(self, keys: Sequence[str], variants: Sequence[int] | None) -> list[RecordKey]:
@@ -341,6 +342,6 @@ class LatentCache:
         return False
 
     def _note(self, shard: str, row: int, sentence: str) -> None:
-        if not self._damaged:  # one warning a handle; `faults` has the rest
+        if not self._damaged:  # one warning per handle; `faults` has the rest
             warnings.warn(sentence, stacklevel=2)
         self._damaged.setdefault((shard, row), sentence)

@@ -32,7 +32,7 @@ _MAX_HEADER = 100_000_000  # of the format
 
 
 class TensorFile(NamedTuple):
-    """What `map_tensors` found.
+    """A safetensors file that is mapped into memory.
 
     Attributes:
         tensors: Read-only views into the map; they keep it open.
@@ -57,7 +57,7 @@ def write_tensors(
         metadata: Text to put beside them.
 
     Raises:
-        OSError: See `atomic_file`.
+        OSError: Disk full, no permission and the like; names the file and how far it got.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)

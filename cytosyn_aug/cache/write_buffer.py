@@ -45,7 +45,7 @@ class WriteBuffer:
 
     @property
     def is_full(self) -> bool:
-        """Whether the next new record finds no place."""
+        """Whether there is no room for another record."""
         return len(self) > 0 and self._buffer_of_this_process().is_full
 
     @property
@@ -80,8 +80,8 @@ class WriteBuffer:
         try:
             shard = write_shard(self._folder / SHARD_FOLDER, self._spec, buffer.block())
         except OSError as error:
-            said = f"{error.strerror}: {len(buffer):,} records were not cached; {_ADVICE}"
-            raise OSError(error.errno, said, str(self._folder)) from error
+            message = f"{error.strerror}: {len(buffer):,} records were not cached; {_ADVICE}"
+            raise OSError(error.errno, message, str(self._folder)) from error
         buffer.clear()
         return shard
 
@@ -118,6 +118,6 @@ def _write_rest(folder: Path, spec: CacheSpec, buffer: RecordBuffer) -> None:
     try:
         write_shard(folder / SHARD_FOLDER, spec, buffer.block())
     except OSError as error:
-        said = f"{error.strerror}: {len(buffer):,} records were not cached"
-        warnings.warn(f"{folder}: {said}; {_ADVICE}", stacklevel=2)
+        message = f"{error.strerror}: {len(buffer):,} records were not cached"
+        warnings.warn(f"{folder}: {message}; {_ADVICE}", stacklevel=2)
     buffer.clear()

@@ -1,4 +1,4 @@
-"""Files that are complete or absent: written under a temporary name, flushed, then renamed.
+"""Atomic files, complete or absent: written under a temporary name, flushed, then renamed.
 
 No torch here: processes that only cut tiles import this too.
 """
@@ -61,7 +61,7 @@ def write_atomically(file: Path, content: bytes) -> None:
 
 
 def refuse_links(folders: Iterable[Path]) -> None:
-    """Raise `ValueError` where a link stands in a folder's place: what is written stays inside."""
+    """Raise `ValueError` where a folder is a link, so that what is written stays inside."""
     for folder in folders:
         if folder.is_symlink():
             raise ValueError(

@@ -102,7 +102,7 @@ def check_strictness() -> None:
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """Return uint8 [H, W, 3] as PNG (3.2 ms and 109 kB a tile of 224 px).
+    """Return uint8 [H, W, 3] as PNG (3.2 ms and 109 kB per tile of 224 px).
 
     Run lengths instead of matches: of H&E they give smaller files in two thirds of the time.
     """
@@ -117,7 +117,7 @@ def encode_webp(pixels: np.ndarray) -> bytes:
 
 
 def encode_tile(image: Image.Image) -> bytes:
-    """Return an RGB image as lossless WebP, fast rather than smallest (1.6 ms and 80 kB a tile)."""
+    """Return an RGB image as lossless WebP, fast not small (1.6 ms and 80 kB per tile)."""
     stream = io.BytesIO()
     image.save(stream, "WEBP", lossless=True, method=0, quality=50)
     return stream.getvalue()
@@ -153,14 +153,14 @@ def _read(image: Image.Image) -> DecodedImage:
 
 
 def _check_depth(image: Image.Image) -> None:
-    """Refuse more than 8 bits a channel, which Pillow would cut to 8 where there is colour."""
+    """Refuse more than 8 bits per channel, which Pillow would cut to 8 where there is colour."""
     deep = image.mode.startswith("I") or image.mode == "F"
     tiles = image.tile if isinstance(image, ImageFile.ImageFile) else []
     for tile in tiles:  # how it will decode, such as ("zip", box, offset, "RGB;16B")
         deep = deep or ";16" in str(tile[3:])
     if deep:
         raise ItemError(
-            f"has more than 8 bits a channel (mode {image.mode}); scale it to 8 bits yourself"
+            f"has more than 8 bits per channel (mode {image.mode}); scale it to 8 bits yourself"
         )
 
 

@@ -30,7 +30,7 @@ SLIDE_SUFFIXES = (
     ".czi",
 )
 MIN_OPENSLIDE = (4, 0, 1)  # earlier: CVE-2026-48977, CVE-2026-54604
-MAX_REGION_PX = 8192 * 8192  # OpenSlide allocates four bytes a pixel of whatever is asked
+MAX_REGION_PX = 8192 * 8192  # OpenSlide allocates four bytes per pixel of a region
 MAX_ENLARGEMENT = 1.05  # "20x" scanners differ from 0.5 microns/pixel by as much
 _LEVEL_TOLERANCE = 1.01  # levels are 4.00012 times smaller, not 4
 LEAST_MPP, MOST_MPP = 0.05, 10.0  # that is plausible
@@ -89,16 +89,16 @@ class Reading(NamedTuple):
 
 
 def slide_scale(properties: Mapping[str, str], mpp: float | None = None) -> Scale:
-    """Return the scale of a slide from the first of these that speaks.
+    """Return the scale of a slide from the first of these that states one.
 
     1. `mpp`, given by the user;
-    2. the reader's property `openslide.mpp-x` (a generic TIFF's comes from rung 4, and waits);
+    2. the reader's property `openslide.mpp-x` (a generic TIFF's is that of number 4);
     3. the scanner's property `aperio.MPP`;
     4. the TIFF resolution, with a unit and between 0.1 and 2 microns/pixel;
     5. the objective power as 10 / power, with a remark.
 
-    A rung that speaks nonsense is an error, not a reason to ask the next one: the others then are
-    in doubt as well. The exception is rung 4, where nonsense is a default nobody stated.
+    A source that states nonsense is an error, not a reason to ask the next one: the others then
+    are in doubt as well. The exception is number 4, where nonsense is a default nobody stated.
 
     Args:
         properties: OpenSlide's properties.
@@ -111,10 +111,10 @@ def slide_scale(properties: Mapping[str, str], mpp: float | None = None) -> Scal
         given = _plausible(mpp, "the given mpp")
         return Scale(given, "user", _contradiction(given, properties))
     is_generic = properties.get("openslide.vendor") == "generic-tiff"
-    rungs: list[tuple[ScaleSource, str, str]] = [("aperio", "aperio.MPP", "aperio.MPP")]
+    sources: list[tuple[ScaleSource, str, str]] = [("aperio", "aperio.MPP", "aperio.MPP")]
     if not is_generic:
-        rungs.insert(0, ("properties", "openslide.mpp-x", "openslide.mpp-y"))
-    for source, key_x, key_y in rungs:
+        sources.insert(0, ("properties", "openslide.mpp-x", "openslide.mpp-y"))
+    for source, key_x, key_y in sources:
         if key_x in properties:
             x = _plausible(properties[key_x], key_x)
             return _with_notes(x, _plausible(properties.get(key_y, x), key_y), source, properties)
@@ -256,7 +256,7 @@ class Slide:
             size: Width and height in pixels of that level.
 
         Raises:
-            SlideError: See `read_tile`.
+            SlideError: The region cannot be decoded, after a second attempt, or is too large.
         """
         region = self._read_region(x_level0, y_level0, level, size)
         if region.getchannel("A").getextrema()[0] == 255:
@@ -268,8 +268,8 @@ class Slide:
     def scanner_thumbnail(self) -> Image.Image | None:
         """Return the small picture of the slide that some scanners add, never their label."""
         self._handle = self._handle or self._open()
-        found = self._handle.associated_images.get("thumbnail")
-        return None if found is None else found.convert("RGB")
+        image = self._handle.associated_images.get("thumbnail")
+        return None if image is None else image.convert("RGB")
 
     def thumbnail(self, mpp: float) -> Thumbnail:
         """Return the whole slide at a coarse scale, read in blocks so that memory stays bounded.

@@ -1,4 +1,4 @@
-"""Tar files whose members are found again by offset: written the same way every time, and listed.
+"""Tar files: members are written the same way every time, listed, and read by their offset.
 
 Any tar reader reads them, WebDataset among others. No torch here.
 """

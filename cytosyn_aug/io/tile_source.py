@@ -1,4 +1,4 @@
-"""The tiles that statistics are fitted to: a tensor, a folder of images, a slide, or several.
+"""Sources of tiles to fit statistics to: a tensor, a folder of images, a slide, or several.
 
 Folders and slides are sampled evenly, so that a fit costs the same for any of them. What is read
 decides every tile that is normalised to it later, so files are read as strictly as tiles are.
@@ -126,11 +126,11 @@ def _read_slide(file: Path, tile: TileSpec, max_tiles: int) -> Tensor:
 def _read_several(paths: list[Path], tile: TileSpec, max_tiles: int) -> Tensor:
     if not paths:
         raise ValueError("got no folders and no slides; give at least one")
-    found = [read_tiles(path, tile, max(1, max_tiles // len(paths))) for path in paths]
-    sizes = {tuple(x.shape[2:]) for x in found}
+    images = [read_tiles(path, tile, max(1, max_tiles // len(paths))) for path in paths]
+    sizes = {tuple(x.shape[2:]) for x in images}
     if len(sizes) > 1:
         raise ValueError(f"tiles are of the sizes {sorted(sizes)}; give tiles of one size")
-    return torch.cat(found)
+    return torch.cat(images)
 
 
 def sampled_files(folder: Path, max_tiles: int = MAX_TILES) -> list[Path]:

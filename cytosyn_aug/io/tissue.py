@@ -1,6 +1,6 @@
-"""Where tissue is on a slide, and whether a tile shows it.
+"""Tissue detection: where a slide shows tissue, and whether a tile does.
 
-Two tests, cheap before dear: a mask on a thumbnail says which tiles are worth reading, and each
+Two tests, the cheap one first: a mask on a thumbnail says which tiles are worth reading, and each
 tile that was read is judged by its own pixels. Thresholds are fixed. Otsu's adapts to the slide
 and on a slide with dense and fatty tissue finds none of the latter. A mask made elsewhere (GrandQC,
 TRIDENT, by hand in QuPath) is imported in place of the first test. This module knows pixels and
@@ -211,7 +211,7 @@ def load_mask(file: Path, width_level0: int, height_level0: int, pixel_level0: f
     elif file.suffix.lower() in (".geojson", ".json"):
         is_tissue = _drawn(file, (columns, rows), pixel_level0)
     else:
-        raise ValueError(f"{file} is no mask this reads; expected .png or .geojson")
+        raise ValueError(f"{file} is not a mask of a known format; expected .png or .geojson")
     return TissueMask(is_tissue, (width_level0 / columns, height_level0 / rows))
 
 

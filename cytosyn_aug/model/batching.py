@@ -56,16 +56,16 @@ class MicroBatches:
         start, num_rows = 0, len(columns[0])
         while start < num_rows:
             end = min(start + self.size, num_rows)
-            found: tuple[Tensor, ...] | None = None
+            results: tuple[Tensor, ...] | None = None
             try:
-                found = function(*(self._part(x, start, end) for x in columns))
+                results = function(*(self._part(x, start, end) for x in columns))
             except torch.OutOfMemoryError:
                 if self.size == 1:
                     raise
-            if found is None:  # after the exception, whose traceback keeps all that was computed
+            if results is None:  # after the exception, whose traceback keeps all that was computed
                 self._shrink()
                 continue
-            parts.append(tuple(x[: end - start] for x in found))
+            parts.append(tuple(x[: end - start] for x in results))
             start = end
         if len(parts) == 1:
             return parts[0]

@@ -133,8 +133,8 @@ def load_model(
     index = _read_index(folder)
     is_ours = "format_version" in index
     left_out = () if encoder == "auto" else _OF_THE_ENCODER
-    own = [k for k in PARTS if is_ours and k in index and k not in left_out]
-    names = [k for k in PARTS if k in _REQUIRED or k in own]
+    stored = [k for k in PARTS if is_ours and k in index and k not in left_out]
+    names = [k for k in PARTS if k in _REQUIRED or k in stored]
     unfilled = {k: read_part(k, folder / k, answers, is_ours) for k in names}
     tile, tile_notes = _tile(index, unfilled["transformer"].network)
     source = _encoder_source(folder, encoder, is_ours)
@@ -174,7 +174,8 @@ def load_encoder(
         dtype: Floating type.
 
     Raises:
-        FileNotFoundError, ValueError: See `load_model`.
+        FileNotFoundError: The folder or one of its files is missing.
+        ValueError: A file is corrupt, or its weights do not fit; one message names all differences.
     """
     part = read_encoder_part(Path(source), KeyMap(), tile or TileSpec())
     assign_weights({"encoder": part}, str(source), dtype, ())
@@ -272,8 +273,8 @@ def _check_student(student: SiT, transformer: SiT, folder: Path) -> None:
         if student.config[k] != transformer.config[k]
     ]
     statistics = ("bn.running_mean", "bn.running_var")
-    own, expected = student.state_dict(), transformer.state_dict()
-    problems += [f"another {k}" for k in statistics if not torch.equal(own[k], expected[k])]
+    actual, expected = student.state_dict(), transformer.state_dict()
+    problems += [f"another {k}" for k in statistics if not torch.equal(actual[k], expected[k])]
     settings = ("decoupled_depth", "taught_guidance")
     problems += [f"no {k}" for k in settings if student.config[k] is None]
     if problems:

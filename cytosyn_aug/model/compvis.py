@@ -1,4 +1,4 @@
-"""Autoencoders under other names than diffusers' AutoencoderKL has today.
+"""Autoencoders of CompVis and of older diffusers, renamed to today's AutoencoderKL.
 
 CompVis' names are LDM's and REPA-E's: decoder levels count from the finest there and from the
 coarsest here, attention is 1x1 convolutions there and linear layers here. Diffusers itself once
@@ -59,9 +59,9 @@ def renew_attention(state: Mapping[str, Tensor]) -> State:
     """
 
     def renew(name: str) -> str:
-        place, dot, leaf = name.partition(".attentions.0.")
+        block, dot, leaf = name.partition(".attentions.0.")
         layer, _, kind = leaf.rpartition(".")
-        return f"{place}{dot}{_OLD_ATTENTION.get(layer, layer)}.{kind}" if dot else name
+        return f"{block}{dot}{_OLD_ATTENTION.get(layer, layer)}.{kind}" if dot else name
 
     return {renew(name): _as_linear(name, tensor) for name, tensor in state.items()}
 
@@ -106,7 +106,7 @@ _HALF, _LEVEL = r"(?P<half>encoder|decoder)", r"(?P<level>\d+)"
 _RESNET = r"(?P<leaf>norm1|conv1|norm2|conv2|nin_shortcut)"
 _BLOCK = rf"block\.(?P<block>\d+)\.{_RESNET}"
 _DOWN, _UP = "encoder.down_blocks.{level}", "decoder.up_blocks.{reversed}"
-_PLACES = {
+_RENAMED_MODULES = {
     rf"encoder\.down\.{_LEVEL}\.{_BLOCK}": _DOWN + ".resnets.{block}.{leaf}",
     rf"encoder\.down\.{_LEVEL}\.downsample\.conv": _DOWN + ".downsamplers.0.conv",
     rf"decoder\.up\.{_LEVEL}\.{_BLOCK}": _UP + ".resnets.{block}.{leaf}",
@@ -126,9 +126,9 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 
 def _diffusers_name(name: str, last_level: int) -> str | None:
     module, _, kind = name.rpartition(".")
-    for place, to in _PLACES.items():
-        if kind in ("weight", "bias") and (found := re.fullmatch(place, module)):
-            groups = found.groupdict("0")
+    for pattern, to in _RENAMED_MODULES.items():
+        if kind in ("weight", "bias") and (match := re.fullmatch(pattern, module)):
+            groups = match.groupdict("0")
             groups["leaf"] = _LEAVES.get(groups.get("leaf", ""), groups.get("leaf", ""))
             groups["reversed"] = str(last_level - int(groups.get("level", 0)))
             return f"{to.format(**groups)}.{kind}"

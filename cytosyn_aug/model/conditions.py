@@ -1,8 +1,8 @@
 """Precomputed features as conditions: read from files, cut to the CLS half, checked for scale.
 
 H0-mini is gated apart from CytoSyn, and features are often computed once for a whole cohort, so
-every place that needs features also takes them ready-made: as rows in order, or looked up by a
-tile's own pixels where the order is not known.
+whatever needs features also takes precomputed ones: as rows in order, or looked up by a tile's
+own pixels where the order is not known.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ def read_conditions(source: Conditions, width: int, num_tiles: int | None = None
         ValueError: Another shape, another number of rows than tiles, values that are not finite
             (see `num_tiles`), or features that were rescaled.
     """
-    found = source if isinstance(source, Tensor) else _read(source)
-    if found.ndim != 2 or found.shape[1] not in (width, 2 * width) or len(found) == 0:
+    given = source if isinstance(source, Tensor) else _read(source)
+    if given.ndim != 2 or given.shape[1] not in (width, 2 * width) or len(given) == 0:
         raise ValueError(
-            f"conditions have shape {list(found.shape)}, expected [N, {width}] (CLS) or "
+            f"conditions have shape {list(given.shape)}, expected [N, {width}] (CLS) or "
             f"[N, {2 * width}] (CLS and mean of patches) with N >= 1; "
             "use the encoder this model was trained with"
         )
-    if num_tiles is not None and len(found) != num_tiles:
-        raise ValueError(f"{len(found)} rows of features for {num_tiles} tiles; expected as many")
-    cls = found[:, :width].float()
+    if num_tiles is not None and len(given) != num_tiles:
+        raise ValueError(f"{len(given)} rows of features for {num_tiles} tiles; expected as many")
+    cls = given[:, :width].float()
     if num_tiles is None:
         check_finite(cls)
-    _check_length(found)
+    _check_length(given)
     _check_length(cls)
     _check_scale(cls)
     return cls
@@ -72,16 +72,18 @@ def check_finite(cls: Tensor) -> None:
 class FeatureTable:
     """Precomputed CLS vectors of tiles, looked up by the tiles' pixels, so in any order.
 
-    Held in memory: 3 KB a tile for 768 features. Tiles must arrive as they were when the table was
-    made, so look-ups come before cropping, flipping or any change of colour.
+    Held in memory: 3 KB per tile for 768 features. Tiles must arrive as they were when the table
+    was made, so look-ups come before cropping, flipping or any change of colour.
 
     Args:
         images: uint8 [N, 3, H, W], the tiles.
-        features: Their CLS vectors, one a row; see `read_conditions`.
+        features: Their CLS vectors, one per row: a tensor, an array, or a .npy or
+            .safetensors file.
         width: Width D of the model's condition; 768 for CytoSyn.
 
     Raises:
-        ValueError: See `read_conditions`.
+        ValueError: Another number of rows than tiles, another width, values that are not finite, or
+            features that were rescaled.
 
     Example:
         >>> tiles = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)

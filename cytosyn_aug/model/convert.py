@@ -71,7 +71,7 @@ def convert(
         latent_stats: REPA-E's `*-latents-stats.pt`; wins over `bn.*` of the weights.
         weights: The average over training steps, or the last step's.
         time: Whose direction of time: REPA-E's is this package's, SiT's is reversed exactly.
-        num_heads: See `transformer_config_from_state`.
+        num_heads: Attention heads; None for the width of SiT-XL only, which has 16.
         dtype: Stored floating type; float16 rounds, float32 keeps every bit.
 
     Returns:
@@ -360,12 +360,12 @@ def _compare(folder: Path, states: Mapping[str, State], dtype: torch.dtype) -> N
     """Reopen a folder and require every tensor as read, rounded to `dtype` where stored so."""
     reopened, different = load_model(folder), []
     for part, state in states.items():
-        found = getattr(reopened, part).state_dict()
-        different += [f"{part}/{name}" for name in state.keys() ^ found.keys()]
-        for name in state.keys() & found.keys():
+        stored = getattr(reopened, part).state_dict()
+        different += [f"{part}/{name}" for name in state.keys() ^ stored.keys()]
+        for name in state.keys() & stored.keys():
             is_rounded = state[name].is_floating_point() and not name.startswith("bn.")
-            read = state[name].to(found[name].dtype)
-            if not torch.equal(read.to(dtype).to(read) if is_rounded else read, found[name]):
+            read = state[name].to(stored[name].dtype)
+            if not torch.equal(read.to(dtype).to(read) if is_rounded else read, stored[name]):
                 different.append(f"{part}/{name}")
     if different:
         raise OSError(f"{some_names(different)} changed on disk; nothing was kept, try again")

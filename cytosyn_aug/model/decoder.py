@@ -1,4 +1,4 @@
-"""A small decoder for the latents of an autoencoder: fast where few forwards are.
+"""Small decoder for the latents of an autoencoder: fast where few forwards are.
 
 At four forwards the autoencoder's own decoder costs more than the transformer. This one is a plain
 stack of convolutions without normalisation, wide where the grid is coarse and narrow where it is

@@ -1,4 +1,4 @@
-"""Everything in which named tensors differ from what a network expects, and the likely answer.
+"""Differences between named tensors and what a network expects, and the renaming that would fit.
 
 One report names all differences of all parts, so that weights nobody here has seen can be
 loaded after one look. It refuses to know where tensors come from, and changes none.
@@ -83,7 +83,7 @@ def report(source: str, differences: list[Differences], problems: Sequence[str] 
 
     Args:
         source: Where the tensors come from.
-        differences: One a part.
+        differences: One per part.
         problems: Further sentences that belong to the same report.
     """
     text = list(problems)
@@ -139,11 +139,11 @@ def _guess(
     The tensors of numbered blocks are taken together, so that no block is given another's; and a
     name that two fit about as well is left out.
     """
-    wanted, found = _by_template(missing), _by_template(unexpected)
+    expected, given = _by_template(missing), _by_template(unexpected)
     scores = {
         (f, w): SequenceMatcher(None, w, f).ratio()
-        for f, of_file in found.items()
-        for w, of_network in wanted.items()
+        for f, of_file in given.items()
+        for w, of_network in expected.items()
         if {k: t.shape for k, (_, t) in of_file.items()}
         == {k: t.shape for k, (_, t) in of_network.items()}
     }
@@ -151,7 +151,7 @@ def _guess(
     for (f, w), score in scores.items():
         rivals = [s for (a, b), s in scores.items() if (a == f) != (b == w)]
         if all(score > rival + _CLEARLY for rival in rivals):
-            guess |= {found[f][k][0]: wanted[w][k][0] for k in found[f]}
+            guess |= {given[f][k][0]: expected[w][k][0] for k in given[f]}
     return dict(sorted(guess.items()))
 
 

@@ -1,4 +1,4 @@
-"""The tile encoder: a timm vision transformer that turns images into features.
+"""Tile encoder: a timm vision transformer that turns images into features.
 
 One class serves both H0-mini's shape (ViT-B/14, SwiGLU, four registers) and the small encoder of
 `tiny`. Its CLS token conditions the transformer; its patch tokens are what training aligns to.
@@ -27,10 +27,10 @@ H0_MINI_STD = (0.211883, 0.230117, 0.177517)
 
 
 class Features(NamedTuple):
-    """What an encoder sees in tiles.
+    """Output of an encoder for a batch of tiles.
 
     Attributes:
-        cls: [B, D], one vector a tile; the transformer's condition.
+        cls: [B, D], one vector per tile; the transformer's condition.
         patches: [B, N, D], N = 256 tokens in rows of 16 for 224 px; alignment target.
     """
 

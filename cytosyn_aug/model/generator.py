@@ -1,4 +1,4 @@
-"""The loaded model: encode, decode, features, velocity and sampling on one device and dtype.
+"""TileGenerator, the loaded model: encode, decode, features, velocity and sampling.
 
 It holds no policy about what to edit and draws no randomness of its own: seeds come in.
 Everything runs under `torch.no_grad()`, not inference mode, so that results can enter the
@@ -60,7 +60,7 @@ class Moments(NamedTuple):
 def _at_border(
     method: Callable[Concatenate[TileGenerator, _P], _R],
 ) -> Callable[Concatenate[TileGenerator, _P], _R]:
-    """Keep out what callers have switched on, gradients and autocast, and processes without it."""
+    """Run a method without the caller's gradients and autocast, and not in a forked worker."""
 
     @functools.wraps(method)
     def run(self: TileGenerator, *args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -324,11 +324,16 @@ class TileGenerator:
 
     @_at_border
     def decode_pixels(self, latents: Tensor, *, is_few_step: bool = False) -> Tensor:
-        """Return float32 pixels [B, 3, size, size], not clipped; see `decode`."""
-        own, name = _own_decoder(self.vae), "vae_decoder"
+        """Return float32 pixels [B, 3, size, size], not clipped.
+
+        Args:
+            latents: Whitened, float [B, C, h, w].
+            is_few_step: Use the model's small decoder, if it has one.
+        """
+        network, name = _decoder_of(self.vae), "vae_decoder"
         if is_few_step and self.decoder is not None:
-            own, name = self.decoder, "decoder"
-        decoder = self._compiled.get(name, own)
+            network, name = self.decoder, "decoder"
+        decoder = self._compiled.get(name, network)
 
         def decode(part: Tensor) -> tuple[Tensor]:
             raw = self.transformer.unwhiten(part.float()).to(self.dtype)
@@ -346,8 +351,8 @@ class TileGenerator:
         encoder = self._encoder_for(images)
 
         def encode(part: Tensor) -> tuple[Tensor, Tensor]:
-            found = encoder(part)
-            return found.cls.float(), found.patches.float()
+            features = encoder(part)
+            return features.cls.float(), features.patches.float()
 
         return Features(*self.batches.map(encode, images))
 
@@ -356,7 +361,7 @@ class TileGenerator:
         """Return `features(images).cls`, without keeping those of patches, 256 times as many.
 
         Raises:
-            ValueError: See `features`.
+            ValueError: The model was loaded without an encoder, or the images do not fit it.
         """
         encoder = self._encoder_for(images)
 
@@ -407,19 +412,22 @@ class TileGenerator:
         Args:
             start: Whitened latents [B, C, h, w] at `start_time`, any device.
             condition: [B, D].
-            sampler: See `sample`.
-            steps: See `sample`.
+            sampler: "student", "ab2" or "euler_maruyama"; None for "student" if there is one, else
+                "ab2".
+            steps: Evaluations of the network; None for 4 with "student", 16 with "ab2" and 250
+                with "euler_maruyama".
             start_time: 1 = noise; less where latents were noised only so far.
-            guidance_scale: See `sample`, as for the interval.
-            guidance_low: See `sample`.
-            guidance_high: See `sample`.
-            seeds: One a row, for the noise of "euler_maruyama"; None for 0, 1, ...
+            guidance_scale: Classifier-free guidance; 1 for none.
+            guidance_low: Lower end of the guidance interval in t (1 = noise); None for 0, or for
+                what the student was taught.
+            guidance_high: Upper end; None for 0.75, or for what the student was taught.
+            seeds: One per row, for the noise of "euler_maruyama"; None for 0, 1, ...
 
         Returns:
             float32 [B, C, h, w] at t = 0, on the generator's device.
 
         Raises:
-            ValueError: See `sample`.
+            ValueError: No student, too few steps, or guidance that the student was not taught.
         """
         chosen = self._sampler(sampler)
         guidance = self._guidance(chosen, guidance_scale, guidance_low, guidance_high)
@@ -515,7 +523,7 @@ class TileGenerator:
         self.batches.is_static = True
         forward = compile_forward(self.transformer)
         self._compiled = {"ab2": forward, "euler_maruyama": forward}
-        self._compiled["vae_decoder"] = compile_rows(_own_decoder(self.vae))
+        self._compiled["vae_decoder"] = compile_rows(_decoder_of(self.vae))
         if self.student is not None:
             self._compiled["student"] = compile_forward(self.student)
         if self.decoder is not None:
@@ -570,6 +578,6 @@ class TileGenerator:
         return read_conditions(cls, width).to(self.device).repeat_interleave(per_condition, 0)
 
 
-def _own_decoder(vae: AutoencoderKL) -> Callable[[Tensor], Tensor]:
+def _decoder_of(vae: AutoencoderKL) -> Callable[[Tensor], Tensor]:
     # Not a method: compiled, it would keep its generator alive, and all weights on the device.
     return lambda raw: vae.decode(raw).sample  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Where a model folder is: on disk, or a snapshot of a repository on the Hugging Face Hub.
+"""Download of model folders from the Hugging Face Hub, unless they are on disk.
 
 Only configurations, weights and the model card are fetched; never code, never data sets. Every
 failure says what to do, because those who meet it cannot ask anyone: the released weights are
@@ -88,7 +88,7 @@ def licence_of(folder: Path) -> str | None:
 
 
 def announce_licence(source: str | Path, folder: Path) -> None:
-    """Print the licence of weights to stderr, once a process and source."""
+    """Print the licence of weights to stderr, once per process and source."""
     if str(source) in _announced:
         return
     _announced.add(str(source))
@@ -103,8 +103,8 @@ def announce_licence(source: str | Path, folder: Path) -> None:
 
 def _stated(key: str, front: str) -> str | None:
     """Return a scalar, or a list's items in one line, of YAML's top level."""
-    found = re.search(rf"^{key}:[ \t]*(.*(?:\n[ \t]*- .*)*)", front, re.MULTILINE)
-    lines = found[1].splitlines() if found else []
+    match = re.search(rf"^{key}:[ \t]*(.*(?:\n[ \t]*- .*)*)", front, re.MULTILINE)
+    lines = match[1].splitlines() if match else []
     items = [re.sub(r"(^|\s)#.*", "", line).strip().removeprefix("- ") for line in lines]
     return ", ".join(bare for item in items if (bare := item.strip(" '\"[]"))) or None
 

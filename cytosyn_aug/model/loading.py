@@ -136,7 +136,7 @@ class ModelHandle:
 
         Raises:
             ValueError: The weights are others by now.
-            FileNotFoundError, PermissionError, ConnectionError: The model is not to be found.
+            FileNotFoundError, PermissionError, ConnectionError: The model cannot be found.
         """
         located = self.located if self.located.is_here() else self.origin.located()
         parts = located.load(getattr(torch, self.dtype))

@@ -1,4 +1,4 @@
-"""What a model needs of a device's memory: weights, what steps share, and so much a tile.
+"""Memory plan of a model: bytes of its weights, of what steps share, and per tile.
 
 Counted on the operations that the networks really do, without doing them: their shapes run on the
 meta device, and every tensor counts from its making to its last use. An allocator's fragments and
@@ -6,8 +6,8 @@ the work space of convolutions come on top, and were not measured here. Guidance
 transformer's share, which is the smaller one where an autoencoder decodes.
 
 Transforms edit `batch_size` tiles at a time, so the same number bounds them, for tiles of the
-model's size. Of the whole batch they hold only what comes in and goes out: 10 bytes a value of
-uint8 batches, 16 of float32, and `StainViews` 5 and 8 more a view.
+model's size. Of the whole batch they hold only what comes in and goes out: 10 bytes per value
+of uint8 batches, 16 of float32, and `StainViews` 5 and 8 more per view.
 """
 
 from __future__ import annotations

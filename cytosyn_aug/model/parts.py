@@ -124,24 +124,24 @@ def fill_statistics(unfilled: dict[str, UnfilledPart], index: Json, answers: Key
     transformer = unfilled["transformer"]
     tensors, channels = transformer.tensors, transformer.network.config["in_channels"]
     try:
-        found = latent_statistics(
+        statistics = latent_statistics(
             tensors, transformer.config, unfilled["vae"].config, index, answers, channels
         )
     except ValueError as error:
         # Under a wrapper's prefix they are there; then the names are what to report.
         is_prefixed = any(name.endswith(".bn.running_mean") for name in tensors)
         problems = () if is_prefixed else (str(error),)
-        found = LatentStatistics(torch.zeros(channels), torch.ones(channels), "bn.")
+        statistics = LatentStatistics(torch.zeros(channels), torch.ones(channels), "bn.")
     else:
         problems = ()
-    tensors["bn.running_mean"] = found.mean.expand(channels).contiguous()
-    tensors["bn.running_var"] = found.variance.expand(channels).contiguous()
+    tensors["bn.running_mean"] = statistics.mean.expand(channels).contiguous()
+    tensors["bn.running_var"] = statistics.variance.expand(channels).contiguous()
     tensors.setdefault("bn.num_batches_tracked", torch.zeros((), dtype=torch.int64))
-    if found.source.startswith("bn."):
+    if statistics.source.startswith("bn."):
         return _Statistics(problems)
-    in_index = found.source.startswith("model_index")
-    unfiled = (*found.mean.tolist(), *found.variance.tolist()) if in_index else ()
-    return _Statistics(problems, (f"latent statistics come from {found.source}",), unfiled)
+    in_index = statistics.source.startswith("model_index")
+    unfiled = (*statistics.mean.tolist(), *statistics.variance.tolist()) if in_index else ()
+    return _Statistics(problems, (f"latent statistics come from {statistics.source}",), unfiled)
 
 
 def assign_weights(

@@ -1,4 +1,4 @@
-"""How released model folders may describe themselves, translated to this package's arguments.
+"""Released model folders: what their files state, translated to this package's arguments.
 
 The released repository is gated and its files were never seen here; what is known of them comes
 from code that loads them. So nothing is assumed silently: what a folder states and this package
@@ -17,13 +17,13 @@ from torch import Tensor
 from cytosyn_aug.config import PART_NAMES, Json
 from cytosyn_aug.model.tensors import KeyMap
 
-# Json of REPA-E's class that change what the network computes, with the only value we compute.
+# Settings of REPA-E's class that change what the network computes, with the only value we compute.
 _REQUIRED: Mapping[str, tuple[object, ...]] = {
     "path_type": ("linear",),
     "prediction": ("v", "velocity"),
     "qk_norm": (False,),
 }
-# Json that matter in training only, or are read elsewhere.
+# Settings that matter in training only, or are read elsewhere.
 _WITHOUT_EFFECT = {
     "class_dropout_prob", "use_cfg", "fused_attn", "bn_momentum", "decoder_hidden_size",
     "bn_running_mean", "bn_running_var", "latents_bias", "latents_scale", "z_dims",
@@ -106,7 +106,7 @@ def index_notes(index: Json) -> tuple[str, ...]:
 
 
 class LatentStatistics(NamedTuple):
-    """Per-channel mean and variance of the VAE's latents, float32 [C], and where they stood."""
+    """Per-channel mean and variance of the VAE's latents, float32 [C], and their source."""
 
     mean: Tensor
     variance: Tensor
@@ -123,16 +123,46 @@ def latent_statistics(
 ) -> LatentStatistics:
     """Find the statistics that whiten latents, wherever a folder may keep them.
 
-    Places, in this order: the user's key map; `bn.*` tensors of the transformer; its config
+    Looked for in this order: the user's key map; `bn.*` tensors of the transformer; its config
     (`bn_running_mean` and `bn_running_var`, or `latents_bias` and `latents_scale`); attributes of
     the pipeline in `model_index.json` (`latents_bias`, `latents_scale`); the VAE's config
     (`latents_mean`, `latents_std`), where diffusers' pipelines multiply by `scaling_factor` too.
 
     Raises:
-        ValueError: None of them holds any, two disagree by more than half precision explains, or
+        ValueError: None of them states any, two disagree by more than half precision explains, or
             there are not as many as latent channels.
     """
-    found = [
+    stated = _stated_statistics(tensors, transformer, vae, index, key_map)
+    if not stated:
+        raise ValueError(
+            "the folder states no latent statistics; looked for bn.running_mean and "
+            "bn.running_var among the transformer's tensors, bn_running_mean in its config, "
+            "latents_bias in model_index.json and latents_mean in vae/config.json. Read "
+            "`latents_bias` and `latents_scale` off the original pipeline and pass them in a "
+            "key map file"
+        )
+    first = stated[0]
+    if first.mean.numel() not in (1, num_channels):
+        raise ValueError(
+            f"{first.source} states latent statistics of {first.mean.numel()} channels, expected "
+            f"{num_channels}"
+        )
+    for other in stated[1:]:
+        if first.source != "the key map" and not _agree(first, other):
+            raise ValueError(
+                f"{first.source} and {other.source} state different latent statistics "
+                f"(mean {first.mean.tolist()} and {other.mean.tolist()}, variance "
+                f"{first.variance.tolist()} and {other.variance.tolist()}); decide with "
+                "latents_bias and latents_scale in a key map file"
+            )
+    return first
+
+
+def _stated_statistics(
+    tensors: Mapping[str, Tensor], transformer: Json, vae: Json, index: Json, key_map: KeyMap
+) -> list[LatentStatistics]:
+    """Return the statistics that each part of a folder states, those to be preferred first."""
+    return [
         *_scaled("the key map", key_map.latents_bias, key_map.latents_scale),
         *_plain(
             "bn.* of the transformer",
@@ -152,29 +182,6 @@ def latent_statistics(
         *_scaled("model_index.json", index.get("latents_bias"), index.get("latents_scale")),
         *_deviating(vae),
     ]
-    if not found:
-        raise ValueError(
-            "the folder states no latent statistics; looked for bn.running_mean and "
-            "bn.running_var among the transformer's tensors, bn_running_mean in its config, "
-            "latents_bias in model_index.json and latents_mean in vae/config.json. Read "
-            "`latents_bias` and `latents_scale` off the original pipeline and pass them in a "
-            "key map file"
-        )
-    first = found[0]
-    if first.mean.numel() not in (1, num_channels):
-        raise ValueError(
-            f"{first.source} states latent statistics of {first.mean.numel()} channels, expected "
-            f"{num_channels}"
-        )
-    for other in found[1:]:
-        if first.source != "the key map" and not _agree(first, other):
-            raise ValueError(
-                f"{first.source} and {other.source} state different latent statistics "
-                f"(mean {first.mean.tolist()} and {other.mean.tolist()}, variance "
-                f"{first.variance.tolist()} and {other.variance.tolist()}); decide with "
-                "latents_bias and latents_scale in a key map file"
-            )
-    return first
 
 
 def _plain(source: str, mean: object, variance: object) -> list[LatentStatistics]:

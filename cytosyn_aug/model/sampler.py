@@ -1,4 +1,4 @@
-"""Latents drawn by a network along a grid of times that is known beforehand.
+"""Sampler: draws latents with one network along a grid of times that is known beforehand.
 
 All that depends on times, conditions and guidance alone is computed before the steps, in a few
 large products instead of many small ones: a step is then one pass of the network over tensors,
@@ -72,14 +72,16 @@ def choose_guidance(
     if not math.isfinite(scale):
         raise ValueError(f"guidance scale is {scale}, expected a number; 1 is no guidance")
     usual = Guidance(scale) if taught is None else Guidance(scale, *taught[1:])
-    found = Guidance(scale, usual.low if low is None else low, usual.high if high is None else high)
-    if taught is not None and not (1 <= scale <= taught[0] and found == usual):
+    chosen = Guidance(
+        scale, usual.low if low is None else low, usual.high if high is None else high
+    )
+    if taught is not None and not (1 <= scale <= taught[0] and chosen == usual):
         raise ValueError(
-            f"guidance is {scale} in t from {found.low} to {found.high}, but the student was "
+            f"guidance is {scale} in t from {chosen.low} to {chosen.high}, but the student was "
             f"taught 1 to {taught[0]} in {taught[1]} to {taught[2]}; stay inside or use "
             "sampler='ab2'"
         )
-    return found
+    return chosen
 
 
 def time_grid(sampler: Sampler, steps: int, start: float = 1.0) -> list[float]:
@@ -119,7 +121,7 @@ def draw_latents(
     Args:
         network: The student for "student", else the transformer.
         start: Latents [B, C, h, w] at `times[0]`; their dtype is that of the sampler's state.
-        times: See `time_grid`.
+        times: From noise to data, as `time_grid` returns them.
         condition: [B, D].
         null_condition: [D].
         sampler: How the steps are made.
@@ -214,15 +216,15 @@ class _Steps:
         conditions = [self.rows[t] for t in times]
         counts = [len(c) for c in conditions]
 
-        def spread(values: Sequence[float]) -> Tensor:
+        def repeat_for_rows(values: Sequence[float]) -> Tensor:
             host = torch.tensor(values, dtype=torch.float32).repeat_interleave(torch.tensor(counts))
             return host.to(conditions[0].device, non_blocking=True)
 
-        r = None if self.following is None else spread([self.following[t] for t in times])
+        r = None if self.following is None else repeat_for_rows([self.following[t] for t in times])
         scale = None
         if self.scale is not None and self.network.guidance_embedder is not None:
-            scale = spread([self.scale] * len(times))
-        whole = self.network.modulate(spread(times), torch.cat(conditions), r, scale)
+            scale = repeat_for_rows([self.scale] * len(times))
+        whole = self.network.modulate(repeat_for_rows(times), torch.cat(conditions), r, scale)
         ends = torch.tensor(counts).cumsum(0).tolist()
         starts = [0, *ends[:-1]]
         return {

@@ -74,11 +74,11 @@ def euler(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
 def adams_bashforth2(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
     """Integrate dx/dt = v with the variable-step two-step Adams-Bashforth method.
 
-    One velocity a step, second order: x += h ((1 + r/2) v - (r/2) v_previous) with r = h /
+    One velocity per step, second order: x += h ((1 + r/2) v - (r/2) v_previous) with r = h /
     h_previous; the first step is Euler's.
 
     Args:
-        velocity: See the module.
+        velocity: velocity(x, t) -> dx/dt with a host float t, 1 = noise.
         x: State at `times[0]`.
         times: Monotone times, either direction.
 
@@ -102,7 +102,7 @@ def adams_bashforth2(velocity: Velocity, x: Tensor, times: Sequence[float]) -> T
 def flow_map(average_velocity: AverageVelocity, x: Tensor, times: Sequence[float]) -> Tensor:
     """Jump along `times` with a network that knows the average velocity of a flow.
 
-    x_r = x_t + (r - t) u(x_t, t, r), one forward a jump; exact for an exact u, whatever the grid.
+    x_r = x_t + (r - t) u(x_t, t, r), one forward per jump; exact for an exact u, whatever the grid.
 
     Args:
         average_velocity: u(x, t, r) with host floats t >= r, 1 = noise.
@@ -136,7 +136,8 @@ def euler_maruyama(
     step has none.
 
     Args:
-        velocity: See the module; called once for all but the last of `times`.
+        velocity: velocity(x, t) -> dx/dt with a host float t, 1 = noise; called once for all but
+            the last of `times`.
         x: Noise at t = 1.
         noise: Gives standard normal noise like `x` for step i, from 0 to the last but one.
         times: Falling times, `reference_grid` for the reference.
@@ -221,7 +222,7 @@ def sample_noise(seeds: Sequence[int], shape: Sequence[int], stream: int = 0) ->
     A tile's noise is therefore bit-equal in any batch, order and on any device it is moved to.
 
     Args:
-        seeds: One non-negative seed a tile.
+        seeds: One non-negative seed per tile.
         shape: Shape of one tile's noise.
         stream: Which draw of that tile; 0 is the start, 1 + i the i-th step of a stochastic
             sampler.

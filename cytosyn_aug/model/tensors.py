@@ -1,4 +1,4 @@
-"""Named tensors on disk, and the names a user gives them.
+"""Tensor files of a model (safetensors), and the key map by which a user renames tensors.
 
 Files are mapped into memory, not read: a tensor costs memory only where its type is changed.
 Nothing here executes code from a file; only safetensors are opened.
@@ -75,7 +75,7 @@ def read_tensors(files: list[Path]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:
-            found = load_file(file)
+            loaded = load_file(file)
         except SafetensorError as error:
             with file.open("rb") as stream:
                 if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
@@ -83,10 +83,10 @@ def read_tensors(files: list[Path]) -> dict[str, Tensor]:
                         f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` there"
                     ) from error
             raise ValueError(f"{file} is corrupt ({error}); copy the model folder again") from error
-        twice = tensors.keys() & found.keys()
+        twice = tensors.keys() & loaded.keys()
         if twice:
             raise ValueError(f"{file} repeats {sorted(twice)} of another shard; copy it again")
-        tensors |= found
+        tensors |= loaded
     return tensors
 
 

@@ -1,4 +1,4 @@
-"""The diffusion transformer: SiT as in REPA-E, conditioned on one feature vector.
+"""Diffusion transformer: SiT as in REPA-E, conditioned on one feature vector.
 
 State-dict names equal REPA-E's, with `y_embedder.linear` for the condition, so that released
 weights load by name. Time t is 1 for noise and 0 for data, fed to the network as it is.
@@ -28,7 +28,7 @@ class Modulation(NamedTuple):
     """What shifts, scales and gates every block at given times and conditions.
 
     Attributes:
-        blocks: One [B, 6, D] a block: shift, scale and gate of attention, then of the MLP.
+        blocks: One [B, 6, D] per block: shift, scale and gate of attention, then of the MLP.
         final: [B, 2, D], shift and scale of the last layer.
     """
 
@@ -184,7 +184,14 @@ class SiT(ModelMixin, ConfigMixin):
         r_B: Tensor | None = None,
         guidance_B: Tensor | None = None,
     ) -> Modulation:
-        """Return what times, conditions and guidance do to every block; see `forward`."""
+        """Return the modulation of every block by times, conditions and guidance.
+
+        Args:
+            t_B: Times, 1 = noise; where a jump starts.
+            condition_BF: Feature vectors.
+            r_B: Times at which a jump ends; None for the velocity at `t_B`.
+            guidance_B: Guidance scales, for a network that was taught them; None for 1.
+        """
         start_BD, end_BD = self._embed_condition(t_B, condition_BF, r_B, guidance_B)
         split = len(self.blocks) if self.decoupled_depth is None else self.decoupled_depth
         blocks = tuple(
