@@ -33,6 +33,7 @@ from cytosyn_aug.runs.plan import (
     plan_cache,
     plan_normalize,
     plan_sample,
+    plan_slides,
 )
 from cytosyn_aug.runs.ray_actors import RayCluster
 from cytosyn_aug.runs.recipes import (
@@ -43,7 +44,6 @@ from cytosyn_aug.runs.recipes import (
     Source,
 )
 from cytosyn_aug.runs.references import Given, References
-from cytosyn_aug.runs.slides import plan_slides
 from cytosyn_aug.slides.recipe import SlideRecipe
 
 __all__ = [

@@ -22,11 +22,13 @@ from tqdm import tqdm
 from cytosyn_aug.io.image_files import check_strictness
 from cytosyn_aug.runs.folder import RUN_NAME, RunFolder, Unit, check_free, open_run
 from cytosyn_aug.runs.listing import Listing
+from cytosyn_aug.runs.pipeline import TileWork
 from cytosyn_aug.runs.ray_actors import RayCluster, on_actors
+from cytosyn_aug.runs.trial import estimate_tiles
 from cytosyn_aug.runs.unit_work import Run, UnitWorker, software
 
 _MAX_NAMED = 100
-# Slides are counted as far as they are: a third of one is done after minutes.
+# Progress of slides is fractional: one takes minutes.
 _FRACTIONS = "{l_bar}{bar}| {n:.1f}/{total} slides [{elapsed}<{remaining}, {rate_fmt}]"
 _BAR = {"tile": {}, "slide": {"bar_format": _FRACTIONS}}
 
@@ -130,7 +132,7 @@ def cut_units(listing: Listing, unit_items: int, shard: tuple[int, int] = (0, 1)
 
 
 def estimate(run: Run, units: Sequence[Unit], work: Work) -> dict[str, Any]:
-    """Return what a run would do: counts, bytes and time; see `Task.estimate`."""
+    """Return what a run would do: counts, bytes and time."""
     to_do = list(units)
     if not (run.folder / RUN_NAME).is_file():
         check_free(run.folder)
@@ -144,9 +146,15 @@ def estimate(run: Run, units: Sequence[Unit], work: Work) -> dict[str, Any]:
         "with_masks": run.listing.num_masks(),
         "units": len(units),
         "units_to_do": len(to_do),
-        **run.task.estimate(to_do, work.readers),
+        **_trial(run, to_do, work.readers),
         "free_bytes": _free_bytes(run.folder),
     }
+
+
+def _trial(run: Run, units: Sequence[Unit], readers: int) -> dict[str, Any]:  # Any: JSON
+    if isinstance(run.work, TileWork):
+        return estimate_tiles(run.work, units)
+    return run.work.estimate(units, readers)
 
 
 def _do_units(
@@ -161,9 +169,9 @@ def _do_units(
         tqdm(
             total=total,
             initial=initial,
-            unit=run.noun,
+            unit=run.work.noun,
             disable=not work.progress,
-            **_BAR[run.noun],
+            **_BAR[run.work.noun],
             mininterval=0.5 if sys.stderr.isatty() else 30.0,
         ) as bar,
     ):
@@ -175,8 +183,8 @@ def _here(
     run: Run, work: Work, folder: RunFolder, to_do: Sequence[Unit]
 ) -> Generator[float, None, None]:
     """Do units in this process; yield how much more is given to the device, or failed."""
-    job = run.task.job(folder, work.readers, work.writers, is_shared=False)
-    with closing(job.do(to_do, folder)) as counts:
+    steps = run.work.execute(to_do, folder, readers=work.readers, writers=work.writers)
+    with closing(steps) as counts:
         for _, count in counts:
             yield count
 
@@ -193,18 +201,16 @@ def _on_ray(
         cluster = replace(cluster, gpus=0 if device == "cpu" else 1)
     num_threads = cluster.cpus if device == "cpu" else None
     make = partial(UnitWorker, run, work.readers, work.writers, device, num_threads)
-    job = None
     answers = on_actors(make, to_do, cluster, shared_bytes=run.listing.table.nbytes)
     with closing(answers):
         for unit, death in answers:
             if death is not None:
-                job = job or run.task.job(folder, 1, 1, is_shared=False)
-                job.give_up(unit, folder, death.reason)
+                run.work.give_up(unit, folder, death.reason)
             yield unit.stop - unit.start
 
 
 def _check_room(run: Run, units: Sequence[Unit]) -> None:
-    needed, free = run.task.needed_bytes(units), _free_bytes(run.folder)
+    needed, free = run.work.needed_bytes(units), _free_bytes(run.folder)
     if free < needed:
         raise ValueError(
             f"{run.folder} has {free:,} bytes free, the results take about {needed:,}; make room, "

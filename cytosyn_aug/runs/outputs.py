@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple, Protocol
 
@@ -30,10 +32,10 @@ from cytosyn_aug.io.image_files import encode_png, encode_webp
 from cytosyn_aug.io.tar_files import ShardWriter
 from cytosyn_aug.runs.folder import RunFolder
 from cytosyn_aug.runs.listing import Item
+from cytosyn_aug.runs.reading import Loaded
 
 Format = Literal["png", "webp", "tar", "latents", "images"]
-# What images become files by; caches hold no files.
-ENCODERS: Mapping[str, Callable[[np.ndarray], bytes]] = {
+_ENCODERS: Mapping[str, Callable[[np.ndarray], bytes]] = {
     "png": encode_png,
     "webp": encode_webp,
     "tar": encode_webp,
@@ -41,8 +43,8 @@ ENCODERS: Mapping[str, Callable[[np.ndarray], bytes]] = {
 BYTES_PER_PIXEL = {"png": 2.2, "webp": 2.0, "tar": 2.0}
 
 
-class Place(NamedTuple):
-    """Where a result belongs: unit, row in the listing, variant."""
+class ResultKey(NamedTuple):
+    """Which result of a run: unit, row of its tile in the listing, variant."""
 
     unit: int
     row: int
@@ -54,34 +56,23 @@ class Result(NamedTuple):
 
     Attributes:
         pixels: uint8 [H, W, 3].
-        mask: Bytes of the mask's file, None for none.
-        key: Of the source tile.
+        source: The tile it was made from, with its mask and its .json.
         fields: Fields of a cache's record but for images, without batch dimension.
-        json: Of the source tile, as it stands; None for none.
     """
 
     pixels: np.ndarray
-    mask: bytes | None
-    key: str
+    source: Loaded
     fields: Mapping[str, Tensor]
-    json: bytes | None = None
-
-
-class Written(NamedTuple):
-    """Where a result and its mask are, relative to OUT; "" for nowhere."""
-
-    output: str
-    mask: str = ""
 
 
 class Output(Protocol):
     """What writes results; `commit` comes once, after all results of a unit."""
 
-    def write(self, place: Place, item: Item, result: Result) -> Written:
-        """Take one result; return what the manifest says of it."""
+    def write(self, key: ResultKey, result: Result) -> dict[str, str]:
+        """Take one result; return its cells `output` and `mask`: paths relative to OUT, or ""."""
 
-    def discard(self, place: Place, item: Item) -> None:
-        """Remove what an earlier attempt wrote of a tile that cannot be had now."""
+    def discard(self, key: ResultKey, item: Item) -> None:
+        """Remove what an earlier attempt wrote of a tile that has no result now."""
 
     def commit(self, unit: int) -> None:
         """Put what belongs together in place."""
@@ -102,24 +93,25 @@ class TreeOutput:
     ) -> None:
         self._root = folder.resolve()
         self._work, self._codec, self._name = work, codec, name
-        self._encode = ENCODERS[codec]
+        self._encode = _ENCODERS[codec]
         self._lock = threading.Lock()
         self._known: set[Path] = {self._root}
         self._touched: dict[int, set[Path]] = {}
 
-    def write(self, place: Place, item: Item, result: Result) -> Written:
+    def write(self, key: ResultKey, result: Result) -> dict[str, str]:
         """Write an image, and its mask beside it."""
-        name = self._name(item.stem, place.variant)
+        tile = result.source
+        name = self._name(tile.item.stem, key.variant)
         output, mask = f"{name}.{self._codec}", ""
-        self._put(place, output, self._encode(result.pixels))
-        if result.mask is not None:
-            mask = f"{name}_mask{PurePosixPath(item.mask).suffix}"
-            self._put(place, mask, result.mask)
-        return Written(output, mask)
+        self._put(key, output, self._encode(result.pixels))
+        if tile.mask is not None:
+            mask = f"{name}_mask{PurePosixPath(tile.item.mask).suffix}"
+            self._put(key, mask, tile.mask)
+        return {"output": output, "mask": mask}
 
-    def discard(self, place: Place, item: Item) -> None:
+    def discard(self, key: ResultKey, item: Item) -> None:
         """Remove the image and mask of a variant, if they are there."""
-        name = self._name(item.stem, place.variant)
+        name = self._name(item.stem, key.variant)
         for old in (f"{name}.{self._codec}", f"{name}_mask{PurePosixPath(item.mask).suffix}"):
             folder = (self._root / old).parent
             if folder.is_dir() and folder.resolve().is_relative_to(self._root):
@@ -132,11 +124,11 @@ class TreeOutput:
         for folder in sorted(touched):
             flush_folder(folder)
 
-    def _put(self, place: Place, name: str, content: bytes) -> None:
+    def _put(self, key: ResultKey, name: str, content: bytes) -> None:
         file = self._root / name
-        self._make_folder(file.parent, place.unit)
-        # Named after its place, so that what a killed process left is written over.
-        temporary = self._work / f"{place.row:09d}_{place.variant:05d}"
+        self._make_folder(file.parent, key.unit)
+        # Named after its key, so that what a killed process left is written over.
+        temporary = self._work / f"{key.row:09d}_{key.variant:05d}"
         try:
             with temporary.open("wb") as stream:
                 stream.write(content)
@@ -159,37 +151,40 @@ class TreeOutput:
 
 
 class TarOutput:
-    """One tar file a unit, as WebDataset reads them, of WebP without loss.
+    """One tar file per unit, as WebDataset reads them, of WebP without loss.
 
     Two units wait in memory, encoded: 50 MB for 256 tiles of 224 px and one variant.
 
     Args:
         folder: OUT.
-        name: See `TreeOutput`.
+        name: Gives the name of a variant, without suffix, from the stem and its number.
     """
 
     def __init__(self, folder: Path, name: Callable[[str, int], str]) -> None:
         self._folder, self._name = folder, name
-        self._waiting: dict[int, dict[Place, list[tuple[str, bytes]]]] = {}
+        self._waiting: dict[int, dict[ResultKey, list[tuple[str, bytes]]]] = {}
         self._lock = threading.Lock()
 
-    def write(self, place: Place, item: Item, result: Result) -> Written:
+    def write(self, key: ResultKey, result: Result) -> dict[str, str]:
         """Keep an encoded image until its unit is done; its key has label, .json and mask, too."""
-        key = self._name(item.stem, place.variant).replace(".", "%2E")  # a key ends at a dot
-        members = [(f"{key}.webp", encode_webp(result.pixels))]
+        tile, item = result.source, result.source.item
+        name = self._name(item.stem, key.variant).replace(
+            ".", "%2E"
+        )  # WebDataset keys end at a dot
+        members = [(f"{name}.webp", encode_webp(result.pixels))]
         if item.label:
-            members.append((f"{key}.cls", item.label.encode()))
-        if result.json is not None:
-            members.append((f"{key}.json", result.json))
-        if result.mask is not None:
-            members.append((f"{key}.mask{PurePosixPath(item.mask).suffix}", result.mask))
+            members.append((f"{name}.cls", item.label.encode()))
+        if tile.json is not None:
+            members.append((f"{name}.json", tile.json))
+        if tile.mask is not None:
+            members.append((f"{name}.mask{PurePosixPath(item.mask).suffix}", tile.mask))
         with self._lock:
-            self._waiting.setdefault(place.unit, {})[place] = members
-        shard = shard_name(place.unit)
-        mask = f"{shard}/{members[-1][0]}" if result.mask is not None else ""
-        return Written(f"{shard}/{members[0][0]}", mask)
+            self._waiting.setdefault(key.unit, {})[key] = members
+        shard = shard_name(key.unit)
+        mask = f"{shard}/{members[-1][0]}" if tile.mask is not None else ""
+        return {"output": f"{shard}/{members[0][0]}", "mask": mask}
 
-    def discard(self, place: Place, item: Item) -> None:
+    def discard(self, key: ResultKey, item: Item) -> None:
         """Do nothing: the whole shard is written anew."""
 
     def commit(self, unit: int) -> None:
@@ -201,14 +196,14 @@ class TarOutput:
             return
         with atomic_file(file) as stream:
             shard = ShardWriter(stream)
-            for place in sorted(waiting):
-                for name, content in waiting[place]:
+            for key in sorted(waiting):
+                for name, content in waiting[key]:
                     shard.add(name, content)
             shard.finish()
 
 
 class CacheOutput:
-    """Records of a cache of variants, see `cytosyn_aug.transforms.cached_variants`.
+    """Records of a cache, which `cytosyn_aug.transforms.cached_variants` looks up.
 
     Args:
         cache: Made with `records_spec`.
@@ -216,16 +211,19 @@ class CacheOutput:
 
     def __init__(self, cache: LatentCache) -> None:
         self._cache = cache
-        self._waiting: dict[int, dict[Place, Result]] = {}
+        self._waiting: dict[int, dict[ResultKey, tuple[str, dict[str, Tensor]]]] = {}
         self._lock, self._turn = threading.Lock(), threading.Lock()
 
-    def write(self, place: Place, item: Item, result: Result) -> Written:
+    def write(self, key: ResultKey, result: Result) -> dict[str, str]:
         """Keep a record until its unit is done."""
+        fields = dict(result.fields)
+        if "images" in self._cache.spec.names:
+            fields["images"] = torch.from_numpy(result.pixels).permute(2, 0, 1)
         with self._lock:
-            self._waiting.setdefault(place.unit, {})[place] = result
-        return Written("")
+            self._waiting.setdefault(key.unit, {})[key] = (result.source.key, fields)
+        return {"output": "", "mask": ""}
 
-    def discard(self, place: Place, item: Item) -> None:
+    def discard(self, key: ResultKey, item: Item) -> None:
         """Do nothing: a record is found by pixels, and true of them."""
 
     def commit(self, unit: int) -> None:
@@ -233,35 +231,47 @@ class CacheOutput:
         waiting = self._waiting.pop(unit, {})
         if not waiting:
             return
-        places = sorted(waiting)
-        results = [waiting[place] for place in places]
-        fields = {
-            name: torch.stack([result.fields[name] for result in results])
-            for name in results[0].fields
-        }
-        if "images" in self._cache.spec.names:
-            pixels = torch.from_numpy(np.stack([result.pixels for result in results]))
-            fields["images"] = pixels.permute(0, 3, 1, 2)
-        variants = [place.variant for place in places]
+        keys = sorted(waiting)
+        records = [waiting[key] for key in keys]
+        fields = {name: torch.stack([f[name] for _, f in records]) for name in records[0][1]}
         with self._turn:  # a cache is for one thread at a time
-            self._cache.put([result.key for result in results], fields, variants)
+            self._cache.put([tile for tile, _ in records], fields, [key.variant for key in keys])
             self._cache.flush()
 
 
-def make_output(
-    out: Path, format: Format, name: Callable[[str, int], str], folder: RunFolder
-) -> Output:
-    """Return where images go.
+@dataclass(frozen=True, kw_only=True)
+class Destination:
+    """Where results of a run go, before anything of it is made.
+
+    Attributes:
+        open: Opens or makes it, for one process, given the folder of the run.
+        bytes_per_pixel: Of results, about.
+        encode: From uint8 [H, W, 3] to the bytes of a file; None if results are no images.
+    """
+
+    open: Callable[[RunFolder], Output]
+    bytes_per_pixel: float
+    encode: Callable[[np.ndarray], bytes] | None = None
+
+
+def image_files(out: Path, format: Format, name: Callable[[str, int], str]) -> Destination:
+    """Return images as files of a tree or in tar files.
 
     Args:
         out: OUT.
         format: "png", "webp" or "tar".
-        name: See `TreeOutput`.
-        folder: The run's folder.
+        name: Gives the name of a variant, without suffix, from the stem and its number.
     """
-    if format == "tar":
-        return TarOutput(out, name)
-    return TreeOutput(out, folder.work / "files", format, name)
+    make = partial(_open_files, out, format, name)
+    return Destination(open=make, bytes_per_pixel=BYTES_PER_PIXEL[format], encode=_ENCODERS[format])
+
+
+def cache_records(cache: Path, spec: CacheSpec) -> Destination:
+    """Return records of a cache, whose tiles have one size."""
+    return Destination(
+        open=partial(_open_cache, cache, spec),
+        bytes_per_pixel=spec.record_bytes / spec.tile.size_px**2,
+    )
 
 
 def check_cache(cache: Path, spec: CacheSpec, run: Path) -> None:
@@ -280,12 +290,6 @@ def check_cache(cache: Path, spec: CacheSpec, run: Path) -> None:
         check_equal(cache, read_spec(cache), spec)
 
 
-def make_cache(out: Path, spec: CacheSpec, folder: RunFolder) -> Output:
-    """Return a cache that takes records, opened or made."""
-    refuse_links([out / SHARD_FOLDER])
-    return CacheOutput(LatentCache.open(out, spec))
-
-
 def variant_name(stem: str, variant: int) -> str:
     """Return the name of a variant: `tile_v0`."""
     return f"{stem}_v{variant}"
@@ -299,3 +303,16 @@ def same_name(stem: str, variant: int) -> str:
 def shard_name(unit: int) -> str:
     """Return the name of a unit's tar file."""
     return f"shard-{unit:06d}.tar"
+
+
+def _open_files(
+    out: Path, format: Format, name: Callable[[str, int], str], folder: RunFolder
+) -> Output:
+    if format == "tar":
+        return TarOutput(out, name)
+    return TreeOutput(out, folder.work / "files", format, name)
+
+
+def _open_cache(cache: Path, spec: CacheSpec, folder: RunFolder) -> Output:
+    refuse_links([cache / SHARD_FOLDER])
+    return CacheOutput(LatentCache.open(cache, spec))

@@ -1,6 +1,7 @@
-"""From what is asked to a run: inputs listed, references opened, recipe and identity written down.
+"""Plans of runs: one function per command that returns what it will do.
 
-Everything that can be wrong with a request is found here, before anything is written.
+Lists the input, opens references and writes down the recipe and the identity of the run. Everything
+that can be wrong with a request is found here, before anything is written.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from types import MappingProxyType
 from typing import Any, get_args
 
 from cytosyn_aug.cache.encodings import Contents, encodings_spec
-from cytosyn_aug.cache.spec import CacheSpec
+from cytosyn_aug.config import Method, TileSpec
 from cytosyn_aug.model.conditions import Conditions, read_conditions
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.runs.edits import (
@@ -24,31 +25,31 @@ from cytosyn_aug.runs.edits import (
     sample_edit,
     size_check,
 )
-from cytosyn_aug.runs.folder import RunFolder
-from cytosyn_aug.runs.inputs import list_inputs
+from cytosyn_aug.runs.inputs import list_inputs, list_whole_slides
 from cytosyn_aug.runs.listing import InputKind, Item, Listing, make_listing
 from cytosyn_aug.runs.outputs import (
-    BYTES_PER_PIXEL,
-    ENCODERS,
     Format,
-    Output,
+    cache_records,
     check_cache,
-    make_cache,
-    make_output,
+    image_files,
     same_name,
     variant_name,
 )
+from cytosyn_aug.runs.pipeline import TileWork
 from cytosyn_aug.runs.reading import Loaded, Reader
 from cytosyn_aug.runs.recipes import AugmentRecipe, NormalizeRecipe, SampleRecipe
 from cytosyn_aug.runs.record_edits import moments_edit, variants_to_records
 from cytosyn_aug.runs.references import (
+    Given,
     References,
     describe_references,
     open_references,
     tensors_digest,
 )
 from cytosyn_aug.runs.slide_sources import SlideSources, note_slides
-from cytosyn_aug.runs.unit_work import Run, TileTask
+from cytosyn_aug.runs.slides import SlideWork
+from cytosyn_aug.runs.unit_work import Run
+from cytosyn_aug.slides.recipe import SLIDES_COMMAND, SlideRecipe
 from cytosyn_aug.stain.methods import fit_reference
 from cytosyn_aug.transforms.variants import records_spec
 
@@ -61,11 +62,11 @@ class Tiles:
     """What a run works on.
 
     Attributes:
-        source: IN; see `cytosyn_aug.runs.inputs`.
+        source: Folder of tiles, table, tar shards or slides; OUT where tiles are generated.
         kind: What it is; None looks.
         mpp: Scale in microns per pixel: of tiles, None for the model's; of slides, None for what
             they state.
-        unit_tiles: Tiles of a work unit.
+        unit_tiles: Tiles per work unit.
     """
 
     source: Path | str
@@ -103,43 +104,41 @@ def plan_augment(
         )
     recipe = replace(recipe, mpp=_scale(tiles, listing, generator))
     edit = augment_edit(generator, laboratories, recipe)
-    more = {"references": identities, "format": format}
-    identity = _identity("augment", recipe, listing, generator, tiles) | more
-    place: Callable[[RunFolder], Output]
     if format == "latents" or format == "images":
         spec = records_spec(
             generator,
             format,
             num_variants=recipe.variants,
-            content={"recipe": {k: identity[k] for k in ("recipe", "references")}},
+            content={"recipe": asdict(recipe), "references": identities},
             keeps_structure=recipe.keeps_structure,
         )
         edit = variants_to_records(generator, edit, is_latent=format == "latents")
-        place = partial(make_cache, Path(out), spec)
-        bytes_per_pixel = _record_bytes_per_pixel(spec)
+        destination = cache_records(Path(out), spec)
     else:
-        place = partial(make_output, Path(out), format, variant_name)
-        bytes_per_pixel = BYTES_PER_PIXEL[format]
-    task = TileTask(
-        generator=generator,
-        listing=listing,
-        read=_read(
-            tiles,
-            listing,
-            generator,
-            is_exact=is_cache or not recipe.keeps_structure,
-            takes_masks=recipe.keeps_structure and not is_cache,
-        ),
-        edit=edit,
-        make_output=place,
-        num_variants=recipe.variants,
-        done="edited",
-        constants=_constants(identity),
-        bytes_per_pixel=bytes_per_pixel,
-        encode=ENCODERS.get(format),
+        destination = image_files(Path(out), format, variant_name)
+    read = _read(
+        tiles,
+        listing,
+        generator,
+        is_exact=is_cache or not recipe.keeps_structure,
+        takes_masks=recipe.keeps_structure and not is_cache,
     )
-    context = _context(tiles, generator, references, laboratories)
-    return _run(task, Path(out), identity, context)
+    return _tile_run(
+        "augment",
+        asdict(recipe),
+        tiles,
+        TileWork(
+            generator=generator,
+            listing=listing,
+            read=read,
+            edit=edit,
+            destination=destination,
+            num_variants=recipe.variants,
+        ),
+        folder=Path(out),
+        settings={"references": identities, "format": format},
+        references=describe_references(references, laboratories),
+    )
 
 
 def plan_normalize(
@@ -158,25 +157,24 @@ def plan_normalize(
     if recipe.source == "slide":
         listing = note_slides(listing)
     recipe = replace(recipe, mpp=_scale(tiles, listing, generator))
-    more = {"references": identities, "format": format}
-    identity = _identity("normalize", recipe, listing, generator, tiles) | more
     read = _read(tiles, listing, generator, is_exact=False, takes_masks=True)
     fit = partial(fit_reference, recipe.method, generator=generator)
     sources = SlideSources(fit, generator.tile, listing, read, recipe.mpp)
-    task = TileTask(
-        generator=generator,
-        listing=listing,
-        read=read,
-        edit=normalize_edit(generator, laboratories, recipe, sources),
-        make_output=partial(make_output, Path(out), format, same_name),
-        num_variants=1,
-        done="edited",
-        constants=_constants(identity),
-        bytes_per_pixel=BYTES_PER_PIXEL[format],
-        encode=ENCODERS.get(format),
+    return _tile_run(
+        "normalize",
+        asdict(recipe),
+        tiles,
+        TileWork(
+            generator=generator,
+            listing=listing,
+            read=read,
+            edit=normalize_edit(generator, laboratories, recipe, sources),
+            destination=image_files(Path(out), format, same_name),
+        ),
+        folder=Path(out),
+        settings={"references": identities, "format": format},
+        references=describe_references(references, laboratories),
     )
-    context = _context(tiles, generator, references, laboratories)
-    return _run(task, Path(out), identity, context)
 
 
 def plan_cache(
@@ -186,23 +184,24 @@ def plan_cache(
     check_apart(tiles.source, cache)
     listing = _list(tiles, generator)
     spec = encodings_spec(generator, contents)
-    identity = _identity("cache", {"contents": list(contents)}, listing, generator, tiles)
-    # A cache holds many sets of tiles; each has a run of its own beside the records.
-    folder = Path(cache) / "runs" / settings_digest(identity)
-    check_cache(Path(cache), spec, folder)
-    task = TileTask(
-        generator=generator,
-        listing=listing,
-        read=_read(tiles, listing, generator, is_exact=True, takes_masks=False),
-        edit=moments_edit(generator, contents),
-        make_output=partial(make_cache, Path(cache), spec),
-        num_variants=1,
-        done="cached",
-        constants=_constants(identity),
-        bytes_per_pixel=_record_bytes_per_pixel(spec),
-        encode=None,
+    run = _tile_run(
+        "cache",
+        {"contents": list(contents)},
+        tiles,
+        TileWork(
+            generator=generator,
+            listing=listing,
+            read=_read(tiles, listing, generator, is_exact=True, takes_masks=False),
+            edit=moments_edit(generator, contents),
+            destination=cache_records(Path(cache), spec),
+            done="cached",
+        ),
+        folder=Path(cache),
     )
-    return _run(task, folder, identity, _context(tiles, generator))
+    # A cache holds many sets of tiles; each has a run of its own beside the records.
+    run = replace(run, folder=Path(cache) / "runs" / settings_digest(run.identity))
+    check_cache(Path(cache), spec, run.folder)
+    return run
 
 
 def plan_sample(
@@ -225,22 +224,60 @@ def plan_sample(
         digest = tensors_digest([rows])
     items = (Item(f"{k:09d}", stem=f"{k // 1000:06d}/{k:09d}") for k in range(n))
     listing = make_listing("numbers", Path(out), items)
-    more = {"conditions_sha256": digest, "format": format}
-    tiles = Tiles(source=out, unit_tiles=unit_tiles)
-    identity = _identity("sample", recipe, listing, generator, tiles) | more
-    task = TileTask(
-        generator=generator,
-        listing=listing,
-        read=Reader(listing, generator.tile, lambda height, width: None).read,
-        edit=sample_edit(generator, rows, recipe),
-        make_output=partial(make_output, Path(out), format, same_name),
-        num_variants=1,
-        done="generated",
-        constants=_constants(identity),
-        bytes_per_pixel=BYTES_PER_PIXEL[format],
-        encode=ENCODERS.get(format),
+    return _tile_run(
+        "sample",
+        asdict(recipe),
+        Tiles(source=out, unit_tiles=unit_tiles),
+        TileWork(
+            generator=generator,
+            listing=listing,
+            read=Reader(listing, generator.tile, lambda height, width: None).read,
+            edit=sample_edit(generator, rows, recipe),
+            destination=image_files(Path(out), format, same_name),
+            done="generated",
+        ),
+        folder=Path(out),
+        settings={"conditions_sha256": digest, "format": format},
     )
-    return _run(task, Path(out), identity, _context(None, generator))
+
+
+def plan_slides(
+    source: Path | str,
+    out: Path | str,
+    generator: TileGenerator | None,
+    reference: Given,
+    method: Method,
+    recipe: SlideRecipe,
+) -> Run:
+    """Return the run that `cytosyn_aug.offline.normalize_slides` does."""
+    check_apart(source, out)
+    if method != "cytosyn":
+        generator = None  # one that is given all the same makes no other run
+    references, identities = open_references([reference], generator, method)
+    listing = list_whole_slides(source, mpp=recipe.slide_mpp)
+    settings: dict[str, Any] = {  # Any: JSON
+        "command": SLIDES_COMMAND,
+        "recipe": {"method": method} | asdict(recipe),
+        "references": identities,
+        "model": _model(generator),
+    }
+    ((name, opened),) = references.items()
+    digest = None if generator is None else generator.digest
+    work = SlideWork(
+        listing=listing,
+        generator=generator,
+        reference=opened,
+        reference_name=name,
+        recipe=recipe,
+        constants={"recipe": settings_digest(settings), "model": digest},
+    )
+    tile = TileSpec() if generator is None else generator.tile
+    return Run(
+        folder=Path(out),
+        identity=settings | {"input": listing.identity(), "unit_tiles": 1},
+        context=_context(source, tile, describe_references([reference], references)),
+        work=work,
+    )
 
 
 def check_apart(source: Path | str, out: Path | str) -> None:
@@ -263,7 +300,7 @@ def check_apart(source: Path | str, out: Path | str) -> None:
         raise ValueError(f"OUT {out} and IN {source} lie in each other; choose folders apart")
 
 
-def settings_digest(content: dict[str, Any]) -> str:  # Any: JSON
+def settings_digest(content: Mapping[str, Any]) -> str:  # Any: JSON
     """Return 16 digits of SHA-256 over what JSON says of settings."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -277,67 +314,65 @@ def _check_format(format: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"format is {format!r}, expected one of {', '.join(allowed)}")
 
 
-def _identity(
+def _tile_run(
     command: str,
-    recipe: AugmentRecipe | NormalizeRecipe | SampleRecipe | dict[str, Any],
-    listing: Listing,
-    generator: TileGenerator,
+    recipe: Mapping[str, Any],  # Any: JSON
     tiles: Tiles,
-) -> dict[str, Any]:  # Any: JSON
-    """Return what makes a run this one: all that decides its bytes but the pixels of its input."""
-    return {
-        "command": command,
-        "recipe": recipe if isinstance(recipe, dict) else asdict(recipe),
-        "input": listing.identity() | {"mpp": tiles.mpp},
-        "model": {
-            "digest": generator.digest,
-            "dtype": str(generator.dtype),
-            "batch_size": generator.batch_size,
-        },
-        "unit_tiles": tiles.unit_tiles,
-    }
-
-
-def _context(
-    tiles: Tiles | None,
-    generator: TileGenerator,
-    given: References = (),
-    references: Mapping[str, Any] = MappingProxyType({}),  # Any: one of four kinds
-) -> dict[str, Any]:  # Any: JSON
-    """Return what a report needs to find the input and to show references; of no one's bytes."""
-    return {
-        "input": None if tiles is None else str(Path(tiles.source).absolute()),
-        "tile": asdict(generator.tile),
-        "references": describe_references(given, references),
-    }
-
-
-def _record_bytes_per_pixel(spec: CacheSpec) -> float:
-    """Return what the pixels of a tile take in a cache, which holds tiles of one size."""
-    return spec.record_bytes / spec.tile.size_px**2
-
-
-def _run(
-    task: TileTask,
+    work: TileWork,
+    *,
     folder: Path,
-    identity: dict[str, Any],  # Any: JSON
-    context: dict[str, Any],  # Any: JSON
+    settings: Mapping[str, Any] = MappingProxyType({}),  # Any: JSON
+    references: Sequence[Mapping[str, Any]] = (),  # Any: JSON
 ) -> Run:
+    """Return a run, with its identity: all that decides its bytes but the pixels of its input.
+
+    Args:
+        command: Which command it is of.
+        recipe: How tiles are edited.
+        tiles: What it works on.
+        work: What is done to a tile; the cells that all rows have in common are added.
+        folder: Where receipts and the manifest go.
+        settings: Further parts of the identity; all but the format make another recipe.
+        references: What a report says of them.
+    """
+    identity = {
+        "command": command,
+        "recipe": recipe,
+        "input": work.listing.identity() | {"mpp": tiles.mpp},
+        "model": _model(work.generator),
+        "unit_tiles": tiles.unit_tiles,
+        **settings,
+    }
+    decisive = {k: v for k, v in identity.items() if k not in ("input", "unit_tiles", "format")}
+    constants = {"recipe": settings_digest(decisive), "model": work.generator.digest}
+    source = None if work.listing.kind == "numbers" else tiles.source
     return Run(
         folder=folder,
         identity=identity,
-        context=context,
-        listing=task.listing,
-        unit_items=identity["unit_tiles"],
-        generator=task.generator,
-        task=task,
+        context=_context(source, work.generator.tile, references),
+        work=replace(work, constants=constants),
     )
 
 
-def _constants(identity: dict[str, Any]) -> dict[str, Any]:  # Any: JSON, cells
-    """Return what all rows of a manifest say of the recipe and the model."""
-    recipe = {k: v for k, v in identity.items() if k not in ("input", "unit_tiles", "format")}
-    return {"recipe": settings_digest(recipe), "model": identity["model"]["digest"]}
+def _context(
+    source: Path | str | None, tile: TileSpec, references: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:  # Any: JSON
+    """Return what a report needs to find the input and to show references; it decides no byte."""
+    return {
+        "input": None if source is None else str(Path(source).absolute()),
+        "tile": asdict(tile),
+        "references": list(references),
+    }
+
+
+def _model(generator: TileGenerator | None) -> dict[str, Any] | None:  # Any: JSON
+    if generator is None:
+        return None
+    return {
+        "digest": generator.digest,
+        "dtype": str(generator.dtype),
+        "batch_size": generator.batch_size,
+    }
 
 
 def _scale(tiles: Tiles, listing: Listing, generator: TileGenerator) -> float:

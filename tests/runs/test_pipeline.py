@@ -3,20 +3,23 @@
 import statistics
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from cytosyn_aug.io.image_files import ItemError
+from cytosyn_aug.runs import pipeline
 from cytosyn_aug.runs.edits import EditedBatch
 from cytosyn_aug.runs.execute import cut_units
 from cytosyn_aug.runs.folder import open_run
 from cytosyn_aug.runs.listing import Item, make_listing
-from cytosyn_aug.runs.outputs import Written
-from cytosyn_aug.runs.pipeline import Job, Threads, run_job
+from cytosyn_aug.runs.outputs import Destination
+from cytosyn_aug.runs.pipeline import TileWork
 from cytosyn_aug.runs.reading import Loaded
 
 
@@ -48,29 +51,34 @@ class Recorder:
         is_kept = torch.ones(len(batch), dtype=torch.bool)
         yield EditedBatch(images=images, is_tissue=is_kept, is_finite=is_kept)
 
-    def write(self, place, item, result):
+    def write(self, key, result):
         with self.lock:
-            self.written.append(item.name)
-        return Written(item.name)
+            self.written.append(result.source.item.name)
+        return {"output": result.source.item.name, "mask": ""}
 
-    def discard(self, place, item):
+    def discard(self, key, item):
         pass
 
     def commit(self, unit):
         self.committed.append(unit)
 
 
-def job_of(recorder, names, **changes):
-    listing = make_listing("table", None, [Item(name) for name in names])
-    settings = {"num_variants": 1, "batch_size": 4, "output": recorder}
-    return Job(listing=listing, read=recorder.load, edit=recorder.edit, **settings | changes)
+def work_of(recorder, names):
+    generator = SimpleNamespace(batch_size=4, batches=SimpleNamespace(fixed=nullcontext))
+    return TileWork(
+        generator=generator,
+        listing=make_listing("table", None, [Item(name) for name in names]),
+        read=recorder.load,
+        edit=recorder.edit,
+        destination=Destination(open=lambda folder: recorder, bytes_per_pixel=1),
+    )
 
 
-def run(job, folder, unit_tiles=10, **threads):
-    units = cut_units(job.listing, unit_tiles)
+def run(work, folder, unit_tiles=10, **threads):
+    units = cut_units(work.listing, unit_tiles)
     with open_run(folder, {}, {}, overwrite=False) as run_folder:
         run_folder.prepare()
-        counts = list(run_job(job, units, run_folder, Threads(**threads)))
+        counts = list(work.execute(units, run_folder, **threads))
         tables = list(run_folder.rows(units))
     return counts, [row for table in tables for row in table.to_pylist()]
 
@@ -78,7 +86,7 @@ def run(job, folder, unit_tiles=10, **threads):
 def test_every_tile_comes_once_and_in_order(tmp_path):
     names = [f"{k:03d}{'bad' if k % 7 == 3 else ''}.png" for k in range(45)]
     recorder = Recorder()
-    counts, rows = run(job_of(recorder, names), tmp_path / "out")
+    counts, rows = run(work_of(recorder, names), tmp_path / "out")
     assert sum(count for _, count in counts) == 45
     assert [row["source"] for row in rows] == names
     failed = [row["source"] for row in rows if row["status"] == "failed"]
@@ -90,11 +98,13 @@ def test_every_tile_comes_once_and_in_order(tmp_path):
 def test_tiles_that_wait_are_bounded_in_number_and_in_bytes(tmp_path, monkeypatch):
     names = [f"{k:03d}.png" for k in range(200)]
     recorder = Recorder()
-    run(job_of(recorder, names), tmp_path / "a", readers=2, read_ahead=12)
+    monkeypatch.setattr(pipeline, "_BATCHES_AHEAD", 3)
+    run(work_of(recorder, names), tmp_path / "a", readers=2)
     assert recorder.most_waiting <= 12 + 4 + 2  # and a batch, and what is in readers' hands
-    monkeypatch.setattr("cytosyn_aug.runs.pipeline._MAX_WAITING_BYTES", 5 * 64 * 64 * 3)
+    monkeypatch.setattr(pipeline, "_BATCHES_AHEAD", 16)
+    monkeypatch.setattr(pipeline, "_MAX_WAITING_BYTES", 5 * 64 * 64 * 3)
     recorder = Recorder(side=64)
-    run(job_of(recorder, names), tmp_path / "b", readers=2, read_ahead=64)
+    run(work_of(recorder, names), tmp_path / "b", readers=2)
     assert recorder.most_waiting <= 5 + 4 + 2
 
 
@@ -114,16 +124,16 @@ class Slow(Recorder):
         self.spans.append((began, time.perf_counter()))
         yield from super().edit(batch)
 
-    def write(self, place, item, result):
+    def write(self, key, result):
         time.sleep(0.01)
-        return super().write(place, item, result)
+        return super().write(key, result)
 
 
 def test_the_device_does_not_wait_for_reading_and_writing(tmp_path):
     """Also not between units: a batch of four takes 40 ms to read, or to write, by one thread."""
     names = [f"{k:03d}.png" for k in range(64)]
     recorder = Slow()
-    run(job_of(recorder, names), tmp_path / "out", unit_tiles=8)
+    run(work_of(recorder, names), tmp_path / "out", unit_tiles=8)
     pauses = [later[0] - earlier[1] for earlier, later in pairwise(recorder.spans)]
     assert len(pauses) == 15
     # Waiting for four tiles to be read or written would take as long as the device does.
@@ -143,7 +153,7 @@ def test_any_other_error_ends_the_run_and_lets_go_of_units(tmp_path, where):
     broken = Broken()
     setattr(broken, where, fail)
     with pytest.raises(OSError, match="broken"):
-        run(job_of(broken, names), tmp_path / "out")
+        run(work_of(broken, names), tmp_path / "out")
     recorder = Recorder()
-    _, rows = run(job_of(recorder, names), tmp_path / "out")
+    _, rows = run(work_of(recorder, names), tmp_path / "out")
     assert [row["source"] for row in rows] == names

@@ -24,10 +24,9 @@ from cytosyn_aug.runs import plan as plans
 from cytosyn_aug.runs import ray_actors
 from cytosyn_aug.runs.execute import cut_units
 from cytosyn_aug.runs.folder import open_run
-from cytosyn_aug.runs.plan import Tiles
+from cytosyn_aug.runs.plan import Tiles, plan_slides
 from cytosyn_aug.runs.ray_actors import Death, RayCluster, on_actors
 from cytosyn_aug.runs.recipes import NormalizeRecipe, SampleRecipe
-from cytosyn_aug.runs.slides import plan_slides
 from cytosyn_aug.runs.unit_work import UnitWorker, software
 from cytosyn_aug.slides.recipe import SlideRecipe
 from tests.runs.test_execute import command
@@ -95,8 +94,8 @@ def test_a_killed_actor_changes_nothing(
 
     def plan_death(*args):
         run = plan(*args)
-        edit = dying_once(run.task.edit, mark, batches=2)
-        return replace(run, task=replace(run.task, edit=edit))
+        edit = dying_once(run.work.edit, mark, batches=2)
+        return replace(run, work=replace(run.work, edit=edit))
 
     monkeypatch.setattr(offline, "plan_augment", plan_death)
     out = tmp_path / "many"

@@ -16,6 +16,7 @@ from cytosyn_aug.runs import listing
 from cytosyn_aug.runs import slides as slide_runs
 from cytosyn_aug.runs.execute import cut_units
 from cytosyn_aug.runs.folder import RunFolder, open_run
+from cytosyn_aug.runs.plan import plan_slides
 from cytosyn_aug.runs.unit_work import software
 from cytosyn_aug.slides.blocks import BlockMaker
 from cytosyn_aug.slides.recipe import SlideRecipe
@@ -196,13 +197,11 @@ def test_a_bar_tells_slides_and_what_is_left(slides, reference, tmp_path, capsys
 
 
 def test_progress_adds_up_to_slides(slides, reference, tmp_path):
-    run = slide_runs.plan_slides(
-        slides, tmp_path / "out", None, reference, "transport", SlideRecipe()
-    )
+    run = plan_slides(slides, tmp_path / "out", None, reference, "transport", SlideRecipe())
     units = cut_units(run.listing, 1)
     with open_run(run.folder, run.identity, software(), overwrite=False) as folder:
         folder.prepare()
-        parts = list(run.task.job(folder, 1, 1, is_shared=False).do(units, folder))
+        parts = list(run.work.execute(units, folder, readers=1))
     done = [sum(part for unit, part in parts if unit == each) for each in units]
     assert done == pytest.approx([1, 1, 1, 1])
     assert len(parts) > 3 * 4  # after each block
@@ -211,9 +210,7 @@ def test_progress_adds_up_to_slides(slides, reference, tmp_path):
 def test_a_slide_that_another_process_holds_is_left_to_it(
     slides, reference, normalised, tmp_path, monkeypatch
 ):
-    run = slide_runs.plan_slides(
-        slides, tmp_path / "out", None, reference, "transport", SlideRecipe()
-    )
+    run = plan_slides(slides, tmp_path / "out", None, reference, "transport", SlideRecipe())
     units = cut_units(run.listing, 1)
     with open_run(run.folder, run.identity, software(), overwrite=False) as folder:
         folder.prepare()
