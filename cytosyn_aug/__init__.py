@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from cytosyn_aug.slides.normalize import normalize_slide
     from cytosyn_aug.slides.recipe import SlideRecipe, SlideReport
     from cytosyn_aug.stain.density import is_tissue
-    from cytosyn_aug.stain.estimate import EditRecipe
     from cytosyn_aug.stain.macenko import MacenkoReference
+    from cytosyn_aug.stain.recipe import EditRecipe
     from cytosyn_aug.stain.reference import StainReference
     from cytosyn_aug.stain.reinhard import ReinhardReference
     from cytosyn_aug.stain.transport import DensityReference
@@ -51,7 +51,7 @@ _HOMES = {
     "ConditionedResample": "transforms.resample",
     "DensityReference": "stain.transport",
     "DensityTransport": "transforms.classical",
-    "EditRecipe": "stain.estimate",
+    "EditRecipe": "stain.recipe",
     "FeatureTable": "model.conditions",
     "Features": "model.encoder",
     "Field": "cache.spec",

@@ -24,8 +24,8 @@ from torch import Tensor
 from cytosyn_aug.cache.store import LatentCache
 from cytosyn_aug.config import Preserve
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.stain.estimate import EditRecipe
 from cytosyn_aug.stain.macenko import MacenkoReference
+from cytosyn_aug.stain.recipe import EditRecipe
 from cytosyn_aug.stain.reference import StainReference, check_reference, list_references
 from cytosyn_aug.stain.reinhard import ReinhardReference
 from cytosyn_aug.stain.transport import DensityReference

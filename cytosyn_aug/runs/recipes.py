@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cytosyn_aug.config import Method, Preserve
-from cytosyn_aug.stain.estimate import EditRecipe
+from cytosyn_aug.stain.recipe import EditRecipe
 
 Mode = Literal["stain", "resample"]
 Source = Literal["tile", "slide"]

@@ -11,7 +11,7 @@ from cytosyn_aug.io.slide import LEAST_MPP, MOST_MPP
 from cytosyn_aug.io.tile_source import MAX_TILES
 from cytosyn_aug.slides.pyramid import Codec, Compression
 from cytosyn_aug.slides.view import Region
-from cytosyn_aug.stain.estimate import EditRecipe
+from cytosyn_aug.stain.recipe import EditRecipe
 
 SLIDES_COMMAND = "normalize-slide"  # as a run of slides names itself in `run.json`
 

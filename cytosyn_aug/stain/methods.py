@@ -28,9 +28,10 @@ from cytosyn_aug.stain.density import (
     match_moments,
     tissue_weight,
 )
-from cytosyn_aug.stain.estimate import EditRecipe, StainEstimate, reference_statistics
+from cytosyn_aug.stain.estimate import StainEstimate, reference_statistics
 from cytosyn_aug.stain.lab import grey_to_lab
 from cytosyn_aug.stain.macenko import MacenkoReference, normalising_map
+from cytosyn_aug.stain.recipe import EditRecipe
 from cytosyn_aug.stain.reference import StainReference
 from cytosyn_aug.stain.reinhard import ReinhardReference, match_colour
 from cytosyn_aug.stain.restain import recolour

@@ -27,12 +27,8 @@ from cytosyn_aug.stain.density import (
     match_moments,
     moments_from_statistics,
 )
-from cytosyn_aug.stain.estimate import (
-    EditRecipe,
-    StainEstimate,
-    central_tiles,
-    estimate_stain,
-)
+from cytosyn_aug.stain.estimate import StainEstimate, central_tiles, estimate_stain
+from cytosyn_aug.stain.recipe import EditRecipe
 from cytosyn_aug.stain.reference import StainReference
 
 

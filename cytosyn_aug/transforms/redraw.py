@@ -19,7 +19,8 @@ from cytosyn_aug.model.solvers import interpolate, sample_noise
 from cytosyn_aug.stain.density import (
     is_tissue,
 )
-from cytosyn_aug.stain.estimate import EditRecipe, condition_vectors
+from cytosyn_aug.stain.estimate import condition_vectors
+from cytosyn_aug.stain.recipe import EditRecipe
 from cytosyn_aug.stain.restain import Restained
 
 

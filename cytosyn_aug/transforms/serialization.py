@@ -19,8 +19,8 @@ from cytosyn_aug.cache.store import LatentCache
 from cytosyn_aug.io.json_files import record_from_dict, record_to_dict
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.model.loading import ModelHandle
-from cytosyn_aug.stain.estimate import EditRecipe
 from cytosyn_aug.stain.macenko import MacenkoReference
+from cytosyn_aug.stain.recipe import EditRecipe
 from cytosyn_aug.stain.reference import StainReference
 from cytosyn_aug.stain.reinhard import ReinhardReference
 from cytosyn_aug.stain.transport import DensityReference

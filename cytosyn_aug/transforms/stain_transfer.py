@@ -23,13 +23,13 @@ from cytosyn_aug.stain.density import (
     tissue_moments,
 )
 from cytosyn_aug.stain.estimate import (
-    EditRecipe,
     central_tiles,
     check_extent,
     check_scale,
     measured_statistics,
     reference_statistics,
 )
+from cytosyn_aug.stain.recipe import EditRecipe
 from cytosyn_aug.stain.reference import StainReference, check_reference, list_references
 from cytosyn_aug.stain.restain import restain
 from cytosyn_aug.transforms.draws import (

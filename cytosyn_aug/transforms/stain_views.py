@@ -13,12 +13,8 @@ from torchvision import tv_tensors
 from cytosyn_aug.autocast import isolated
 from cytosyn_aug.images import check_image, open_image, sides_of
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.stain.estimate import (
-    EditRecipe,
-    StainEstimate,
-    central_tiles,
-    estimate_stain,
-)
+from cytosyn_aug.stain.estimate import StainEstimate, central_tiles, estimate_stain
+from cytosyn_aug.stain.recipe import EditRecipe
 from cytosyn_aug.stain.reference import StainReference, list_references
 from cytosyn_aug.stain.restain import recolour
 from cytosyn_aug.transforms.draws import DrawScope, Sampling

@@ -25,7 +25,7 @@ MODULES = [
     "cytosyn_aug.cache.spec",
     "cytosyn_aug.transforms.classical",
     "cytosyn_aug.model.conditions",
-    "cytosyn_aug.stain.estimate",
+    "cytosyn_aug.stain.recipe",
     "cytosyn_aug.cache.encodings",
     "cytosyn_aug.transforms.variants",
     "cytosyn_aug.model.generator",

@@ -41,10 +41,8 @@ from cytosyn_aug.stain.density import (
     pooled_density,
     tissue_weight,
 )
-from cytosyn_aug.stain.estimate import (
-    EditRecipe,
-    reference_statistics,
-)
+from cytosyn_aug.stain.estimate import reference_statistics
+from cytosyn_aug.stain.recipe import EditRecipe
 from cytosyn_aug.stain.reference import StainReference
 from cytosyn_aug.stain.restain import restain
 from training.data.batches import TileSet, change_stain, stain_maps, step_generator
@@ -118,7 +116,7 @@ def stain_method(
 
     Args:
         generator: The model.
-        probe_share: See `cytosyn_aug.stain.estimate.EditRecipe`.
+        probe_share: See `cytosyn_aug.stain.recipe.EditRecipe`.
         by_slide: Whether the source is fitted to all content tiles, or each tile stands alone.
         then: A variant that edits the restained tiles once more, with the transformer.
     """
