@@ -169,7 +169,7 @@ def _distinct(items: Iterable[Item]) -> Iterator[Item]:
     """Give items their stems; what has no usable or no distinct one becomes an error without."""
     first: dict[bytes, str] = {}
     for item in items:
-        name = printable(item.name)
+        name = escape_undecodable(item.name)
         stem = item.stem or output_stem(name)
         problem = _name_problem(item.name, stem) or _claim(first, stem, name)
         if item.mask:
@@ -177,16 +177,16 @@ def _distinct(items: Iterable[Item]) -> Iterator[Item]:
         yield item._replace(
             name=name,
             stem="" if problem else stem,
-            label=printable(item.label),
-            slide=printable(item.slide),
-            file=printable(item.file),
-            mask=printable(item.mask),
-            error=printable(item.error or problem),
+            label=escape_undecodable(item.label),
+            slide=escape_undecodable(item.slide),
+            file=escape_undecodable(item.file),
+            mask=escape_undecodable(item.mask),
+            error=escape_undecodable(item.error or problem),
         )
 
 
 def _name_problem(name: str, stem: str) -> str:
-    if printable(name) != name:
+    if escape_undecodable(name) != name:
         return "has a name that is not UTF-8; rename it"
     if max(len(part.encode()) for part in stem.split("/")) > _MAX_NAME_BYTES:
         return f"has a name of more than {_MAX_NAME_BYTES} bytes; shorten it"
@@ -228,12 +228,14 @@ def left_out(others: Mapping[str, int]) -> tuple[str, ...]:
     """Return the note on files that are not used, from how many there are of each suffix."""
     if not others:
         return ()
-    shown = [f"{n} {printable(kind) or 'without suffix'}" for kind, n in sorted(others.items())]
+    shown = [
+        f"{n} {escape_undecodable(kind) or 'without suffix'}" for kind, n in sorted(others.items())
+    ]
     if len(shown) > _MAX_SHOWN:
         shown[_MAX_SHOWN:] = [f"and {len(shown) - _MAX_SHOWN} more kinds"]
     return (f"left out files that are no tiles: {', '.join(shown)}",)
 
 
-def printable(name: str) -> str:
+def escape_undecodable(name: str) -> str:
     """Return a file name with bytes that are not UTF-8 as escapes, which tables can hold."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")

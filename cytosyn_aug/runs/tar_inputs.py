@@ -23,10 +23,10 @@ from cytosyn_aug.runs.listing import (
     Item,
     Listing,
     corner,
+    escape_undecodable,
     left_out,
     make_listing,
     output_stem,
-    printable,
 )
 
 _MAX_LABEL_BYTES = 4096
@@ -51,7 +51,8 @@ class _Seen:
         if self.num_dotted:
             notes.append(
                 f"took {self.num_dotted} images with dots in their names for tiles, such as "
-                f"{printable(self.dotted)}; WebDataset takes what follows the first dot for a kind"
+                f"{escape_undecodable(self.dotted)}; WebDataset takes what follows the first dot "
+                "for a kind"
             )
         return tuple(notes)
 
