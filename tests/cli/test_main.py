@@ -5,7 +5,6 @@ from importlib.metadata import version
 import pytest
 
 from cytosyn_aug.cli.main import main
-from cytosyn_aug.cli.reference import reference_page
 
 COMMANDS = ["demo", "info", "doctor", "convert", "augment", "normalize", "cache", "sample"]
 COMMANDS += ["normalize-slide", "report"]
@@ -18,14 +17,7 @@ def test_the_version_is_that_of_the_package(capsys):
     assert capsys.readouterr().out == f"cytosyn-aug {version('cytosyn-aug')}\n"
 
 
-def test_the_reference_page_has_the_help_of_every_command(monkeypatch, capsys):
-    page = reference_page()
-    headings = [line for line in page.splitlines() if line.startswith("## ")]
-    assert headings == ["## cytosyn-aug", *(f"## cytosyn-aug {name}" for name in COMMANDS)]
-    monkeypatch.setenv("COLUMNS", "80")
-    for name in COMMANDS:
-        with pytest.raises(SystemExit):
-            main([name, "--help"])
-        assert f"```text\n{capsys.readouterr().out}```" in page
-    monkeypatch.setenv("COLUMNS", "200")
-    assert reference_page() == page  # whatever terminal it is made in
+def test_the_commands_are_these(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert f"{{{','.join(COMMANDS)}}}" in capsys.readouterr().out
