@@ -22,7 +22,7 @@ from cytosyn_aug.cache.store import LatentCache
 from cytosyn_aug.config import Method, Preserve
 from cytosyn_aug.model.conditions import Conditions
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.report.page import report
+from cytosyn_aug.report.report import report
 from cytosyn_aug.runs.execute import Summary, Work, do_run
 from cytosyn_aug.runs.listing import InputKind
 from cytosyn_aug.runs.outputs import Format

@@ -1,4 +1,4 @@
-"""What is measured on a sample of a run's results, and on its references.
+"""Colour and structure of a sample of results, and colours of references.
 
 Pictures are read one at a time, and only numbers of them are kept.
 """
@@ -131,12 +131,12 @@ def _measure_reference(
     recorded = entry["rgb"]
     rgb = None if recorded is None else (recorded[0], recorded[1], recorded[2])
     mean = None if rgb is None else colour_of_grey(rgb)
-    place = entry["place"]
-    if place is None or Path(place).suffix == ".json":
+    path = entry["place"]
+    if path is None or Path(path).suffix == ".json":
         problem = "was given without its tiles"
         return ReferenceColour(name, mean, rgb, None, None, problem)
     try:
-        tiles = read_tiles(place, tile, _REFERENCE_TILES)
+        tiles = read_tiles(path, tile, _REFERENCE_TILES)
     except (OSError, ValueError) as error:
         return ReferenceColour(name, mean, rgb, None, None, str(error))
     pictures = tiles.permute(0, 2, 3, 1).contiguous().numpy()

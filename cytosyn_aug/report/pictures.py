@@ -1,4 +1,4 @@
-"""The pictures behind a row of a manifest: its source and its result, found again one at a time.
+"""Images behind a row of a manifest: its source and its result, read one at a time.
 
 Results are in the run's folder: images, members of tar shards, records of a cache. Sources are
 where the input lay when the run began, or where the reader says it lies now, and count only if
@@ -26,7 +26,7 @@ from cytosyn_aug.runs.tables import is_slide
 _TAR = ".tar"
 
 
-class Picture(NamedTuple):
+class TileImage(NamedTuple):
     """An image, or why there is none.
 
     Attributes:
@@ -73,43 +73,43 @@ class RunPictures:
         """Whether results are images, rather than numbers in a cache."""
         return self._command != "cache" and self._format != "latents"
 
-    def before(self, row: Mapping[str, Any]) -> Picture:
+    def before(self, row: Mapping[str, Any]) -> TileImage:
         """Return the tile a result was made from."""
         if not self.has_sources:
-            return Picture(None, "was generated from no tile")
+            return TileImage(None, "was generated from no tile")
         if self.source is None:
-            return Picture(None, "the run does not say where its input lay; give --source")
+            return TileImage(None, "the run does not say where its input lay; give --source")
         if not self.source.exists():
-            return Picture(None, f"{self.source} is not there; give --source")
+            return TileImage(None, f"{self.source} is not there; give --source")
         try:
             loaded = self._load(row)
         except ItemError as error:
-            return Picture(None, str(error))
+            return TileImage(None, str(error))
         if row.get("key") and loaded.key != row["key"]:
-            return Picture(None, "has changed since")
-        return Picture(loaded.pixels)
+            return TileImage(None, "has changed since")
+        return TileImage(loaded.pixels)
 
-    def after(self, row: Mapping[str, Any]) -> Picture:
+    def after(self, row: Mapping[str, Any]) -> TileImage:
         """Return a result."""
         if not self.has_results:
-            return Picture(None, f"is in the cache as {self._format or 'encodings'}")
+            return TileImage(None, f"is in the cache as {self._format or 'encodings'}")
         try:
             if self._format == "images":
                 return self._cached(row)
             output = row.get("output") or ""
             if not output:
-                return Picture(None, "has no output")
+                return TileImage(None, "has no output")
             shard, member = _split(self._folder, output) or ("", "")
             if shard:
-                found = self._members(self._folder / shard).get(member)
-                if found is None:
-                    return Picture(None, f"{shard} lacks {member}")
+                place = self._members(self._folder / shard).get(member)
+                if place is None:
+                    return TileImage(None, f"{shard} lacks {member}")
                 with (self._folder / shard).open("rb") as stream:
-                    stream.seek(found.offset)
-                    return Picture(read_image(stream.read(found.size)).pixels)
-            return Picture(read_image(self._folder / output).pixels)
+                    stream.seek(place.offset)
+                    return TileImage(read_image(stream.read(place.size)).pixels)
+            return TileImage(read_image(self._folder / output).pixels)
         except (ItemError, OSError, ValueError) as error:
-            return Picture(None, str(error))
+            return TileImage(None, str(error))
 
     def written_at(self, row: Mapping[str, Any]) -> float | None:
         """Return when the file with a result was written, in seconds; None if there is none."""
@@ -133,21 +133,21 @@ class RunPictures:
             return self._reader.read(Item(name))
         shard, member = _split(self._root, name) or ("", "")
         try:
-            found = self._members(self._root / shard).get(member) if shard else None
+            place = self._members(self._root / shard).get(member) if shard else None
         except ValueError as error:
             raise ItemError(str(error)) from error
-        if found is None:
+        if place is None:
             raise ItemError(f"is not in {self._root}")
-        item = Item(name, file=shard, offset=found.offset, size=found.size)
+        item = Item(name, file=shard, offset=place.offset, size=place.size)
         return self._reader.read(item)
 
-    def _cached(self, row: Mapping[str, Any]) -> Picture:
+    def _cached(self, row: Mapping[str, Any]) -> TileImage:
         if self._cache is None:
             self._cache = LatentCache.open(self._folder)
-        found = self._cache.get([row["key"]], [row["variant"]])
-        if not found.is_found[0]:
-            return Picture(None, "is not in the cache")
-        return Picture(found.fields["images"][0].permute(1, 2, 0).contiguous().numpy())
+        records = self._cache.get([row["key"]], [row["variant"]])
+        if not records.is_found[0]:
+            return TileImage(None, "is not in the cache")
+        return TileImage(records.fields["images"][0].permute(1, 2, 0).contiguous().numpy())
 
 
 def _split(root: Path, name: str) -> tuple[str, str] | None:

@@ -1,4 +1,4 @@
-"""All that a report says of a run, gathered: counts over all rows, measures of a sample.
+"""Data of the report on a run: counts over all rows, and measures of a sample.
 
 Memory and reading are bounded, whatever the run's size: rows are gone through in parts, and of the
 pictures a fixed number is read.
@@ -22,7 +22,7 @@ from cytosyn_aug.report.measures import (
 from cytosyn_aug.report.pictures import RunPictures
 from cytosyn_aug.report.seams import SlideSeams, measure_seams
 from cytosyn_aug.report.tallies import Row, Tally, tally_rows
-from cytosyn_aug.report.throughput import Pace, measure_pace
+from cytosyn_aug.report.throughput import Throughput, measure_throughput
 from cytosyn_aug.runs.folder import RUN_NAME
 from cytosyn_aug.runs.manifest import Manifest, open_manifest
 
@@ -47,7 +47,7 @@ _COLUMNS = (
 )
 
 
-class Facts(NamedTuple):
+class RunData(NamedTuple):
     """What a report says of a run.
 
     Attributes:
@@ -58,7 +58,7 @@ class Facts(NamedTuple):
         references: As far as they are at hand.
         matrix: Rows of the manifest by content, then by reference.
         seams: Of some slides, where a run has one reference for all tiles.
-        pace: How fast it was, if that can be told.
+        throughput: How fast it was, if that can be told.
     """
 
     manifest: Manifest
@@ -68,7 +68,7 @@ class Facts(NamedTuple):
     references: list[ReferenceColour]
     matrix: list[dict[str, Row]]
     seams: list[SlideSeams]
-    pace: Pace | None
+    throughput: Throughput | None
 
     @property
     def recipe(self) -> dict[str, Any]:  # Any: JSON
@@ -88,7 +88,7 @@ class Facts(NamedTuple):
 
     def reference(self, name: str) -> ReferenceColour | None:
         """Return what is known of a reference."""
-        return next((found for found in self.references if found.name == name), None)
+        return next((reference for reference in self.references if reference.name == name), None)
 
     @property
     def gate(self) -> tuple[float | None, float | None]:
@@ -97,7 +97,7 @@ class Facts(NamedTuple):
         return None if low in (None, -1) else low, None if high in (None, 1) else high
 
 
-def gather(folder: Path, *, source: Path | str | None, num_tiles: int) -> Facts:
+def gather(folder: Path, *, source: Path | str | None, num_tiles: int) -> RunData:
     """Gather what there is to say of a run.
 
     Args:
@@ -116,7 +116,7 @@ def gather(folder: Path, *, source: Path | str | None, num_tiles: int) -> Facts:
     seams = []
     if manifest.identity["command"] == "normalize":
         seams = measure_seams(manifest, tally, pictures)
-    return Facts(
+    return RunData(
         manifest=manifest,
         tally=tally,
         pictures=pictures,
@@ -124,7 +124,7 @@ def gather(folder: Path, *, source: Path | str | None, num_tiles: int) -> Facts:
         references=measure_references(manifest),
         matrix=_matrix(manifest, tally),
         seams=seams,
-        pace=_pace(manifest, tally, pictures),
+        throughput=_throughput(manifest, tally, pictures),
     )
 
 
@@ -135,17 +135,17 @@ def keeps_structure(manifest: Manifest) -> bool:
     return manifest.identity["command"] == "normalize" or is_restained
 
 
-def spread(rows: Sequence[Row], num: int, by: Callable[[Row], Hashable]) -> list[Row]:
+def round_robin(rows: Sequence[Row], num: int, by: Callable[[Row], Hashable]) -> list[Row]:
     """Return some rows, from as many groups as there are, each group's first ones first."""
     groups: dict[Hashable, list[Row]] = {}
     for row in rows:
         groups.setdefault(by(row), []).append(row)
-    turns = [list(group) for group in groups.values()]
-    found: list[Row] = []
-    while turns and len(found) < num:
-        found += [group.pop(0) for group in turns]
-        turns = [group for group in turns if group]
-    return found[:num]
+    remaining = [list(group) for group in groups.values()]
+    chosen: list[Row] = []
+    while remaining and len(chosen) < num:
+        chosen += [group.pop(0) for group in remaining]
+        remaining = [group for group in remaining if group]
+    return chosen[:num]
 
 
 def _matrix(manifest: Manifest, tally: Tally) -> list[dict[str, Row]]:
@@ -153,19 +153,19 @@ def _matrix(manifest: Manifest, tally: Tally) -> list[dict[str, Row]]:
     of_reference = [row for row in tally.sample if row["reference"]]
     first = {row["key"]: row for row in reversed(of_reference)}
     contents = sorted(first.values(), key=lambda row: row["key"])
-    contents = spread(contents, _CANDIDATES, lambda row: row["slide"] or row["label"])
+    contents = round_robin(contents, _CANDIDATES, lambda row: row["slide"] or row["label"])
     wanted = pa.array([row["key"] for row in contents], pa.string())
-    found: dict[str, dict[str, Row]] = {row["key"]: {} for row in contents}
+    results: dict[str, dict[str, Row]] = {row["key"]: {} for row in contents}
     for part in manifest.parts(_COLUMNS) if contents else ():
         for row in part.filter(pc.is_in(part["key"], wanted)).to_pylist():
             if row["reference"] and row["output"] is not None:
-                found[row["key"]].setdefault(row["reference"], row)
-    fullest = sorted(found.values(), key=len, reverse=True)  # stable: the spread stays
+                results[row["key"]].setdefault(row["reference"], row)
+    fullest = sorted(results.values(), key=len, reverse=True)  # stable: the order of slides stays
     return [cells for cells in fullest[:NUM_CONTENTS] if cells]
 
 
-def _pace(manifest: Manifest, tally: Tally, pictures: RunPictures) -> Pace | None:
+def _throughput(manifest: Manifest, tally: Tally, pictures: RunPictures) -> Throughput | None:
     times = [pictures.written_at(row) for row in tally.sample]
     written = [time for time in times if time is not None]
     began = (manifest.folder / RUN_NAME).stat().st_mtime
-    return measure_pace(began, written, tally.num_done)
+    return measure_throughput(began, written, tally.num_done)

@@ -1,15 +1,14 @@
-"""The page of a run: the order of its sections, and what a reader should know first."""
+"""Page of the report on a run: the order of its sections, and what a reader should know first."""
 
 from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from cytosyn_aug.report import run_plots as plots
-from cytosyn_aug.report import sections
+from cytosyn_aug.report import figures, sections
 from cytosyn_aug.report.rendering import render_page
-from cytosyn_aug.report.run_data import Facts
+from cytosyn_aug.report.run_data import RunData
 
-# Below these a reader should look; see LOG.md for what real runs measure.
+# Below these scores a reader should look; LOG.md has those of real runs.
 LEAST_STRUCTURE = 0.8
 _LEAST_USUAL_STRUCTURE = 0.9
 
@@ -21,37 +20,37 @@ class Finding(NamedTuple):
     kind: Literal["bad", "good", ""] = ""
 
 
-def run_page(facts: Facts) -> str:
+def run_page(run: RunData) -> str:
     """Return the page of a run."""
-    identity = facts.manifest.identity
+    identity = run.manifest.identity
     return render_page(
-        f"{identity['command']}: {facts.manifest.folder.resolve().name}",
+        f"{identity['command']}: {run.manifest.folder.resolve().name}",
         [
             (
-                "Before and after" if facts.pictures.has_sources else "Generated tiles",
-                sections.before_and_after(facts),
+                "Before and after" if run.pictures.has_sources else "Generated tiles",
+                sections.before_and_after(run),
             ),
-            ("Content by reference", sections.content_by_reference(facts)),
-            ("Colour", plots.colour(facts)),
-            ("Structure", plots.structure(facts)),
-            ("Similarity and change of colour", plots.similarity(facts)),
-            ("Worst cases", sections.worst_cases(facts)),
-            ("Blank, rejected and failed", sections.left_out(facts)),
-            ("Seams", sections.seams(facts)),
-            ("References and slides", sections.groups(facts)),
-            ("Throughput", plots.throughput(facts)),
-            ("Settings", sections.settings(facts)),
+            ("Content by reference", sections.content_by_reference(run)),
+            ("Colour", figures.colour(run)),
+            ("Structure", figures.structure(run)),
+            ("Similarity and change of colour", figures.similarity(run)),
+            ("Worst cases", sections.worst_cases(run)),
+            ("Blank, rejected and failed", sections.left_out(run)),
+            ("Seams", sections.seams(run)),
+            ("References and slides", sections.groups(run)),
+            ("Throughput", figures.throughput(run)),
+            ("Settings", sections.settings(run)),
         ],
         "run/page.html.j2",
-        summary=_summary(facts),
-        cards=_cards(facts),
-        findings=findings(facts),
+        summary=_summary(run),
+        cards=_cards(run),
+        findings=findings(run),
     )
 
 
-def findings(facts: Facts) -> list[Finding]:
+def findings(run: RunData) -> list[Finding]:
     """Return what a reader should know first, the worst first; or that nothing stands out."""
-    tally, manifest, measures = facts.tally, facts.manifest, facts.measures
+    tally, manifest, measures = run.tally, run.manifest, run.measures
     bad: list[str] = []
     notes: list[str] = []
     if tally.statuses["failed"]:
@@ -73,11 +72,11 @@ def findings(facts: Facts) -> list[Finding]:
             f"least is {least:.2f}. Look at the worst cases."
         )
     for name in tally.references:
-        found = plots.gap(facts, name)
-        if found is not None and found[1] > found[0]:
+        distances = figures.gap(run, name)
+        if distances is not None and distances[1] > distances[0]:
             bad.append(
                 f"Results are farther from reference {name} than their sources: Lab distance "
-                f"{found[0]:.1f} before, {found[1]:.1f} after."
+                f"{distances[0]:.1f} before, {distances[1]:.1f} after."
             )
     notes += [
         f"{count} of the sampled: {text}." for text, count in measures.problems.most_common(5)
@@ -96,20 +95,20 @@ def is_moved(least: float, usual: float) -> bool:
     return least < LEAST_STRUCTURE or usual < _LEAST_USUAL_STRUCTURE
 
 
-def _summary(facts: Facts) -> str:
-    manifest = facts.manifest
+def _summary(run: RunData) -> str:
+    manifest = run.manifest
     state = "finished" if manifest.is_finished else "not finished"
     form = manifest.identity.get("format", "")
     return (
         f"A run of cytosyn-aug {manifest.identity['command']}, {state}: {manifest.num_tiles:,} "
-        f"tiles, {facts.tally.num_rows:,} rows{f', as {form}' if form else ''}. Not a medical "
+        f"tiles, {run.tally.num_rows:,} rows{f', as {form}' if form else ''}. Not a medical "
         "device."
     )
 
 
-def _cards(facts: Facts) -> list[tuple[str, str]]:
+def _cards(run: RunData) -> list[tuple[str, str]]:
     """Return numbers, each with its name."""
-    tally = facts.tally
+    tally = run.tally
     order = sorted(tally.statuses.items(), key=lambda pair: (-pair[1], pair[0]))
     cards = [(f"{count:,}", status) for status, count in order]
     if tally.references:
@@ -119,8 +118,8 @@ def _cards(facts: Facts) -> list[tuple[str, str]]:
     for value, digits, name in (
         (tally.distance.quantile(0.5), 1, "median Delta E to the source"),
         (tally.similarity.quantile(0.5), 3, "median similarity"),
-        (facts.measures.structure_quantile(0.5), 3, "median structure score"),
-        (None if facts.pace is None else facts.pace.results_per_s, 1, "results per second"),
+        (run.measures.structure_quantile(0.5), 3, "median structure score"),
+        (None if run.throughput is None else run.throughput.results_per_s, 1, "results per second"),
     ):
         if value is not None:
             cards.append((f"{value:.{digits}f}", name))

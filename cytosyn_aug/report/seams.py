@@ -1,4 +1,4 @@
-"""Seams between the tiles of a run: neighbours of one slide, before and after.
+"""Seams between neighbouring tiles of a run, before and after.
 
 Only where names or a table say where in a slide a tile lies. A window of neighbours is measured, so
 that a slide of any size costs the same.
@@ -32,8 +32,9 @@ class SlideSeams(NamedTuple):
     Attributes:
         slide: Its name.
         num_tiles: Tiles that were measured.
-        before: See `cytosyn_aug.slides.seams.SeamMeter.ratio`; None where too few neighbours tell.
-        after: The same of the results.
+        before: Mean step of colour at the borders of sources over that inside of them; None where
+            too few neighbours show tissue.
+        after: Mean step at the borders of results over that inside of them; None as before.
     """
 
     slide: str
@@ -52,15 +53,15 @@ def measure_seams(manifest: Manifest, tally: Tally, pictures: RunPictures) -> li
         is_wanted = pc.and_(is_wanted, pc.equal(part["variant"], 0))
         for row in part.filter(is_wanted).to_pylist():
             rows.setdefault(row["slide"], []).append(row)
-    found = []
+    seams = []
     for slide in sorted(rows):
         window = neighbours(rows[slide])
         if len(window) > 1:
-            found.append(_measure(slide, window, pictures))
-    return found
+            seams.append(_measure(slide, window, pictures))
+    return seams
 
 
-class Placed(NamedTuple):
+class TilePosition(NamedTuple):
     """A row of a manifest at its place in the grid of its slide."""
 
     row: int
@@ -68,7 +69,7 @@ class Placed(NamedTuple):
     cells: Row
 
 
-def neighbours(rows: Sequence[Row]) -> list[Placed]:
+def neighbours(rows: Sequence[Row]) -> list[TilePosition]:
     """Return the tiles around the middle one of a slide, row by row.
 
     Args:
@@ -78,7 +79,7 @@ def neighbours(rows: Sequence[Row]) -> list[Placed]:
         return []
     across, down = _step(row["x"] for row in rows), _step(row["y"] for row in rows)
     placed = sorted(
-        (Placed(row["y"] // down, row["x"] // across, row) for row in rows),
+        (TilePosition(row["y"] // down, row["x"] // across, row) for row in rows),
         key=lambda tile: tile[:2],
     )
     middle = placed[len(placed) // 2]
@@ -94,7 +95,7 @@ def _step(values: Iterable[int]) -> int:
     return int(apart.min()) if len(apart) else 1
 
 
-def _measure(slide: str, window: Sequence[Placed], pictures: RunPictures) -> SlideSeams:
+def _measure(slide: str, window: Sequence[TilePosition], pictures: RunPictures) -> SlideSeams:
     before, after, num_tiles = SeamMeter(), SeamMeter(), 0
     for tile in window:
         source, result = pictures.before(tile.cells).pixels, pictures.after(tile.cells).pixels

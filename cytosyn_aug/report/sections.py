@@ -1,4 +1,4 @@
-"""The sections of a report on a run that are pictures and tables.
+"""Sections of the report on a run that are pictures and tables.
 
 Each function returns a section rendered by the template of its name in `templates/run/`, or nothing
 where a run has nothing to show of the kind.
@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from cytosyn_aug.report.pictures import Picture
+from cytosyn_aug.report.pictures import TileImage
 from cytosyn_aug.report.rendering import EmbeddedImage, embed, flattened, own_version, render
-from cytosyn_aug.report.run_data import NUM_PAIRS, Facts, spread
+from cytosyn_aug.report.run_data import NUM_PAIRS, RunData, round_robin
 from cytosyn_aug.report.tallies import MAX_NAMED, NUM_WORST, Group, Row, tile_name
 
 _MAX_GROUPS = 20
@@ -81,64 +81,64 @@ class LeftOut(NamedTuple):
     is_cut: bool
 
 
-def before_and_after(facts: Facts) -> Markup:
+def before_and_after(run: RunData) -> Markup:
     """Return pairs from as many slides and references as there are."""
-    rows = _distinct(facts.tally.sample, len(facts.tally.sample))
-    rows = spread(rows, NUM_PAIRS, lambda row: (row["reference"], row["slide"]))
+    rows = _distinct(run.tally.sample, len(run.tally.sample))
+    rows = round_robin(rows, NUM_PAIRS, lambda row: (row["reference"], row["slide"]))
     if not rows:
         return Markup()
     return render(
         "run/before_and_after.html.j2",
-        has_sources=facts.pictures.has_sources,
-        results=[_result(facts, row) for row in rows],
+        has_sources=run.pictures.has_sources,
+        results=[_result(run, row) for row in rows],
     )
 
 
-def content_by_reference(facts: Facts) -> Markup:
+def content_by_reference(run: RunData) -> Markup:
     """Return the matrix of contents and references."""
-    names = facts.shown_references
-    if not facts.matrix:
+    names = run.shown_references
+    if not run.matrix:
         return Markup()
-    matrix: list[list[MatrixCell | None]] = [[None, *(_reference(facts, name) for name in names)]]
-    for results in facts.matrix:
+    matrix: list[list[MatrixCell | None]] = [[None, *(_reference(run, name) for name in names)]]
+    for results in run.matrix:
         row = next(iter(results.values()))
         source = MatrixCell(
-            _embedded(facts.pictures.before(row)), f"source {_tile(row)}", tile=_tile(row)
+            _embedded(run.pictures.before(row)), f"source {_tile(row)}", tile=_tile(row)
         )
-        matrix.append([source, *(_restained(facts, results.get(name), name) for name in names)])
+        matrix.append([source, *(_restained(run, results.get(name), name) for name in names)])
     if len(names) == 1:  # one column would be mostly empty paper
         matrix = [list(column) for column in zip(*matrix, strict=True)]
     return render(
         "run/content_by_reference.html.j2",
         header=matrix[0],
         rows=matrix[1:],
-        num_more=len(facts.tally.references) - len(names),
+        num_more=len(run.tally.references) - len(names),
     )
 
 
-def worst_cases(facts: Facts) -> Markup:
+def worst_cases(run: RunData) -> Markup:
     """Return the results that a reader should look at first."""
-    scored = sorted(facts.measures.scored, key=lambda x: (x.structure, x.row["key"]))
-    scores = {_name(x.row): x.structure for x in scored}
-    of_all = f"of all {facts.tally.num_done:,} results"
+    scored = sorted(run.measures.scored, key=lambda x: (x.structure, x.row["key"]))
+    scores = {_result_id(x.row): x.structure for x in scored}
+    of_all = f"of all {run.tally.num_done:,} results"
     largest = "Colour: the largest change"
-    if not facts.keeps_structure:
+    if not run.keeps_structure:
         largest = "Delta E, of colour and of structure that was drawn anew: the largest"
     lists = [
-        (title, [_result(facts, row, scores) for row in _distinct(rows, NUM_WORST)])
+        (title, [_result(run, row, scores) for row in _distinct(rows, NUM_WORST)])
         for title, rows in (
             (f"Structure: the least kept, of {len(scored)} measured", [x.row for x in scored]),
-            (f"Similarity: the least, {of_all}", facts.tally.least_similar),
-            (f"{largest}, {of_all}", facts.tally.most_changed),
+            (f"Similarity: the least, {of_all}", run.tally.least_similar),
+            (f"{largest}, {of_all}", run.tally.most_changed),
         )
         if rows
     ]
     return render("run/worst_cases.html.j2", lists=lists) if lists else Markup()
 
 
-def left_out(facts: Facts) -> Markup:
+def left_out(run: RunData) -> Markup:
     """Name what was not edited, and why."""
-    tally, entries = facts.tally, []
+    tally, entries = run.tally, []
     for status in sorted(tally.named, key=lambda name: (name not in _STATUSES, name != "failed")):
         number, named = tally.statuses[status], tally.named[status]
         reasons = [
@@ -160,31 +160,31 @@ def left_out(facts: Facts) -> Markup:
     return render("run/left_out.html.j2", entries=entries) if entries else Markup()
 
 
-def seams(facts: Facts) -> Markup:
+def seams(run: RunData) -> Markup:
     """Return whether colour steps between neighbouring tiles."""
-    if not facts.seams:
+    if not run.seams:
         return Markup()
-    rows = [(x.slide, x.num_tiles, _ratio(x.before), _ratio(x.after)) for x in facts.seams]
+    rows = [(x.slide, x.num_tiles, _ratio(x.before), _ratio(x.after)) for x in run.seams]
     return render("run/seams.html.j2", rows=rows)
 
 
-def groups(facts: Facts) -> Markup:
+def groups(run: RunData) -> Markup:
     """Return numbers of references and slides."""
-    kinds = {"reference": facts.tally.references, "slide": facts.tally.slides}
+    kinds = {"reference": run.tally.references, "slide": run.tally.slides}
     tables = []
-    for kind, found in kinds.items():
-        names = sorted(found, key=lambda name: (-found[name].num_results, name))
-        num_others = facts.tally.num_done - sum(group.num_results for group in found.values())
-        if found:
-            rows = [_group_row(name, found[name]) for name in names[:_MAX_GROUPS]]
+    for kind, by_name in kinds.items():
+        names = sorted(by_name, key=lambda name: (-by_name[name].num_results, name))
+        num_others = run.tally.num_done - sum(group.num_results for group in by_name.values())
+        if by_name:
+            rows = [_group_row(name, by_name[name]) for name in names[:_MAX_GROUPS]]
             tables.append((kind, rows, len(names) - len(rows), num_others))
     return render("run/groups.html.j2", tables=tables) if tables else Markup()
 
 
-def settings(facts: Facts) -> Markup:
+def settings(run: RunData) -> Markup:
     """Return all that makes the run this one."""
-    manifest = facts.manifest
-    pairs = [("digest of recipe, references and model", facts.tally.recipe)]
+    manifest = run.manifest
+    pairs = [("digest of recipe, references and model", run.tally.recipe)]
     pairs += list(flattened(manifest.identity))
     pairs += [(f"version of {name}", number) for name, number in manifest.software.items()]
     pairs.append(("input lay at", manifest.context.get("input") or "not recorded"))
@@ -196,20 +196,20 @@ def settings(facts: Facts) -> Markup:
 
 
 def _result(
-    facts: Facts, row: Row, scores: Mapping[tuple[str, int], float] | None = None
+    run: RunData, row: Row, scores: Mapping[tuple[str, int], float] | None = None
 ) -> ShownResult:
     caption = [f"to {row['reference']}"] if row["reference"] else []
     if row.get("strength") is not None and row["strength"] != 1:
         caption.append(f"strength {row['strength']:.2f}")
     caption += _numbers(row)
-    score = (scores or {}).get(_name(row))
+    score = (scores or {}).get(_result_id(row))
     if score is not None:
         caption.append(f"structure {score:.3f}")
-    before, after = _embedded(facts.pictures.before(row)), _embedded(facts.pictures.after(row))
+    before, after = _embedded(run.pictures.before(row)), _embedded(run.pictures.after(row))
     return ShownResult(_tile(row), before, after, ", ".join(caption))
 
 
-def _embedded(picture: Picture) -> EmbeddedImage:
+def _embedded(picture: TileImage) -> EmbeddedImage:
     return embed(picture.pixels, picture.problem)
 
 
@@ -222,19 +222,19 @@ def _numbers(row: Row) -> list[str]:
     return numbers
 
 
-def _reference(facts: Facts, name: str) -> MatrixCell:
-    reference = facts.reference(name)
+def _reference(run: RunData, name: str) -> MatrixCell:
+    reference = run.reference(name)
     if reference is None:
         return MatrixCell(embed(None, "not recorded"), reference=name)
     image = embed(reference.tile, reference.problem)
     return MatrixCell(image, f"a tile of reference {name}", reference=name)
 
 
-def _restained(facts: Facts, row: Row | None, name: str) -> MatrixCell:
+def _restained(run: RunData, row: Row | None, name: str) -> MatrixCell:
     if row is None:
         return MatrixCell(embed(None, "no variant of this tile went here"))
     return MatrixCell(
-        _embedded(facts.pictures.after(row)),
+        _embedded(run.pictures.after(row)),
         f"{_tile(row)} restained to {name}",
         numbers=", ".join(_numbers(row)),
     )
@@ -266,7 +266,7 @@ def _place(row: Row) -> str:
     return f"{row['source']} {row['x']} {row['y']}"
 
 
-def _name(row: Row) -> tuple[str, int]:
+def _result_id(row: Row) -> tuple[str, int]:
     return _place(row), row["variant"]
 
 

@@ -1,4 +1,4 @@
-"""What a report says of a slide that `normalize-slide` wrote: its own words, and a sample of tiles.
+"""Data of the report on normalised slides: what each file states, and a sample of its tiles.
 
 The file names neither its slide nor where that lies, on purpose. Where the slide is given, it is
 shown beside the result if it has the hash that the file names.
@@ -37,7 +37,7 @@ class SlideTile(NamedTuple):
         x, y: Its corner in pixels of the result's finest level.
         before: uint8 [H, W, 3], or None.
         after: uint8 [H, W, 3].
-        structure: See `cytosyn_aug.report.structure`; None if there is nothing to compare.
+        structure: Correlation of the gradients of before and after; None if they do not compare.
         distance: Mean distance in CIE Lab, or None.
     """
 
@@ -49,14 +49,14 @@ class SlideTile(NamedTuple):
     distance: float | None
 
 
-class SlideFacts(NamedTuple):
+class SlideData(NamedTuple):
     """What a report says of a slide.
 
     Attributes:
         file: The result.
-        said: What it says of itself, JSON.
+        provenance: What the file states of how it was made, JSON.
         size: Width and height of its finest level.
-        mpp: Its scale.
+        mpp: Microns per pixel of its finest level.
         overviews: Before, or None, and after; None of a slide that is only described.
         tiles: A few, in the order of their places.
         worst: Those of the sample whose structure was kept least, the worst first.
@@ -66,7 +66,7 @@ class SlideFacts(NamedTuple):
     """
 
     file: Path
-    said: dict[str, Any]  # Any: JSON
+    provenance: dict[str, Any]  # Any: JSON
     size: tuple[int, int]
     mpp: float
     overviews: tuple[np.ndarray | None, np.ndarray] | None
@@ -78,7 +78,7 @@ class SlideFacts(NamedTuple):
     problem: str
 
 
-class FoundSlides(NamedTuple):
+class WrittenSlides(NamedTuple):
     """Slides that were written, and those that were not.
 
     Attributes:
@@ -94,7 +94,7 @@ class FoundSlides(NamedTuple):
     num_slides: int = 0
 
 
-def find_slides(made: Path, source: Path | None) -> FoundSlides:
+def find_slides(made: Path, source: Path | None) -> WrittenSlides:
     """Return what `normalize-slide` wrote: the file itself, or those in a folder, by name.
 
     Args:
@@ -102,11 +102,11 @@ def find_slides(made: Path, source: Path | None) -> FoundSlides:
         source: The slide it was made from, or a folder of those; None if not at hand.
     """
     files = [made] if made.is_file() else sorted(made.iterdir())
-    found = [file for file in files if file.suffix.lower() in _WRITTEN and _is_ours(file)]
-    return FoundSlides([(file, source_of(file, source)) for file in found], [])
+    results = [file for file in files if file.suffix.lower() in _WRITTEN and _is_ours(file)]
+    return WrittenSlides([(file, source_of(file, source)) for file in results], [])
 
 
-def find_run(folder: Path, source: Path | None) -> FoundSlides | None:
+def find_run(folder: Path, source: Path | None) -> WrittenSlides | None:
     """Return the slides of a run, finished or not; None if the run is not one of slides.
 
     Args:
@@ -120,8 +120,8 @@ def find_run(folder: Path, source: Path | None) -> FoundSlides | None:
     manifest = open_manifest(folder)
     if manifest.identity["command"] != SLIDES_COMMAND:
         return None
-    place = Path(manifest.context["input"]) if source is None else source
-    root = place if place.is_dir() else place.parent
+    input_path = Path(manifest.context["input"]) if source is None else source
+    root = input_path if input_path.is_dir() else input_path.parent
     slides: list[tuple[Path, Path | None]] = []
     failed = []
     for part in manifest.parts(["source", "status", "reason", "output"]):
@@ -131,7 +131,7 @@ def find_run(folder: Path, source: Path | None) -> FoundSlides | None:
             else:
                 slide = root / row["source"]
                 slides.append((folder / row["output"], slide if slide.is_file() else None))
-    return FoundSlides(slides, failed, manifest.is_finished, manifest.num_tiles)
+    return WrittenSlides(slides, failed, manifest.is_finished, manifest.num_tiles)
 
 
 def source_of(file: Path, source: Path | None) -> Path | None:
@@ -140,21 +140,21 @@ def source_of(file: Path, source: Path | None) -> Path | None:
         return source
     stem = file.name.removesuffix(file.suffix).removesuffix(".ome")
     endings = (*SLIDE_SUFFIXES, *_WRITTEN)
-    found = (f for f in sorted(source.iterdir()) if f.suffix.lower() in endings)
-    return next((f for f in found if f.stem == stem), None)
+    candidates = (f for f in sorted(source.iterdir()) if f.suffix.lower() in endings)
+    return next((f for f in candidates if f.stem == stem), None)
 
 
-def describe_slide(file: Path) -> SlideFacts:
+def describe_slide(file: Path) -> SlideData:
     """Return what a result says of itself, without looking at its pixels.
 
     Raises:
         SlideError: It cannot be read.
     """
-    with open_written(file) as made:
-        return _facts(made, None, "")
+    with open_written(file) as result:
+        return _slide_data(result, None, "")
 
 
-def gather_slide(file: Path, source: Path | None, num_tiles: int) -> SlideFacts:
+def gather_slide(file: Path, source: Path | None, num_tiles: int) -> SlideData:
     """Gather what there is to say of a slide.
 
     Args:
@@ -165,29 +165,29 @@ def gather_slide(file: Path, source: Path | None, num_tiles: int) -> SlideFacts:
     Raises:
         SlideError: The result cannot be read.
     """
-    with open_written(file) as made:
-        said = provenance_of(made)
-        opened, problem = _open_source(source, said)
+    with open_written(file) as result:
+        provenance = provenance_of(result)
+        opened, problem = _open_source(source, provenance)
         with ExitStack() as stack:
             if opened is not None:
                 stack.enter_context(opened)
-            view = _View(made, opened, said)
-            facts = _facts(made, view.overviews(), problem)
+            view = _View(result, opened, provenance)
+            data = _slide_data(result, view.overviews(), problem)
             positions = view.positions(num_tiles)
             for number, (x, y) in enumerate(positions):
                 is_shown = number % max(1, len(positions) // NUM_SHOWN) == 0
-                _take(facts, view.tile(x, y), is_shown and len(facts.tiles) < NUM_SHOWN)
-        return facts
+                _take(data, view.tile(x, y), is_shown and len(data.tiles) < NUM_SHOWN)
+        return data
 
 
-def _facts(
-    made: Slide, overviews: tuple[np.ndarray | None, np.ndarray] | None, problem: str
-) -> SlideFacts:
-    return SlideFacts(
-        file=made.file,
-        said=provenance_of(made),
-        size=(made.width_level0, made.height_level0),
-        mpp=made.scale.mpp,
+def _slide_data(
+    result: Slide, overviews: tuple[np.ndarray | None, np.ndarray] | None, problem: str
+) -> SlideData:
+    return SlideData(
+        file=result.file,
+        provenance=provenance_of(result),
+        size=(result.width_level0, result.height_level0),
+        mpp=result.scale.mpp,
         overviews=overviews,
         tiles=[],
         worst=[],
@@ -198,17 +198,17 @@ def _facts(
     )
 
 
-def _take(facts: SlideFacts, tile: SlideTile, is_shown: bool) -> None:
+def _take(data: SlideData, tile: SlideTile, is_shown: bool) -> None:
     """Count a tile; keep its pixels only if it is to be shown."""
-    facts.after.add(tile.after)
+    data.after.add(tile.after)
     if tile.before is not None:
-        facts.before.add(tile.before)
+        data.before.add(tile.before)
     if is_shown:
-        facts.tiles.append(tile)
+        data.tiles.append(tile)
     if tile.structure is not None:
-        facts.structures.append(tile.structure)
-        worst = sorted([*facts.worst, tile], key=lambda x: x.structure or 0.0)
-        facts.worst[:] = worst[:NUM_WORST]
+        data.structures.append(tile.structure)
+        worst = sorted([*data.worst, tile], key=lambda x: x.structure or 0.0)
+        data.worst[:] = worst[:NUM_WORST]
 
 
 def _is_ours(file: Path) -> bool:
@@ -219,14 +219,14 @@ def _is_ours(file: Path) -> bool:
         return False
 
 
-def _open_source(source: Path | None, said: dict[str, Any]) -> tuple[Slide | None, str]:
+def _open_source(source: Path | None, provenance: dict[str, Any]) -> tuple[Slide | None, str]:
     if source is None:
         return None, "the slide it was made from was not given or found; give --source"
     try:
-        opened = Slide(source, said["recipe"]["slide_mpp"])
+        opened = Slide(source, provenance["recipe"]["slide_mpp"])
     except SlideError as error:
         return None, str(error)
-    if opened.identity != said["source_digest"]:
+    if opened.identity != provenance["source_digest"]:
         opened.close()
         return None, f"{source.name} is not the slide this was made from"
     return opened, ""
@@ -235,42 +235,42 @@ def _open_source(source: Path | None, said: dict[str, Any]) -> tuple[Slide | Non
 class _View:
     """A result and its slide, if at hand, by places of the result."""
 
-    def __init__(self, made: Slide, source: Slide | None, said: dict[str, Any]) -> None:
-        self._made, self._source = made, source
-        region = said["recipe"]["region"]
+    def __init__(self, result: Slide, source: Slide | None, provenance: dict[str, Any]) -> None:
+        self._result, self._source = result, source
+        region = provenance["recipe"]["region"]
         self._corner = (0, 0) if region is None else (region[0], region[1])
         # Pixels of the source's level 0 in one of the result's.
-        self._ratio = 1.0 if source is None else made.scale.mpp / source.scale.mpp
-        self._tile = TileSpec(mpp=max(TileSpec().mpp, made.scale.mpp))
+        self._ratio = 1.0 if source is None else result.scale.mpp / source.scale.mpp
+        self._tile = TileSpec(mpp=max(TileSpec().mpp, result.scale.mpp))
 
     def positions(self, num_tiles: int) -> list[tuple[int, int]]:
         """Return corners of evenly spaced tiles with tissue."""
         config = TissueConfig()
-        mask = slide_mask(self._made, None, config)
-        found = candidate_positions(self._made, self._made.plan(self._tile), mask, config)[0]
-        step = max(1.0, len(found) / num_tiles)
-        chosen = [int(k * step) for k in range(min(num_tiles, len(found)))]
-        return [(x, y) for x, y in found[chosen].tolist()]
+        mask = slide_mask(self._result, None, config)
+        corners = candidate_positions(self._result, self._result.plan(self._tile), mask, config)[0]
+        step = max(1.0, len(corners) / num_tiles)
+        chosen = [int(k * step) for k in range(min(num_tiles, len(corners)))]
+        return [(x, y) for x, y in corners[chosen].tolist()]
 
     def tile(self, x: int, y: int) -> SlideTile:
         """Return the tile at a corner, before and after."""
-        after = np.asarray(self._made.read_tile(x, y, self._made.plan(self._tile)))
+        after = np.asarray(self._result.read_tile(x, y, self._result.plan(self._tile)))
         return _compared(x, y, self._before(x, y), after)
 
     def overviews(self) -> tuple[np.ndarray | None, np.ndarray]:
         """Return the whole of both, reduced."""
-        made = self._made
-        longest = max(made.width_level0, made.height_level0)
-        mpp = made.scale.mpp * max(1.0, longest / _OVERVIEW_PX)
-        after = made.thumbnail(mpp).image
+        result = self._result
+        longest = max(result.width_level0, result.height_level0)
+        mpp = result.scale.mpp * max(1.0, longest / _OVERVIEW_PX)
+        after = result.thumbnail(mpp).image
         if self._source is None:
             return None, after
-        found = self._source.thumbnail(max(mpp, self._source.scale.mpp))
+        thumbnail = self._source.thumbnail(max(mpp, self._source.scale.mpp))
         x, y = self._corner
-        ends = x + made.width_level0 * self._ratio, y + made.height_level0 * self._ratio
+        ends = x + result.width_level0 * self._ratio, y + result.height_level0 * self._ratio
         box = (x, y, *ends)
-        left, top, right, bottom = (round(place / found.pixel_level0) for place in box)
-        image = Image.fromarray(found.image).crop((left, top, right, bottom))
+        left, top, right, bottom = (round(edge / thumbnail.pixel_level0) for edge in box)
+        image = Image.fromarray(thumbnail.image).crop((left, top, right, bottom))
         return np.asarray(image.resize((after.shape[1], after.shape[0]))), after
 
     def _before(self, x: int, y: int) -> np.ndarray | None:

@@ -1,4 +1,4 @@
-"""Whether two images show the same structure, whatever their colours.
+"""Structure score of two images: correlation of their gradients, whatever their colours.
 
 Gradients of mean optical density are compared: edges of nuclei and fibres that stay where they were
 keep the direction of their gradients under any change of stain, and an edit that moves them by two
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cytosyn_aug.images import optical_density
 
-# Squared gradients of a flat image are those of rounding to grey levels, about 3e-5 a pixel.
+# Squared gradients of a flat image are those of rounding to grey levels, about 3e-5 per pixel.
 _LEAST_ENERGY = 1e-4
 
 
@@ -38,8 +38,8 @@ def gradient_correlation(images: Tensor, others: Tensor) -> Tensor:
     one, other = _gradients(images), _gradients(others)
     energy, other_energy = one.square().mean(1), other.square().mean(1)
     correlation = (one * other).mean(1) / (energy * other_energy).sqrt()
-    is_told = (energy > _LEAST_ENERGY) & (other_energy > _LEAST_ENERGY)
-    return torch.where(is_told, correlation.clamp(-1, 1), torch.nan)
+    is_structured = (energy > _LEAST_ENERGY) & (other_energy > _LEAST_ENERGY)
+    return torch.where(is_structured, correlation.clamp(-1, 1), torch.nan)
 
 
 def _gradients(images: Tensor) -> Tensor:

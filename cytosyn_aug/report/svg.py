@@ -250,5 +250,5 @@ def _occupied(totals: Sequence[float], ends: Range, marks: Sequence[Mark]) -> Ra
     width = (ends.high - ends.low) / len(totals)
     places = [ends.low + k * width for k, total in enumerate(totals) if total]
     places += [place + width for place in places] + [mark.x for mark in marks]
-    found = _range(places or list(ends), 0.06)
-    return Range(max(ends.low, found.low), min(ends.high, found.high))
+    occupied = _range(places or list(ends), 0.06)
+    return Range(max(ends.low, occupied.low), min(ends.high, occupied.high))

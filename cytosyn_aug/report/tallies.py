@@ -1,6 +1,6 @@
-"""What all rows of a run add up to, in one pass and in memory that does not grow with them.
+"""Counts, histograms and extremes of all rows of a run, in one pass and in constant memory.
 
-Counts, histograms, the extremes, and a sample. The sample is of the results whose tiles have the
+Along with them a sample is taken. It is of the results whose tiles have the
 smallest keys: a key is the SHA-256 of a tile's pixels, so this is as good as drawing them, is the
 same for everyone who asks, and does not depend on order, units or machines.
 """
@@ -63,9 +63,9 @@ class Histogram:
     def add(self, values: np.ndarray, weights: np.ndarray | None = None) -> None:
         """Count values [N], each as much as its weight."""
         num_bins = len(self.counts)
-        place = (np.asarray(values) - self.low) * (num_bins / (self.high - self.low))
+        position = (np.asarray(values) - self.low) * (num_bins / (self.high - self.low))
         # A hair to the right: 0.7 is 0.69999 in float32, and bins have round edges.
-        bins = np.clip(np.floor(place + 1e-4), 0, num_bins - 1).astype(np.intp)
+        bins = np.clip(np.floor(position + 1e-4), 0, num_bins - 1).astype(np.intp)
         self.counts += np.bincount(bins, weights, num_bins)
 
     @property
@@ -83,8 +83,8 @@ class Histogram:
         """Return the value that this share lies below, to a bin; None if nothing was counted."""
         if not self.total:
             return None
-        place = int(np.searchsorted(self.counts.cumsum(), share * self.total))
-        return float(self.centres[min(place, len(self.counts) - 1)])
+        index = int(np.searchsorted(self.counts.cumsum(), share * self.total))
+        return float(self.centres[min(index, len(self.counts) - 1)])
 
 
 @dataclass
@@ -163,8 +163,8 @@ class _Order(NamedTuple):
         direction = "ascending" if self.is_ascending else "descending"
         keys = [(self.column, direction)]
         keys += [(n, "ascending") for n in ("key", "variant", "source") if n != self.column]
-        found = pc.select_k_unstable(table, k=min(self.num_rows, len(table)), sort_keys=keys)
-        return table.take(found)
+        indices = pc.select_k_unstable(table, k=min(self.num_rows, len(table)), sort_keys=keys)
+        return table.take(indices)
 
 
 _SAMPLE = _Order("key", True, SAMPLE_ROWS)
@@ -230,8 +230,8 @@ def _numbers(column: pa.ChunkedArray) -> np.ndarray:
 def _group(groups: dict[str, Group], done: pa.Table, column: str) -> None:
     measures = [("colour_distance", "sum"), ("colour_distance", "count")]
     measures += [("similarity", "sum"), ("similarity", "count")]
-    found = done.group_by(column).aggregate([([], "count_all"), *measures])
-    for row in found.to_pylist():
+    sums = done.group_by(column).aggregate([([], "count_all"), *measures])
+    for row in sums.to_pylist():
         if not row[column]:
             continue
         group = groups.setdefault(row[column], Group())
@@ -243,7 +243,7 @@ def _group(groups: dict[str, Group], done: pa.Table, column: str) -> None:
 
 
 def _name(tally: Tally, others: pa.Table) -> None:
-    """Note who was not edited and why."""
+    """Count reasons, and name the first tiles that were not edited."""
     columns = (others[name].to_pylist() for name in ("status", "source", "x", "y", "reason"))
     for status, source, x, y, reason in zip(*columns, strict=True):
         named = tally.named.setdefault(status, {})

@@ -1,4 +1,4 @@
-"""How fast a run was, from the times of the files it wrote.
+"""Throughput of a run, from the times of the files it wrote.
 
 A run records no times: its bytes would then differ from one day to the next. File systems do, until
 files are copied without them.
@@ -15,7 +15,7 @@ _PAUSE_S = 60.0
 _PAUSE_FACTOR = 10.0
 
 
-class Pace(NamedTuple):
+class Throughput(NamedTuple):
     """How fast a run was.
 
     Attributes:
@@ -34,11 +34,13 @@ class Pace(NamedTuple):
 
     @property
     def results_per_s(self) -> float:
-        """Results a second, over the time at work."""
+        """Results per second, over the time at work."""
         return self.num_results / self.active_s
 
 
-def measure_pace(began: float, written: Sequence[float], num_results: int) -> Pace | None:
+def measure_throughput(
+    began: float, written: Sequence[float], num_results: int
+) -> Throughput | None:
     """Return how fast a run was.
 
     A pause is a gap of more than a minute and ten times the median gap.
@@ -60,7 +62,7 @@ def measure_pace(began: float, written: Sequence[float], num_results: int) -> Pa
     seconds = np.where(is_pause, 0.0, gaps).cumsum()
     if not seconds[-1]:
         return None
-    return Pace(
+    return Throughput(
         seconds=seconds.tolist(),
         num_results=num_results,
         active_s=float(seconds[-1]),

@@ -1,4 +1,4 @@
-"""The colours of tissue, in two spaces that pathologists read: CIE Lab, and the amounts of stain.
+"""Tissue colours in two spaces that pathologists read: CIE Lab, and the amounts of stain.
 
 Optical density is nearly the sum of haematoxylin and eosin, each with a direction of its own. The
 directions here are fixed, those of Ruifrok and Johnston, so that slides, references and results are
@@ -42,7 +42,7 @@ def stain_amounts(density: Tensor) -> Tensor:
     """Return how much haematoxylin and eosin there is in each pixel.
 
     Args:
-        density: Optical density [B, 3, H, W]; see `cytosyn_aug.images.optical_density`.
+        density: Optical density [B, 3, H, W], natural logarithm.
 
     Returns:
         float32 [B, 2, H, W]: 1 is a density of 1 along the stain's unit vector.
@@ -110,17 +110,17 @@ def rgb_of_lab(mean: Mapping[str, float]) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def pooled_histograms(found: Sequence[ColourDistribution]) -> dict[str, Histogram]:
+def pooled_histograms(distributions: Sequence[ColourDistribution]) -> dict[str, Histogram]:
     """Return the histograms of several distributions together, by axis."""
     pooled = ColourDistribution().histograms
-    for distribution in found:
+    for distribution in distributions:
         for axis, histogram in distribution.histograms.items():
             pooled[axis].counts += histogram.counts
     return pooled
 
 
 def as_images(pixels: np.ndarray) -> Tensor:
-    """Return the centre of uint8 [H, W, 3] as uint8 [1, 3, h, w], at most `MAX_SIDE` a side."""
+    """Return the centre of uint8 [H, W, 3] as uint8 [1, 3, h, w], at most `MAX_SIDE` per side."""
     top, left = (max(0, (n - MAX_SIDE) // 2) for n in pixels.shape[:2])
     part = pixels[top : top + MAX_SIDE, left : left + MAX_SIDE]
     return torch.from_numpy(part.copy()).permute(2, 0, 1)[None]

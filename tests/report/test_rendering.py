@@ -22,7 +22,7 @@ from cytosyn_aug.report.svg import (
     plot_points,
     ticks,
 )
-from cytosyn_aug.report.throughput import measure_pace
+from cytosyn_aug.report.throughput import measure_throughput
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)>\n\u202egpj.\udcff&amp;'
 _VOID = {"meta", "img", "br"}
@@ -195,18 +195,18 @@ def test_a_mark_is_drawn_where_it_is_although_nothing_was_counted_there():
 
 
 def test_pace_is_results_over_time_at_work():
-    even = measure_pace(0.0, range(1, 101), 100)
+    even = measure_throughput(0.0, range(1, 101), 100)
     assert (even.results_per_s, even.num_pauses) == (1.0, 0)
-    sampled = measure_pace(0.0, range(10, 101, 10), 100)
+    sampled = measure_throughput(0.0, range(10, 101, 10), 100)
     assert sampled.results_per_s == pytest.approx(1.0)
-    stopped = measure_pace(0.0, [*range(1, 51), *range(3651, 3701)], 100)
+    stopped = measure_throughput(0.0, [*range(1, 51), *range(3651, 3701)], 100)
     assert (stopped.num_pauses, stopped.paused_s) == (1, 3601.0)
     assert stopped.results_per_s == pytest.approx(100 / 99)
     assert stopped.seconds == sorted(stopped.seconds)
-    shuffled = measure_pace(0.0, [3.0, 1.0, 2.0], 3)
+    shuffled = measure_throughput(0.0, [3.0, 1.0, 2.0], 3)
     assert shuffled.seconds == [1.0, 2.0, 3.0]
 
 
 def test_pace_is_not_told_from_times_that_say_nothing():
-    assert measure_pace(0.0, [], 5) is None
-    assert measure_pace(0.0, [7.0, 7.0], 2) is None
+    assert measure_throughput(0.0, [], 5) is None
+    assert measure_throughput(0.0, [7.0, 7.0], 2) is None

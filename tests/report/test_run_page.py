@@ -15,7 +15,7 @@ from PIL import Image
 
 from cytosyn_aug import offline
 from cytosyn_aug.cli.main import main
-from cytosyn_aug.report import run_data as run_facts
+from cytosyn_aug.report import run_data
 from cytosyn_aug.report.pictures import RunPictures
 from cytosyn_aug.report.run_data import gather
 from cytosyn_aug.runs.manifest import open_manifest
@@ -271,7 +271,7 @@ def test_a_run_that_ends_meanwhile_is_read_again(tree, tmp_path, small, laborato
             augment(tree, out, small, laboratories)
         return manifest
 
-    monkeypatch.setattr(run_facts, "open_manifest", open_and_end)
+    monkeypatch.setattr(run_data, "open_manifest", open_and_end)
     assert "Not finished" not in page_of(out)[1].whole_text
     assert [manifest.is_finished for manifest in opened] == [False, True]
 
@@ -322,10 +322,10 @@ def test_the_gate_is_drawn_into_the_similarities(tree, tmp_path, small, laborato
 def test_structure_and_colour_are_measured_on_the_pictures(tree, tmp_path, small, laboratories):
     out = tmp_path / "out"
     offline.normalize(tree, out, small, reference=laboratories[0], work=QUIET)
-    facts = gather(out, source=None, num_tiles=96)
-    assert facts.measures.num_read == 9
-    assert facts.measures.structure_quantile(0.0) > 0.9
-    rolled = next(row for row in facts.tally.sample if row["source"].startswith("tumour"))
+    run = gather(out, source=None, num_tiles=96)
+    assert run.measures.num_read == 9
+    assert run.measures.structure_quantile(0.0) > 0.9
+    rolled = next(row for row in run.tally.sample if row["source"].startswith("tumour"))
     save(out / rolled["output"], read(out / rolled["output"]).roll(3, 2))
     _, found = page_of(out)
     assert "Structure is kept less well than usual" in found.whole_text
@@ -363,8 +363,8 @@ def test_references_without_tiles_are_shown_by_their_mean(tree, tmp_path, small,
                            "saved": tmp_path / "saved.json", "folder": laboratories[0]},
         strength=(0.5, 1.0),
     )  # fmt: skip
-    facts = gather(out, source=None, num_tiles=96)
-    by_name = {found.name: found for found in facts.references}
+    run = gather(out, source=None, num_tiles=96)
+    by_name = {found.name: found for found in run.references}
     assert by_name["object"].problem == by_name["saved"].problem == "was given without its tiles"
     assert by_name["folder"].distribution is not None
     # The mean density of the same tiles, against the mean colour of their pixels.
@@ -382,7 +382,7 @@ def test_throughput_is_that_of_the_files(tree, tmp_path, small, laboratories):
     for number, row in enumerate(edited):
         time = 1000.0 + (number + 1) * 2.0
         os.utime(out / row["output"], (time, time))
-    assert gather(out, source=None, num_tiles=4).pace.results_per_s == pytest.approx(0.5)
+    assert gather(out, source=None, num_tiles=4).throughput.results_per_s == pytest.approx(0.5)
 
 
 def test_seams_are_measured_where_names_say_the_place(tmp_path, small, laboratories):

@@ -67,24 +67,24 @@ def test_the_file_says_its_seams_and_the_report_repeats_them(made, slide):
 
 
 def test_tiles_are_the_same_places_before_and_after(made, slide):
-    facts = gather_slide(made[0], slide, 20)
-    assert len(facts.structures) == 20
-    assert min(facts.structures) > 0.9
-    assert all(tile.distance > 2 for tile in facts.tiles)
+    data = gather_slide(made[0], slide, 20)
+    assert len(data.structures) == 20
+    assert min(data.structures) > 0.9
+    assert all(tile.distance > 2 for tile in data.tiles)
     wanted = ColourDistribution()
     for tile in TARGET:
         wanted.add(tile.permute(1, 2, 0).numpy())
     for axis in ("H", "E"):
-        assert facts.after.mean()[axis] == pytest.approx(wanted.mean()[axis], abs=0.05)
+        assert data.after.mean()[axis] == pytest.approx(wanted.mean()[axis], abs=0.05)
 
 
 def test_a_region_is_compared_with_its_part_of_the_slide(slide, tmp_path):
     recipe = replace(LOSSLESS, region=(2 * SIDE + 32, SIDE + 48, 4 * SIDE, 4 * SIDE))
     reference = DensityReference.fit(TARGET)
     normalize_slide(slide, tmp_path / "part.tif", reference, recipe=recipe)
-    facts = gather_slide(tmp_path / "part.tif", slide, 12)
-    assert min(facts.structures) > 0.9  # two pixels apart it would be below 0.6
-    before, after = facts.overviews
+    data = gather_slide(tmp_path / "part.tif", slide, 12)
+    assert min(data.structures) > 0.9  # two pixels apart it would be below 0.6
+    before, after = data.overviews
     assert before.shape == after.shape
     assert np.corrcoef(before.mean(2).ravel(), after.mean(2).ravel())[0, 1] > 0.9
 
@@ -93,10 +93,10 @@ def test_a_coarse_result_has_the_scale_it_was_written_at(slide, tmp_path):
     out = tmp_path / "coarse.tif"
     reference = DensityReference.fit(TARGET)
     said = normalize_slide(slide, out, reference, recipe=replace(LOSSLESS, mpp=4.0))
-    facts = gather_slide(out, slide, 4)
-    assert facts.mpp == pytest.approx(said.mpp, rel=1e-6)
-    assert facts.size == (said.width_px, said.height_px)
-    assert facts.problem == ""
+    data = gather_slide(out, slide, 4)
+    assert data.mpp == pytest.approx(said.mpp, rel=1e-6)
+    assert data.size == (said.width_px, said.height_px)
+    assert data.problem == ""
 
 
 def test_another_slide_is_not_taken_for_the_source(made, tmp_path):

@@ -1,4 +1,4 @@
-"""One HTML file about what `augment`, `normalize`, `sample`, `cache` or `normalize-slide` made.
+"""Report file: one HTML page about a run or about normalised slides, chosen and written.
 
     from cytosyn_aug import offline
     offline.report("augmented")  # writes augmented/report.html
@@ -42,7 +42,7 @@ def report(
             beside a slide.
         source: IN, where it lies now; None for where it lay when the run began. A slide that was
             written without a run does not say where it came from; then nothing of before is shown.
-        num_tiles: Results that are measured for colour and structure, of a slide tiles.
+        num_tiles: Results that are measured for colour and structure; of slides, tiles.
 
     Returns:
         The file.
@@ -73,14 +73,14 @@ def report(
 
 def _page(made: Path, source: Path | None, num_tiles: int) -> str:
     is_run = (made / RUN_NAME).is_file()
-    found = _unless_moving(made, lambda: find_run(made, source)) if is_run else None
+    slides = _unless_moving(made, lambda: find_run(made, source)) if is_run else None
     if not is_run:
-        found = find_slides(made, source)
-        if made.is_file() and not found.slides:
+        slides = find_slides(made, source)
+        if made.is_file() and not slides.slides:
             raise ValueError(f"{made} is not what normalize-slide wrote; give the OUT of a run")
-    if found is not None and (is_run or found.slides):
+    if slides is not None and (is_run or slides.slides):
         name = made.resolve().name
-        return slides_page(found, title=f"{SLIDES_COMMAND}: {name}", num_tiles=num_tiles)
+        return slides_page(slides, title=f"{SLIDES_COMMAND}: {name}", num_tiles=num_tiles)
     return _unless_moving(made, lambda: run_page(gather(made, source=source, num_tiles=num_tiles)))
 
 
