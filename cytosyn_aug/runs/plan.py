@@ -49,7 +49,7 @@ from cytosyn_aug.runs.references import (
 from cytosyn_aug.runs.slide_sources import SlideSources, note_slides
 from cytosyn_aug.runs.slides import SlideWork
 from cytosyn_aug.runs.unit_work import Run
-from cytosyn_aug.slides.recipe import SLIDES_COMMAND, SlideRecipe
+from cytosyn_aug.slides.recipe import SLIDES_COMMAND, SlideRecipe, recipe_as_json
 from cytosyn_aug.stain.methods import fit_reference
 from cytosyn_aug.transforms.variants import records_spec
 
@@ -257,7 +257,7 @@ def plan_slides(
     listing = list_whole_slides(source, mpp=recipe.slide_mpp)
     settings: dict[str, Any] = {  # Any: JSON
         "command": SLIDES_COMMAND,
-        "recipe": {"method": method} | asdict(recipe),
+        "recipe": {"method": method} | recipe_as_json(recipe),
         "references": identities,
         "model": _model(generator),
     }

@@ -21,7 +21,7 @@ from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.runs.folder import RunFolder, Unit
 from cytosyn_aug.runs.listing import Item, Listing
 from cytosyn_aug.runs.pipeline import Row
-from cytosyn_aug.slides.normalize import normalize_in_steps, try_slide
+from cytosyn_aug.slides.normalize import SlideNormalization, try_slide
 from cytosyn_aug.slides.recipe import SlideRecipe, SlideReport
 from cytosyn_aug.slides.view import SlideView
 from cytosyn_aug.stain.methods import AnyReference
@@ -95,18 +95,19 @@ class SlideWork:
         out = _result(folder, item)
         check_inside(out.parent, folder.folder)
         try:
-            report = yield from normalize_in_steps(
+            normalization = SlideNormalization(
                 self.file(item),
                 out,
                 self.reference,
                 generator=self.generator,
                 recipe=self.recipe_of(item),
                 overwrite=True,  # without a receipt it is of a run that was killed between the two
-                num_threads=num_threads,
             )
+            yield from normalization.write(num_threads)
         except SlideError as error:
             self._fail(unit, folder, _reason(error, item))
             return
+        report = normalization.report()
         cells = self._cells(unit, item) | {
             "status": "edited" if report.status == "normalized" else "blank",
             "reason": "; ".join([*report.notes, *_damage(report)]),

@@ -1,4 +1,4 @@
-"""The blocks of a slide on their way: read, recoloured, measured, compressed; by many threads.
+"""Blocks of a slide: read, recoloured, measured and compressed, by many threads.
 
 A block is what the writer of pyramids takes as a tile. This module knows neither where the change
 of colour comes from nor where blocks go.
@@ -31,7 +31,7 @@ class Block(NamedTuple):
     Attributes:
         row, column: Its place.
         encoded: Its new pixels, compressed.
-        half: Its new pixels, by `cytosyn_aug.slides.pyramid.halve`.
+        half: Its new pixels at half the scale, rounded averages of 2x2 pixels.
         tissue: Sum of the tissue weights of its pixels.
         lines: For seams, before and after; None of a block that is cut off by the slide's edge.
         digest: SHA-256 of its new pixels.
@@ -111,8 +111,8 @@ class BlockMaker:
     def estimate_bytes(self) -> int:
         """Return about how many bytes a pyramid of all blocks takes, from some of them."""
         step = max(1, len(self.positions) // _TRIAL_BLOCKS)
-        read = (self._read(row, column) for row, column in self.positions[::step])
-        sizes = [len(self.codec.encode_tile(pixels)) for pixels in read if pixels is not None]
+        samples = (self._read(row, column) for row, column in self.positions[::step])
+        sizes = [len(self.codec.encode_tile(pixels)) for pixels in samples if pixels is not None]
         return int(sum(sizes) / max(1, len(sizes)) * len(self.positions) * PYRAMID)
 
     def __enter__(self) -> Self:
@@ -126,9 +126,9 @@ class BlockMaker:
     def _read(self, row: int, column: int) -> np.ndarray | None:
         """Return the pixels of a block; None where they cannot be decoded and that is allowed."""
         if not hasattr(self._thread, "slide"):
-            # Each thread its own: after an error a handle is closed, and must not be another's.
-            opened = Slide(self._file, self._slide_mpp)
-            self._thread.slide = self._slides.enter_context(opened)
+            # One handle per thread: after an error a handle is closed, and others must go on.
+            slide = Slide(self._file, self._slide_mpp)
+            self._thread.slide = self._slides.enter_context(slide)
         try:
             x, y = column * TILE_PX, row * TILE_PX
             return self.view.read(self._thread.slide, x, y, TILE_PX)
@@ -139,7 +139,7 @@ class BlockMaker:
 
 
 class BlockTotals:
-    """What blocks add up to, in their order.
+    """Totals of blocks, which are added in their order.
 
     Attributes:
         num_blocks: How many.

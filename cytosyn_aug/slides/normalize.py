@@ -1,4 +1,4 @@
-"""Whole slides, normalised: a slide in, a pyramid with the stain of a reference out.
+"""Normalisation of whole slides: a slide in, a pyramid with the stain of a reference out.
 
 The slide's stain is measured once, on tiles spread over its tissue, and gives one change of colour
 for all its pixels. Neighbouring tiles cannot differ then: there is no field of changes to blend,
@@ -16,19 +16,16 @@ from __future__ import annotations
 import errno
 import glob
 import json
-import re
 import shutil
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing, nullcontext
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import unescape
+from xml.etree import ElementTree
 
 import numpy as np
-from PIL import Image
 
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.io.files import atomic_file, remove_leftovers
@@ -37,13 +34,14 @@ from cytosyn_aug.io.tile_source import read_slide_tiles
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.slides.blocks import PYRAMID, BlockMaker, BlockTotals
 from cytosyn_aug.slides.pyramid import (
+    OME_NAMESPACE,
     SOFTWARE,
     TILE_PX,
     Codec,
     PyramidWriter,
     level_sizes,
 )
-from cytosyn_aug.slides.recipe import SlideRecipe, SlideReport
+from cytosyn_aug.slides.recipe import SlideRecipe, SlideReport, Status, recipe_as_json
 from cytosyn_aug.slides.threads import in_order
 from cytosyn_aug.slides.view import SlideView
 from cytosyn_aug.stain.colour_table import ColourTable, Recolour
@@ -57,6 +55,7 @@ from cytosyn_aug.stain.methods import (
 
 SUFFIXES = (".tif", ".tiff")
 _TRIAL_BLOCKS = 48
+_OME = {"ome": OME_NAMESPACE}
 
 
 def normalize_slide(
@@ -76,12 +75,12 @@ def normalize_slide(
     Args:
         slide: Any slide that OpenSlide reads.
         out: .tif or .tiff, by custom .ome.tif. It is complete or absent; one process at a time.
-        reference: Where to go; its kind is the method.
+        reference: Stain of the result; its type selects the method.
         generator: The model, for a `StainReference`.
-        source: The slide's own stain, if known; of the kind of `reference`.
-        recipe: See `SlideRecipe`.
+        source: The slide's own stain, if known; of the type of `reference`.
+        recipe: How the slide is normalised and written; None for the defaults.
         overwrite: Replace `out`.
-        num_threads: That read, recolour and compress; the result does not depend on it.
+        num_threads: Threads that read, recolour and compress; the result does not depend on it.
         progress: Called with the number of blocks done and of all blocks.
 
     Raises:
@@ -91,7 +90,7 @@ def normalize_slide(
         ValueError: `out` is the slide, or the arguments do not fit each other.
         OSError: The disk is full, or will be.
     """
-    steps = normalize_in_steps(
+    normalization = SlideNormalization(
         slide,
         out,
         reference,
@@ -99,70 +98,121 @@ def normalize_slide(
         source=source,
         recipe=recipe if recipe is not None else SlideRecipe(),
         overwrite=overwrite,
-        num_threads=num_threads,
     )
-    with closing(steps):
-        while True:
-            try:
-                done, total = next(steps)
-            except StopIteration as end:
-                report: SlideReport = end.value
-                return report
+    with closing(normalization.write(num_threads)) as steps:
+        for num_done, num_blocks in steps:
             if progress is not None:
-                progress(done, total)
+                progress(num_done, num_blocks)
+    return normalization.report()
 
 
-def normalize_in_steps(
-    slide: Path | str,
-    out: Path | str,
-    reference: AnyReference,
-    *,
-    generator: TileGenerator | None,
-    recipe: SlideRecipe,
-    source: AnyReference | None = None,
-    overwrite: bool = False,
-    num_threads: int = 4,
-) -> Generator[tuple[int, int], None, SlideReport]:
-    """Do what `normalize_slide` does, and return what it returns; close it to stop.
+class SlideNormalization:
+    """Normalisation of one slide: made, it has measured the stain; then `write`, then `report`.
 
-    Yields:
-        After each block, the number of blocks done and of all blocks.
+    Args:
+        slide: Any slide that OpenSlide reads.
+        out: .tif or .tiff, by custom .ome.tif.
+        reference: Stain of the result; its type selects the method.
+        generator: The model, for a `StainReference`.
+        recipe: How the slide is normalised and written.
+        source: The slide's own stain, if known; of the type of `reference`.
+        overwrite: Replace `out`.
+
+    Raises:
+        SlideError: The slide cannot be opened, states no scale, is too coarse, does not tell its
+            stain, or the region is outside.
+        FileExistsError: `out` exists.
+        ValueError: `out` is the slide, or the arguments do not fit each other.
     """
-    began = time.perf_counter()
-    file, out = Path(slide), Path(out)
-    _check_out(file, out, overwrite)
-    with Slide(file, recipe.slide_mpp) as opened:
-        view = SlideView.of(opened, recipe.region, recipe.mpp)
-        recolour = _recolour(opened, reference, generator, source, recipe)
-        thumbnail = opened.scanner_thumbnail() if recipe.keeps_thumbnail else None
-        notes = _notes(opened, recipe, recolour is None, thumbnail is None)
-    maker = _block_maker(file, view, ColourTable(recolour), recipe)
-    provenance = _request(opened, reference, recipe) | {
-        "software": _software(),
-        "status": "no_tissue" if recolour is None else "normalized",
-        "change_digest": maker.table.digest,
-    }
-    totals, num_bytes = yield from _write(maker, out, provenance, thumbnail, num_threads)
-    return SlideReport(
-        out=out,
-        status="no_tissue" if recolour is None else "normalized",
-        method=method_of(reference),
-        width_px=view.width,
-        height_px=view.height,
-        mpp=view.mpp,
-        num_levels=len(level_sizes(view.width, view.height)),
-        num_tiles=totals.num_blocks,
-        num_bytes=num_bytes,
-        tissue=totals.tissue / (view.width * view.height),
-        seam_ratio=totals.after.ratio,
-        seam_ratio_before=totals.before.ratio,
-        damaged=tuple(view.corner(c * TILE_PX, r * TILE_PX) for r, c in totals.damaged),
-        notes=notes,
-        source_digest=opened.identity,
-        change_digest=maker.table.digest,
-        pixels_digest=totals.digest,
-        seconds=time.perf_counter() - began,
-    )
+
+    def __init__(
+        self,
+        slide: Path | str,
+        out: Path | str,
+        reference: AnyReference,
+        *,
+        generator: TileGenerator | None,
+        recipe: SlideRecipe,
+        source: AnyReference | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        self._began = time.perf_counter()
+        self._out, self._method = Path(out), method_of(reference)
+        file = Path(slide)
+        _check_out(file, self._out, overwrite)
+        with Slide(file, recipe.slide_mpp) as opened:
+            self._view = SlideView.of(opened, recipe.region, recipe.mpp)
+            recolour = _recolour(opened, reference, generator, source, recipe)
+            self._thumbnail = opened.scanner_thumbnail() if recipe.keeps_thumbnail else None
+            self._notes = _notes(opened, recipe, recolour is None, self._thumbnail is None)
+        self._status: Status = "no_tissue" if recolour is None else "normalized"
+        self._blocks = _block_maker(file, self._view, ColourTable(recolour), recipe)
+        self._provenance = _request(opened, reference, recipe) | {
+            "software": _software(),
+            "status": self._status,
+            "change_digest": self._blocks.table.digest,
+        }
+        self._totals, self._num_bytes = BlockTotals(), 0
+
+    def write(self, num_threads: int) -> Generator[tuple[int, int], None, None]:
+        """Write the file; it is there when this has ended. Close it to stop and leave nothing.
+
+        Args:
+            num_threads: Threads that read, recolour and compress.
+
+        Yields:
+            After each block, the number of blocks done and of all blocks.
+
+        Raises:
+            SlideError: A block cannot be decoded.
+            OSError: The disk is full, or will be.
+        """
+        blocks, view, totals = self._blocks, self._view, self._totals
+        thumbnail = None
+        if self._thumbnail is not None:
+            thumbnail = blocks.table.look_up(np.asarray(self._thumbnail))[0]
+        with blocks, closing(in_order(blocks.make, blocks.positions, num_threads)) as ready:
+            _check_disk(self._out, blocks.estimate_bytes())
+            with atomic_file(self._out) as stream:
+                writer = PyramidWriter(
+                    stream, view.width, view.height, mpp=view.mpp, codec=blocks.codec
+                )
+                for block in ready:
+                    writer.add(block.encoded, block.half)
+                    totals.add(block)
+                    yield totals.num_blocks, len(blocks.positions)
+                provenance = self._provenance | {
+                    "pixels_digest": totals.digest,
+                    "tissue": totals.tissue / (view.width * view.height),
+                    "seam_ratio": totals.after.ratio,
+                    "seam_ratio_before": totals.before.ratio,
+                    "num_damaged": len(totals.damaged),
+                }
+                self._num_bytes = writer.finish(json.dumps(provenance), thumbnail)
+
+    def report(self) -> SlideReport:
+        """Return what became of the slide, once it is written."""
+        view, totals = self._view, self._totals
+        return SlideReport(
+            out=self._out,
+            status=self._status,
+            method=self._method,
+            width_px=view.width,
+            height_px=view.height,
+            mpp=view.mpp,
+            num_levels=len(level_sizes(view.width, view.height)),
+            num_tiles=totals.num_blocks,
+            num_bytes=self._num_bytes,
+            tissue=totals.tissue / (view.width * view.height),
+            seam_ratio=totals.after.ratio,
+            seam_ratio_before=totals.before.ratio,
+            damaged=tuple(view.corner(c * TILE_PX, r * TILE_PX) for r, c in totals.damaged),
+            notes=self._notes,
+            source_digest=self._provenance["source_digest"],
+            change_digest=self._blocks.table.digest,
+            pixels_digest=totals.digest,
+            seconds=time.perf_counter() - self._began,
+        )
 
 
 def try_slide(
@@ -176,7 +226,8 @@ def try_slide(
     """Return about how many bytes and seconds a slide takes, from its stain and some blocks.
 
     Raises:
-        SlideError: See `normalize_slide`.
+        SlideError: The slide or a tried block cannot be read, states no scale, is too coarse, does
+            not tell its stain, or the region is outside.
     """
     began = time.perf_counter()
     file = Path(slide)
@@ -196,21 +247,22 @@ def try_slide(
 def is_made(
     out: Path | str, slide: Path | str, reference: AnyReference, recipe: SlideRecipe
 ) -> bool:
-    """Return whether a file is what `normalize_slide` makes of these, by what it says of itself.
+    """Return whether a file is what `normalize_slide` makes of these, by what the file states.
 
     Raises:
         SlideError: The slide cannot be opened, or the file is no slide.
     """
     with Slide(out, mpp=1.0) as written, Slide(slide, recipe.slide_mpp) as opened:
-        said = provenance_of(written)
+        provenance = provenance_of(written)
         wanted = json.loads(json.dumps(_request(opened, reference, recipe)))
-    return {k: said.get(k) for k in wanted} == wanted
+    return {k: provenance.get(k) for k in wanted} == wanted
 
 
 def provenance_of(slide: Slide) -> dict[str, Any]:  # Any: JSON
-    """Return what a file of `normalize_slide` says of itself; nothing if it is another's."""
-    found = re.search(r"<Description>(\{.*\})</Description>", slide.comment, re.DOTALL)
-    return {} if found is None else dict(json.loads(unescape(found[1])))
+    """Return what a file of `normalize_slide` states of how it was made; {} of any other file."""
+    image = _ome_image(slide)
+    text = "" if image is None else image.findtext("ome:Description", "", _OME)
+    return dict(json.loads(text)) if text.startswith("{") else {}
 
 
 def open_written(file: Path) -> Slide:
@@ -223,8 +275,18 @@ def open_written(file: Path) -> Slide:
         SlideError: It cannot be read.
     """
     with Slide(file, mpp=1.0) as written:
-        stated = re.search(r'PhysicalSizeX="([^"]+)"', written.comment)
-    return Slide(file, None if stated is None else float(stated[1]))
+        image = _ome_image(written)
+    pixels = None if image is None else image.find("ome:Pixels", _OME)
+    mpp = None if pixels is None else pixels.get("PhysicalSizeX")
+    return Slide(file, None if mpp is None else float(mpp))
+
+
+def _ome_image(slide: Slide) -> ElementTree.Element | None:
+    """Return the first image of a slide's OME-XML; None if its comment is no OME-XML."""
+    try:
+        return ElementTree.fromstring(slide.comment).find("ome:Image", _OME)
+    except ElementTree.ParseError:
+        return None
 
 
 def _software() -> str:
@@ -240,34 +302,8 @@ def _request(slide: Slide, reference: AnyReference, recipe: SlideRecipe) -> dict
         "source_digest": slide.identity,
         "method": method_of(reference),
         "reference_digest": reference_digest(reference),
-        "recipe": asdict(recipe),
+        "recipe": recipe_as_json(recipe),
     }
-
-
-def _write(
-    maker: BlockMaker,
-    out: Path,
-    provenance: dict[str, Any],
-    thumbnail: Image.Image | None,
-    num_threads: int,
-) -> Generator[tuple[int, int], None, tuple[BlockTotals, int]]:
-    """Write all blocks; return what they add up to, and the size of the file."""
-    view, totals = maker.view, BlockTotals()
-    small = None if thumbnail is None else maker.table.look_up(np.asarray(thumbnail))[0]
-    with maker, closing(in_order(maker.make, maker.positions, num_threads)) as blocks:
-        _check_disk(out, maker.estimate_bytes())
-        with atomic_file(out) as stream:
-            writer = PyramidWriter(stream, view.width, view.height, mpp=view.mpp, codec=maker.codec)
-            for block in blocks:
-                writer.add(block.encoded, block.half)
-                totals.add(block)
-                yield totals.num_blocks, len(maker.positions)
-            provenance["pixels_digest"] = totals.digest
-            provenance["tissue"] = totals.tissue / (view.width * view.height)
-            provenance["seam_ratio"] = totals.after.ratio
-            provenance["seam_ratio_before"] = totals.before.ratio
-            provenance["num_damaged"] = len(totals.damaged)
-            return totals, writer.finish(json.dumps(provenance), small)
 
 
 def _check_disk(out: Path, needed: int) -> None:

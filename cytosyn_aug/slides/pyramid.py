@@ -1,8 +1,8 @@
-"""Pyramids of tiles in one TIFF file, written in one pass with bounded memory.
+"""Writer of pyramidal TIFF files: one pass over the tiles, bounded memory.
 
 Tiles of the finest level come in row by row; coarser levels are averages of 2x2 pixels, and wait in
-a strip a level until a row of their tiles is full: 1.5 KB of memory a pixel of width. A TIFF keeps
-its directories wherever it says, so they come last, and no level is held back for another.
+one strip per level until a row of their tiles is full: 1.5 KB of memory per pixel of width. A TIFF
+states where its directories are, so they come last, and no level is held back for another.
 
 The file is a BigTIFF that two families of readers open with all levels and the scale. OpenSlide,
 and what is built on it, walks the chain of directories and reads the resolution tags. Bio-Formats,
@@ -34,7 +34,7 @@ Compression = Literal["jpeg", "deflate"]
 TILE_PX = 512
 SOFTWARE = "cytosyn_aug"
 _HALF = TILE_PX // 2
-_OME = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
+OME_NAMESPACE = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
 _SHORT, _LONG, _RATIONAL, _ASCII, _LONG8, _IFD8 = 3, 4, 5, 2, 16, 18
 _LETTERS = {_SHORT: "H", _LONG: "I", _LONG8: "Q", _IFD8: "Q"}
 Tag = tuple[int, int, Sequence[int] | str | Fraction]
@@ -77,7 +77,7 @@ class Codec:
         return self.encode(np.pad(pixels, missing, "edge"))
 
     def tags(self) -> list[Tag]:
-        """Return what a TIFF has to say of the compression."""
+        """Return the tags by which a TIFF states the compression."""
         if self.compression == "jpeg":
             return [(259, _SHORT, [7]), (262, _SHORT, [6]), (530, _SHORT, [2, 1])]
         return [(259, _SHORT, [8]), (262, _SHORT, [2]), (317, _SHORT, [2])]
@@ -106,7 +106,7 @@ def halve(pixels: np.ndarray) -> np.ndarray:
 
 
 class _Level:
-    """What is known of a level while it is written; the strip is of all but the finest one."""
+    """State of a level while it is written; all but the finest one have a strip."""
 
     def __init__(self, width: int, height: int, has_strip: bool) -> None:
         self.width, self.height = width, height
@@ -117,7 +117,7 @@ class _Level:
 
 
 class PyramidWriter:
-    """A pyramid on its way to a stream.
+    """Writes one pyramid into a stream.
 
     Args:
         stream: Writable from its start; the caller closes it.
@@ -151,7 +151,7 @@ class PyramidWriter:
         self._place(1, row, column, half)
 
     def finish(self, description: str, thumbnail: np.ndarray | None = None) -> int:
-        """Write the directories, without which the file is none.
+        """Write the directories, without which no reader finds the tiles.
 
         Args:
             description: Any text, kept as the description of the image in OME-XML.
@@ -297,11 +297,11 @@ def _directory(tags: list[Tag], place: int, following: int) -> bytes:
 
 
 def _ome_xml(width: int, height: int, mpp: float, description: str) -> str:
-    """Return the least OME-XML that tells an RGB image and its scale; microns are its default."""
+    """Return the shortest OME-XML of an RGB image with a scale; microns are its default unit."""
     return (
-        f'<?xml version="1.0" encoding="UTF-8"?><OME xmlns="{_OME}" '
+        f'<?xml version="1.0" encoding="UTF-8"?><OME xmlns="{OME_NAMESPACE}" '
         'xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance" '
-        f'xsi:schemaLocation="{_OME} {_OME}/ome.xsd" Creator="{SOFTWARE}">'
+        f'xsi:schemaLocation="{OME_NAMESPACE} {OME_NAMESPACE}/ome.xsd" Creator="{SOFTWARE}">'
         f'<Image ID="Image:0"><Description>{escape(description)}</Description>'
         '<Pixels ID="Pixels:0" DimensionOrder="XYCZT" Type="uint8" Interleaved="true" '
         f'BigEndian="false" SizeX="{width}" SizeY="{height}" SizeC="3" SizeZ="1" SizeT="1" '

@@ -1,18 +1,19 @@
-"""How a slide is normalised and written, and what became of it: frozen records."""
+"""Recipe of a normalised slide, and report on it: frozen records."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from cytosyn_aug.config import Method, Preserve
+from cytosyn_aug.config import Method
 from cytosyn_aug.io.slide import LEAST_MPP, MOST_MPP
 from cytosyn_aug.io.tile_source import MAX_TILES
 from cytosyn_aug.slides.pyramid import Codec, Compression
 from cytosyn_aug.slides.view import Region
 from cytosyn_aug.stain.recipe import EditRecipe
 
+Status = Literal["normalized", "no_tissue"]
 SLIDES_COMMAND = "normalize-slide"  # as a run of slides names itself in `run.json`
 
 
@@ -22,7 +23,6 @@ class SlideRecipe:
 
     Attributes:
         strength: 1 goes to the reference, 0 stays.
-        preserve: "color"; slides cannot be drawn anew.
         region: x, y, width and height in level-0 pixels, for trying; None for the whole slide.
             The stain is that of the whole slide all the same.
         mpp: Scale of the result; None for the slide's own.
@@ -38,7 +38,6 @@ class SlideRecipe:
     """
 
     strength: float = 1.0
-    preserve: Preserve = "color"
     region: Region | None = None
     mpp: float | None = None
     slide_mpp: float | None = None
@@ -50,11 +49,6 @@ class SlideRecipe:
     edit: EditRecipe = field(default_factory=EditRecipe)
 
     def __post_init__(self) -> None:
-        if self.preserve != "color":
-            raise ValueError(
-                f"preserve is {self.preserve!r}, and slides are normalised with 'color' only: "
-                "pixels drawn anew would differ at the borders of tiles; normalise tiles instead"
-            )
         if not 0 <= self.strength <= 1:
             raise ValueError(f"strength is {self.strength:g}, expected 0 to 1")
         if self.mpp is not None and not LEAST_MPP <= self.mpp <= MOST_MPP:
@@ -66,6 +60,16 @@ class SlideRecipe:
         Codec(compression=self.compression, quality=self.quality)
 
 
+def recipe_as_json(recipe: SlideRecipe) -> dict[str, Any]:  # Any: JSON
+    """Return a recipe as files and `run.json` hold it.
+
+    Pixels of slides are never drawn anew, because they would differ at the borders of tiles; so
+    `preserve`, which is an option for tiles, is always "color".
+    """
+    settings = asdict(recipe)
+    return {"strength": settings.pop("strength"), "preserve": "color"} | settings
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlideReport:
     """What became of a slide.
@@ -73,7 +77,7 @@ class SlideReport:
     Attributes:
         out: The file that was written.
         status: "normalized", or "no_tissue": written with its own colours.
-        method: What was asked for.
+        method: Method of normalisation.
         width_px: Width of the finest level.
         height_px: Height of the finest level.
         mpp: Its scale.
@@ -81,9 +85,9 @@ class SlideReport:
         num_tiles: Tiles of the finest level.
         num_bytes: Size of the file.
         tissue: Share of tissue, 0 to 1.
-        seam_ratio: Of the result's tiles, see `cytosyn_aug.slides.seams`; None where too little is
-            tissue.
-        seam_ratio_before: The same of the slide's own colours.
+        seam_ratio: Mean step of colour at the borders of the result's tiles over that inside of
+            them; None where too little is tissue.
+        seam_ratio_before: Seam ratio of the slide's own colours.
         damaged: Corners, in level-0 pixels, of blocks that could not be decoded and are black.
         notes: Remarks on the slide.
         source_digest: OpenSlide's hash of the slide, "" where there is none.
@@ -93,7 +97,7 @@ class SlideReport:
     """
 
     out: Path
-    status: Literal["normalized", "no_tissue"]
+    status: Status
     method: Method
     width_px: int
     height_px: int

@@ -1,4 +1,4 @@
-"""Seams: whether the colour of tissue steps more at the borders of tiles than inside them.
+"""Seam ratio: steps of tissue colour at the borders of tiles over steps inside of them.
 
 Mean tissue colours of the two lines of pixels on both sides of a border are compared, in quarters
 of the tile's side, and so are those on both sides of each tile's middle. The ratio of the mean

@@ -1,4 +1,4 @@
-"""Work done by threads ahead of its use, in order, so that results do not depend on their number.
+"""Ordered results of threads that work ahead of their use, whatever the number of threads.
 
 Only for what leaves the interpreter while it works: reading slides, numpy, compression.
 """
@@ -24,20 +24,20 @@ def in_order(
 
     Args:
         function: Called in threads.
-        items: Asked for one at a time.
+        items: Arguments, taken one at a time.
         num_threads: At least 1.
     """
     if num_threads < 1:
         raise ValueError(f"num_threads is {num_threads}, expected at least 1")
-    waiting: deque[Future[_Out]] = deque()
+    pending: deque[Future[_Out]] = deque()
     with ThreadPoolExecutor(num_threads) as pool:
         try:
             for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) >= 2 * num_threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+                pending.append(pool.submit(function, item))
+                if len(pending) >= 2 * num_threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         finally:
-            for future in waiting:
+            for future in pending:
                 future.cancel()

@@ -1,4 +1,4 @@
-"""A slide, or a region of it, at one scale, cut into blocks that are read one at a time.
+"""View of a slide, or of a region of it, at one scale, which is read one block at a time.
 
 At the slide's own scale blocks are its very pixels. At a coarser one they are reduced with a
 Lanczos filter from the nearest finer level, with a margin, so that neither blocks nor regions show
@@ -23,7 +23,7 @@ _LANCZOS_PX = 3
 
 
 class SlideView(NamedTuple):
-    """What is shown of a slide.
+    """Region of a slide at one scale.
 
     Attributes:
         x_level0: Column of its corner.
@@ -57,7 +57,7 @@ class SlideView(NamedTuple):
         Raises:
             SlideError: The region is not inside the slide, or the slide is coarser than `mpp`.
         """
-        name, own = slide.file.name, slide.scale.mpp
+        name, slide_mpp = slide.file.name, slide.scale.mpp
         x, y, width, height = region or (0, 0, slide.width_level0, slide.height_level0)
         is_inside = x + width <= slide.width_level0 and y + height <= slide.height_level0
         if min(x, y) < 0 or min(width, height) < 1 or not is_inside:
@@ -66,19 +66,21 @@ class SlideView(NamedTuple):
                 f"y={y} of {width}x{height} px is not inside; give x, y, width, height in pixels "
                 "of level 0"
             )
-        ratio = 1.0 if mpp is None else mpp / own
+        ratio = 1.0 if mpp is None else mpp / slide_mpp
         if not ratio * _SAME_SCALE >= 1:
             raise SlideError(
-                f"{name} has {own:.4g} microns/pixel, coarser than the wanted {mpp:g}; enlarging "
-                "would invent detail: leave mpp out to keep the slide's own scale"
+                f"{name} has {slide_mpp:.4g} microns/pixel, coarser than the wanted {mpp:g}; "
+                "enlarging would invent detail: leave mpp out to keep the slide's own scale"
             )
         if ratio <= _SAME_SCALE:
-            return cls(x, y, width, height, own, 1.0, 0, 1.0)
+            return cls(x, y, width, height, slide_mpp, 1.0, 0, 1.0)
         fine = [k for k, d in enumerate(slide.downsamples) if d <= ratio * _LEVEL_TOLERANCE]
         wide, high = int(width / ratio), int(height / ratio)
         if min(wide, high) < 1:
             raise SlideError(f"{name}: {width}x{height} px leave nothing at {mpp:g} microns/pixel")
-        return cls(x, y, wide, high, own * ratio, ratio, fine[-1], slide.downsamples[fine[-1]])
+        return cls(
+            x, y, wide, high, slide_mpp * ratio, ratio, fine[-1], slide.downsamples[fine[-1]]
+        )
 
     def read(self, slide: Slide, x: int, y: int, side: int) -> np.ndarray:
         """Return the block at a position, smaller than `side` squared only at the far edges.

@@ -1,5 +1,7 @@
+import json
 import shutil
 from collections import namedtuple
+from types import SimpleNamespace
 
 import numpy as np
 import openslide
@@ -20,10 +22,10 @@ from cytosyn_aug import (
 from cytosyn_aug.cli.main import main
 from cytosyn_aug.images import optical_density
 from cytosyn_aug.io.files import atomic_file
-from cytosyn_aug.io.slide import SlideError
+from cytosyn_aug.io.slide import Slide, SlideError
 from cytosyn_aug.slides import normalize as whole_slides
-from cytosyn_aug.slides.normalize import normalize_slide
-from cytosyn_aug.slides.pyramid import TILE_PX, halve
+from cytosyn_aug.slides.normalize import normalize_slide, provenance_of
+from cytosyn_aug.slides.pyramid import OME_NAMESPACE, TILE_PX, Codec, PyramidWriter, halve
 from cytosyn_aug.slides.recipe import SlideRecipe
 from cytosyn_aug.slides.seams import SeamMeter, tile_lines
 from cytosyn_aug.stain.density import tissue_weight
@@ -309,7 +311,6 @@ def test_what_a_slide_cannot_give_is_refused(slide, reference, tmp_path, changed
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"preserve": "none"}, "slides are normalised with 'color' only"),
         ({"strength": 1.5}, "strength is 1.5"),
         ({"quality": 10}, "quality is 10"),
         ({"max_tiles": 0}, "max_tiles is 0"),
@@ -321,6 +322,39 @@ def test_what_a_slide_cannot_give_is_refused(slide, reference, tmp_path, changed
 def test_a_recipe_that_cannot_be_is_refused(changed, said):
     with pytest.raises(ValueError, match=said):
         SlideRecipe(**changed)
+
+
+@pytest.mark.parametrize(
+    "comment",
+    [
+        "",
+        "Aperio Image Library |MPP = 0.5",
+        "<OME><Image>",
+        '<OME xmlns="elsewhere"><Image><Description>{"a": 1}</Description></Image></OME>',
+        f'<OME xmlns="{OME_NAMESPACE}"><Image><Description>a note</Description></Image></OME>',
+        f'<OME xmlns="{OME_NAMESPACE}"><Image/></OME>',
+    ],
+)
+def test_files_of_other_software_state_no_provenance(comment):
+    assert provenance_of(SimpleNamespace(comment=comment)) == {}
+
+
+def test_what_a_file_states_is_read_back_whatever_it_holds(tmp_path):
+    provenance = {"name": "<Description>]]>&amp;\u00e9\u4e2d{}</Description>"}
+    tile, codec = np.full((30, 20, 3), 200, np.uint8), Codec()
+    with (tmp_path / "a.tif").open("wb") as stream:
+        writer = PyramidWriter(stream, 20, 30, mpp=0.5, codec=codec)
+        writer.add(codec.encode_tile(tile), halve(tile))
+        writer.finish(json.dumps(provenance, ensure_ascii=False))
+    with Slide(tmp_path / "a.tif", mpp=0.5) as written:
+        assert provenance_of(written) == provenance
+
+
+def test_a_file_states_its_recipe_as_those_of_earlier_versions(made):
+    with Slide(made.out, mpp=0.5) as written:
+        recipe = provenance_of(written)["recipe"]
+    assert list(recipe)[:3] == ["strength", "preserve", "region"]
+    assert recipe["preserve"] == "color"
 
 
 def test_existing_files_are_safe(slide, reference, source, made, tmp_path):
