@@ -140,6 +140,7 @@ def test_all_arguments_are_written(generator, reference):
     assert again.p == p
 
 
+@pytest.mark.slow
 def test_another_process_reads_it_without_this_ones_model(generator, reference, image, tmp_path):
     transform = caa.StainNormalize(generator, reference, recipe=FAST)
     alb.save(transform, str(tmp_path / "pipeline.json"))

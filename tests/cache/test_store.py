@@ -624,6 +624,7 @@ def test_a_handle_that_ends_writes_what_it_holds(tmp_path):
     assert check(LatentCache.open(tmp_path), [1]) == [True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["", "raise SystemExit(3)", "1 / 0"])
 def test_a_script_that_ends_writes_what_it_holds(tmp_path, ending):
     with LatentCache.open(tmp_path, SPEC):
@@ -653,6 +654,7 @@ class Puts(Dataset):
         return index
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_dataloader_workers_write_what_they_hold(tmp_path, method):

@@ -74,6 +74,7 @@ def normalise_as_imagenet(generator):
     generator.encoder.register_to_config(mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("break_it", "noticed"),
     [
@@ -92,6 +93,7 @@ def test_a_broken_part_is_noticed(samples, break_it, noticed):
     assert any(noticed in name for name in failures(generator, samples))
 
 
+@pytest.mark.slow
 def test_other_pixel_statistics_make_the_features_worse(samples):
     generator = TileGenerator.from_pretrained()
     checks = {c.name: c for c in examine(generator, samples, steps=2)}
@@ -102,6 +104,7 @@ def test_other_pixel_statistics_make_the_features_worse(samples):
     assert wrong.value > checks[name].value
 
 
+@pytest.mark.slow
 def test_without_an_encoder_the_condition_is_not_verified(samples):
     generator = TileGenerator.from_pretrained(encoder=None)
     text = verdict(list(examine(generator, samples, steps=STEPS)))
@@ -150,6 +153,7 @@ def test_features_of_the_samples_may_come_from_elsewhere(samples, tmp_path, caps
     assert "3 rows of features for 4 tiles" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_commands_print_facts_and_write_the_report(tmp_path, capsys):
     assert main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)

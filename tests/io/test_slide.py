@@ -196,6 +196,7 @@ def test_a_generic_tiff_has_the_scale_of_its_resolution(tmp_path):
         assert len(slide.downsamples) == 2
 
 
+@pytest.mark.slow
 def test_a_thumbnail_shows_the_slide_and_says_what_it_could_not_read(synthetic_slide):
     grid = "#...\n....\n...#\n...."
     file = synthetic_slide(grid=grid, side=512)

@@ -99,6 +99,7 @@ def test_a_slide_of_each_vendor_is_read_as_it_was_written(folder, name):
                 assert_alike(slide.read_tile(x, y, reading), np.asarray(expected))
 
 
+@pytest.mark.slow
 def test_a_folder_of_all_vendors_becomes_tiles(folder, small, laboratories, tmp_path):
     work = Work(progress=False)
     reference = MacenkoReference.fit(synthetic_tiles(3, seed=7))

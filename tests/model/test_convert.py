@@ -380,6 +380,7 @@ def written(checkpoint, tmp_path):
     return write
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["ema", "model"])
 def test_a_repae_checkpoint_becomes_a_model_folder(checkpoint, written, tmp_path, weights):
     out = convert(written(), tmp_path / "out", tile=TILE, num_heads=2, weights=weights)
@@ -399,6 +400,7 @@ def test_a_repae_checkpoint_becomes_a_model_folder(checkpoint, written, tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0400000.pt", "out"]
 
 
+@pytest.mark.slow
 def test_half_precision_rounds_weights_but_not_latent_statistics(checkpoint, written, tmp_path):
     out = convert(written(), tmp_path / "out", tile=TILE, num_heads=2, dtype=torch.float16)
     stored = load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
@@ -406,6 +408,7 @@ def test_half_precision_rounds_weights_but_not_latent_statistics(checkpoint, wri
     assert torch.equal(stored["bn.running_var"], checkpoint["ema"]["bn.running_var"])
 
 
+@pytest.mark.slow
 def test_a_sit_checkpoint_needs_time_and_statistics(checkpoint, written, tmp_path):
     sit = {k: v for k, v in checkpoint["ema"].items() if not k.startswith(("bn.", "projectors."))}
     args = argparse.Namespace(path_type="Linear", prediction="velocity")
@@ -437,6 +440,7 @@ def test_statistics_become_mean_and_variance():
     assert state["bn.running_var"].tolist() == [4, 4, 4, 4]
 
 
+@pytest.mark.slow
 def test_given_statistics_win_over_those_of_the_weights(checkpoint, written, tmp_path):
     # As REPA-E's save_vae_weights.py extracts them, here of the other weights.
     bn = {k: v.view(1, -1, 1, 1) for k, v in checkpoint["model"].items() if k.startswith("bn.r")}
@@ -451,6 +455,7 @@ def test_given_statistics_win_over_those_of_the_weights(checkpoint, written, tmp
     assert not torch.equal(network.bn.running_mean, checkpoint["ema"]["bn.running_mean"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_separate_autoencoder_wins(checkpoint, written, tmp_path, wrapped):
     other = randomise(CompVis((32, 32, 64, 64), layers=1), seed=9).state_dict()

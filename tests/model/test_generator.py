@@ -163,6 +163,7 @@ def test_compiled_networks_are_few_graphs_and_compute_the_same(student_folder, t
         assert count_graphs.frame_count == num_graphs
 
 
+@pytest.mark.slow
 def test_a_compiled_model_goes_on_when_memory_runs_out_again_and_again(model_folder, count_graphs):
     generator = TileGenerator.from_pretrained(model_folder, batch_size=32)
     generator.compile()

@@ -255,6 +255,7 @@ def test_a_second_call_fetches_nothing_again(hub):
     assert not [file for command, file in hub.requests if command == "GET" and file]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gates", ["files", "everything"])
 def test_a_gated_repository_opens_for_a_token_with_access(hub, gates):
     hub.gates = gates
@@ -283,6 +284,7 @@ def test_the_card_that_a_refusal_left_in_the_cache_is_no_model(hub):
     assert_told(hub.find(), "ConnectionError", "only partly in the cache", "connect")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("refuses", "token", "kind", "texts"),
     [

@@ -56,6 +56,7 @@ def test_a_pickle_holds_no_weights(folder):
     assert len(pickle.dumps(TileGenerator.from_pretrained(folder))) < 2_000
 
 
+@pytest.mark.slow
 def test_another_process_loads_at_first_use_and_gives_the_same(folder, tmp_path):
     generator = TileGenerator.from_pretrained(folder)
     tiles = synthetic_tiles(2)
@@ -76,6 +77,7 @@ def test_another_process_loads_at_first_use_and_gives_the_same(folder, tmp_path)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_spawned_worker_transforms(generator):
     reference = StainReference.fit(generator, synthetic_tiles(3, seed=5))
     transform = StainNormalize(generator, reference)

@@ -79,6 +79,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("convert", [lambda x: x, lambda x: x / 255], ids=["uint8", "float32"])
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("num_parts", [1, 8])

@@ -38,6 +38,7 @@ def assert_same_weights(loaded, original, **tolerance):
             torch.testing.assert_close(state[key], value, **tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_shards", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_every_stored_type_loads(tmp_path, dtype, num_shards):

@@ -46,6 +46,7 @@ def test_units_are_measured(run):
     assert "bytes of memory a tile" in run("units", "--tiles", "512")
 
 
+@pytest.mark.slow
 def test_a_slide_is_measured_beside_each_tile_alone(run, synthetic_slide, tmp_path):
     pytest.importorskip("tifffile", reason="without tifffile no slide is measured")
     slide = synthetic_slide(grid="###\n###", side=448, mpp="0.5", power="20")
@@ -53,6 +54,7 @@ def test_a_slide_is_measured_beside_each_tile_alone(run, synthetic_slide, tmp_pa
     assert "each tile alone" in out
 
 
+@pytest.mark.slow
 def test_samplers_are_timed_beside_their_distance(run, tmp_path):
     from cytosyn_aug import TileGenerator
 

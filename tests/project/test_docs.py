@@ -188,6 +188,7 @@ def test_the_readmes_tree_names_every_package():
     assert found <= listed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "said"),
     [

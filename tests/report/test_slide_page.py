@@ -50,6 +50,7 @@ def made(slide, tmp_path_factory):
     return out, normalize_slide(slide, out, reference, recipe=LOSSLESS)
 
 
+@pytest.mark.slow
 def test_the_file_says_its_seams_and_the_report_repeats_them(made, slide):
     out, said = made
     page = offline.report(out, source=slide)

@@ -157,6 +157,7 @@ def all_records(folder, run):
     return {name: field.tolist() for name, field in found.fields.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["png", "tar", "latents", "cache", "sample"])
 def test_killed_anywhere_and_run_again_it_is_the_same(
     tree, tmp_path, model_folder, laboratories, kind
@@ -275,6 +276,7 @@ PLAIN_PROCESSOR = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() == "DEFAULT",
     reason="this processor has nothing to leave away: another kind of machine is not verified",
@@ -535,6 +537,7 @@ def test_python_has_the_options_of_the_commands_with_their_defaults(words, funct
         assert value == expected or expected is Parameter.empty or not is_set, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [["--steps", "0"], ["--guidance-scale", "nan"]])
 def test_settings_that_cannot_be_drawn_with_do_not_lock_a_folder(
     tree, tmp_path, model_folder, laboratories, capsys, wrong

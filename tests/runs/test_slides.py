@@ -65,6 +65,7 @@ def normalize(slides, out, reference, **changes):
     return offline.normalize_slides(slides, out, **settings | changes)
 
 
+@pytest.mark.slow
 def test_every_slide_is_what_normalize_slide_makes_and_has_a_row(
     slides, reference, normalised, tmp_path
 ):
@@ -238,6 +239,7 @@ def test_a_dry_run_tells_bytes_and_hours(slides, reference, normalised, tmp_path
     assert (told["units_to_do"], told["unusable"], told["output_bytes"]) == (1, 1, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_slides", [1, 5, 8])
 def test_a_dry_run_tries_three_slides_however_many_there_are(
     reference, tmp_path, monkeypatch, num_slides

@@ -30,6 +30,7 @@ def no_change():
         yield
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_slide(tmp_path):
     def peak(num_rows):
         picture = np.full((num_rows * TILE_PX, TILE_PX, 3), (186, 112, 170), np.uint8)

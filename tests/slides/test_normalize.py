@@ -84,6 +84,7 @@ def read(file, level=0):
         return np.asarray(opened.read_region((0, 0), level, size).convert("RGB"))
 
 
+@pytest.mark.slow
 def test_the_result_is_a_slide_of_the_same_size_and_scale(made):
     with openslide.OpenSlide(made.out) as opened:
         assert opened.dimensions == (WIDTH, HEIGHT) == (made.width_px, made.height_px)
@@ -105,6 +106,7 @@ def test_glass_keeps_its_bits_and_tissue_changes(made):
     assert made.tissue == pytest.approx(weight.mean(), abs=0.005)
 
 
+@pytest.mark.slow
 def test_every_colour_becomes_one_colour_wherever_it_is(made):
     before, after = (x.astype(np.int64) @ [1 << 16, 1 << 8, 1] for x in (PICTURE, read(made.out)))
     number = len(np.unique(before))

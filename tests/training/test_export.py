@@ -17,6 +17,7 @@ def write_report(folder, digest):
     return CardSources(reports={"student": folder})
 
 
+@pytest.mark.slow
 def test_a_model_whose_encoder_is_not_copied_is_known_together_with_it(tmp_path):
     parts = random_parts()
     h0_mini = tmp_path / "h0_mini.safetensors"

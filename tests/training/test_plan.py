@@ -20,6 +20,7 @@ from training.stages.sit import build_transformer
 from training.stages.vae import build_vae
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", TRAINED)
 @pytest.mark.parametrize("name", ["tiny", "smoke", "xl"])
 def test_every_recipe_has_a_plan(name, stage):

@@ -107,6 +107,7 @@ class Strengths(Dataset):
         return self.transform.make_params([self.image])["strengths"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_the_epoch_reaches_workers_that_persist(context):
     reference = MacenkoReference.fit(synthetic_tiles(2))

@@ -247,6 +247,7 @@ def test_the_cost_of_a_step_is_what_was_counted(generator, tiles):
     assert bank.seconds_per_step(4, make=0.0, decode=1.0) == decoded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("p", "reuse", "max_age", "within"),
     [(1.0, 4, 2, 0), (1.0, 4, 10, 0), (1.0, 9, 11, 0), (0.5, 4, None, 0.15), (0.5, 8, 12, 0.15)],

@@ -75,6 +75,7 @@ def test_a_store_reads_a_split_by_index(stage):
         TileStore(folder, "test")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_store_can_be_used_in_other_processes(stage, method):
     store = TileStore(stage[0], "train")

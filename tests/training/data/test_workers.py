@@ -52,6 +52,7 @@ def test_a_unit_that_kills_its_process_is_named_and_the_rest_is_done():
     assert results[7] == Death("its process died (3): a crash, or no memory, in each of 2 attempts")
 
 
+@pytest.mark.slow
 def test_a_unit_that_hangs_is_named_and_the_rest_is_done():
     results = dict(run_units(hang_on_seven, range(6, 9), 2, timeout_s=4.0))
     assert (results[6], results[8]) == (6, 8)

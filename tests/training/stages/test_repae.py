@@ -138,6 +138,7 @@ def _inputs(stage):
     return stage._batch(change_stain(images, draws.maps)), draws
 
 
+@pytest.mark.slow
 def test_a_compiled_step_has_the_gradients_of_an_eager_one():
     """Traced with its backward pass, which must not meet statistics that moved meanwhile."""
     found = []
@@ -225,6 +226,7 @@ def test_a_resumed_run_is_bit_equal_to_an_undisturbed_one(tmp_path):
             assert torch.equal(value, parts[key][name]), name
 
 
+@pytest.mark.slow
 def test_training_lowers_reconstruction_and_velocity(tmp_path):
     loop = replace(smoke_repae().loop, num_steps=12, report_every_steps=12, warmup_steps=2)
     stage = make_stage()
