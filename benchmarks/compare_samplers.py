@@ -51,7 +51,7 @@ from training.evaluation.extractors import load_extractor
 from training.evaluation.metrics import principal_components
 from training.evaluation.result_store import ResultStore
 from training.evaluation.scores import ReferenceSet
-from training.evaluation.scores import compare as score
+from training.evaluation.scores import score_features as score
 
 FORWARDS = (1, 2, 4, 8)
 NUM_COMPONENTS = 16

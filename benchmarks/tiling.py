@@ -38,8 +38,8 @@ from cytosyn_aug.io.tissue import (
     tile_quality,
 )
 from training.data.cutting import CutUnit, ScanUnit, TileRecipe, cut, scan
-from training.data.sources import list_slides
-from training.data.workers import Death, run_units
+from training.data.sources import list_slide_sources
+from training.data.workers import DeadUnit, run_units
 
 Corners = list[tuple[int, int]]
 
@@ -115,7 +115,7 @@ def compare_processes(file: Path, repeats: int, num_workers: int, copies: int) -
             (out / name).mkdir(parents=True)
         for k in range(num_workers * copies):
             (slides / f"copy{k}{file.suffix}").symlink_to(file.resolve())
-        sources = list_slides(slides).sources
+        sources = list_slide_sources(slides).sources
         scans = {s.slide: scan(ScanUnit(s, recipe, out, False)) for s in sources}
         units = [
             CutUnit(s, recipe, out, scans[s.slide], "train", scans[s.slide].num_candidates)
@@ -145,7 +145,7 @@ def rate(units: list[CutUnit], num_workers: int) -> Rate:
         meetings = [Meeting(Path(temporary), k, num_workers) for k in range(num_workers)]
         began, seconds, done = 0.0, 0.0, 0
         for unit, answer in run_units(meet_or_cut, [*meetings, *units], num_workers):
-            assert not isinstance(answer, Death)
+            assert not isinstance(answer, DeadUnit)
             if isinstance(unit, Meeting):
                 began = began or time.monotonic()
             else:

@@ -15,7 +15,7 @@ from cytosyn_aug.model.encoder import StainProbe, TileEncoder
 from cytosyn_aug.model.parts import load_strictly
 from cytosyn_aug.model.transformer import SiT
 from training import recipes
-from training.data.batches import Tiles, identify, load_tiles, open_tiles, spread_evenly
+from training.data.batches import TilesOfSplit, identify, load_tiles, open_split, spread_evenly
 from training.engine.checkpoints import is_run
 from training.engine.loop import Stage
 from training.engine.weights import bare_autoencoder, load_stage, mean_weights, stage_weights
@@ -89,27 +89,27 @@ def build_stage(
     """
     train, val = data / "train", data / "val"
     if isinstance(recipe, VaeRecipe):
-        return VaeStage(recipe, open_tiles(train), open_tiles(val), device, compiles)
+        return VaeStage(recipe, open_split(train), open_split(val), device, compiles)
     if isinstance(recipe, EncoderRecipe):
         cache = run_folder / "teacher"
         return EncoderStage(recipe, load_tiles(train), load_tiles(val), device, cache, compiles)
     vae = load_vae(inputs)
     if isinstance(recipe, DecoderRecipe):
-        return DecoderStage(recipe, open_tiles(train), open_tiles(val), vae, device, compiles)
+        return DecoderStage(recipe, open_split(train), open_split(val), vae, device, compiles)
     encoder = load_tile_encoder(inputs)
     if isinstance(recipe, RepaeRecipe):
-        tiles = open_tiles(train)
+        tiles = open_split(train)
         networks = (vae, _untaught_transformer(inputs, vae, encoder, tiles), encoder)
-        return RepaeStage(recipe, tiles, open_tiles(val), *networks, device, compiles)
+        return RepaeStage(recipe, tiles, open_split(val), *networks, device, compiles)
     space = LatentSpace(vae.to(device), encoder.to(device))
     assert inputs.latents is not None
     views = StoredViews(inputs.latents)
     views.check(space)
     if isinstance(recipe, SitRecipe):
-        return SitStage(recipe, views, open_tiles(val), space, compiles)
+        return SitStage(recipe, views, open_split(val), space, compiles)
     assert inputs.teacher is not None
     teacher = load_transformer(inputs, inputs.teacher)
-    return DistilStage(recipe, views, open_tiles(val), space, teacher, compiles)
+    return DistilStage(recipe, views, open_split(val), space, teacher, compiles)
 
 
 def write_latents(
@@ -117,7 +117,7 @@ def write_latents(
 ) -> int:
     """Run the latents stage; see `training.stages.latents.write_views`."""
     space = LatentSpace(load_vae(inputs).to(device), load_tile_encoder(inputs).to(device))
-    tiles = open_tiles(data / "train")
+    tiles = open_split(data / "train")
     return write_views(space, tiles, find_latents_recipe(name), folder, identify(data))
 
 
@@ -233,7 +233,7 @@ def load_transformer(inputs: StageInputs, source: Path) -> SiT:
 
 
 def _untaught_transformer(
-    inputs: StageInputs, vae: AutoencoderKL, encoder: TileEncoder, tiles: Tiles
+    inputs: StageInputs, vae: AutoencoderKL, encoder: TileEncoder, tiles: TilesOfSplit
 ) -> SiT:
     """Return a transformer with projector: of a source if given, else untaught.
 

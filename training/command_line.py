@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # --help, and what is wrong with options, come without torch
     from torch import Tensor
 
     from training.data.cutting import TileRecipe
-    from training.data.sources import Listing, Named
+    from training.data.sources import Named, SlideListing
 
 _STAGES = {  # what it does, as a sentence, and the end of an example
     "tile": (
@@ -378,7 +378,7 @@ def _inputs(args: argparse.Namespace) -> StageInputs:
 
 
 def _tile(args: argparse.Namespace) -> int:
-    from training.data.tiles import describe, make_tiles
+    from training.data.tiles import make_tiles, plan_tiles
 
     if args.verify:
         return _verify(args.out)
@@ -391,7 +391,7 @@ def _tile(args: argparse.Namespace) -> int:
         print(note, file=sys.stderr)
     _print_names("refused", listing.refused)
     if args.dry_run:
-        plan = describe(listing, recipe, args.workers)
+        plan = plan_tiles(listing, recipe, args.workers)
         print(json.dumps(plan, indent=1))
         return 1 if plan["failed"] else 0
     summary = make_tiles(
@@ -416,10 +416,10 @@ def _print_names(what: str, named: Sequence[Named]) -> None:
 
 
 def _verify(folder: Path) -> int:
-    from training.data.shards import verify
+    from training.data.shards import verify_tiles
 
     faults = 0
-    for fault in verify(folder):
+    for fault in verify_tiles(folder):
         print(fault, file=sys.stderr)
         faults += 1
     print(f"{folder}: {faults or 'no'} faults")
@@ -438,13 +438,13 @@ def _tile_recipe(name: str) -> TileRecipe:
     return recipe
 
 
-def _list_sources(args: argparse.Namespace, recipe: TileRecipe) -> Listing:
-    from training.data.sources import list_slides
+def _list_sources(args: argparse.Namespace, recipe: TileRecipe) -> SlideListing:
+    from training.data.sources import list_slide_sources
     from training.data.tile_folders import list_tiles
 
     if args.tiles is not None:
         return list_tiles(args.tiles, table=args.slides_csv)
-    return list_slides(
+    return list_slide_sources(
         args.slides,
         manifest=args.manifest,
         table=args.slides_csv,
@@ -531,7 +531,7 @@ def _export(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from cytosyn_aug.model.checkpoint import load_model
     from cytosyn_aug.model.generator import TileGenerator
-    from training.data.batches import open_tiles
+    from training.data.batches import open_split
     from training.engine.loop import recipe_dict
     from training.evaluation.evaluate import Evaluation, evaluate
     from training.plan import plan_evaluation
@@ -545,7 +545,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(json.dumps(recipe_dict(config), indent=1, default=str))
         assert generator.folder is not None  # it came from there
-        num_held_out = len(open_tiles(args.data / "val", generator.tile.size_px))
+        num_held_out = len(open_split(args.data / "val", generator.tile.size_px))
         print(plan_evaluation(load_model(generator.folder), config, num_held_out))
         return 0
     print(json.dumps(evaluate(generator, args.data, args.out, config), indent=2))

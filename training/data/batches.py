@@ -61,7 +61,7 @@ class TileSet:
         return self.names[row] if self.names else f"tile {row}"
 
 
-class Tiles(Protocol):
+class TilesOfSplit(Protocol):
     """Tiles of one split, wherever they are kept."""
 
     def __len__(self) -> int: ...
@@ -80,7 +80,7 @@ class Tiles(Protocol):
         ...
 
 
-def open_tiles(folder: Path, size_px: int = 224, max_bytes: int = 16 * 2**30) -> Tiles:
+def open_split(folder: Path, size_px: int = 224, max_bytes: int = 16 * 2**30) -> TilesOfSplit:
     """Return one split, read into memory, or left in its shards if it is larger than `max_bytes`.
 
     Args:
@@ -98,7 +98,7 @@ def open_tiles(folder: Path, size_px: int = 224, max_bytes: int = 16 * 2**30) ->
     return load_tiles(folder, size_px)
 
 
-def spread_evenly(tiles: Tiles, num: int) -> Tensor:
+def spread_evenly(tiles: TilesOfSplit, num: int) -> Tensor:
     """Return up to `num` tiles, spread evenly over the split, uint8 [n, 3, H, W]."""
     return tiles.take(evenly_spaced(len(tiles), num))
 

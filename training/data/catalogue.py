@@ -25,7 +25,7 @@ from cytosyn_aug.config import config_digest
 from cytosyn_aug.io.files import atomic_file, write_atomically
 from training.data.cutting import CutUnit, Receipt, Scan, TileRecipe, part_file
 from training.data.shards import DATASET_NAME, FORMAT_VERSION, TABLE_NAME, TILE_SCHEMA, file_sha256
-from training.data.sources import Listing, Named, Source
+from training.data.sources import Named, SlideListing, SlideSource
 from training.data.splits import UNSEEN, Assignment, Member, count_by_split
 from training.data.tile_folders import PROVENANCE
 
@@ -41,7 +41,7 @@ _FAILURE_COLUMNS = ("slide", "x_level0", "y_level0", "error")
 class Outcome(NamedTuple):
     """Everything a run has found and made; scans and receipts by slide."""
 
-    listing: Listing
+    listing: SlideListing
     recipe: TileRecipe
     splits: Assignment
     scans: Mapping[str, Scan]
@@ -49,7 +49,7 @@ class Outcome(NamedTuple):
     receipts: Mapping[str, Receipt]
 
 
-class Summary(NamedTuple):
+class TileSummary(NamedTuple):
     """What is in the folder: slides and tiles, and by name what is not."""
 
     num_slides: int
@@ -57,7 +57,7 @@ class Summary(NamedTuple):
     failures: tuple[Named, ...]
 
 
-def publish(out: Path, outcome: Outcome) -> Summary:
+def publish(out: Path, outcome: Outcome) -> TileSummary:
     """Join the rows of all slides, write the tables and, last, `dataset.json`."""
     units = [unit for unit in outcome.units if outcome.receipts[unit.source.slide].digest]
     units.sort(key=lambda unit: (unit.split, unit.source.slide))
@@ -75,7 +75,7 @@ def publish(out: Path, outcome: Outcome) -> Summary:
         "codec": "webp, lossless",
         "recipe": asdict(outcome.recipe),
         "recipe_digest": config_digest(outcome.recipe),
-        "software": software(),
+        "software": tile_software(),
         "splits": splits,
         "divided_sites": outcome.splits.divided_sites,
         "num_failures": len(failures),
@@ -85,10 +85,10 @@ def publish(out: Path, outcome: Outcome) -> Summary:
     named = tuple(
         Named(slide if x < 0 else f"{slide} tile {x}_{y}", error) for slide, x, y, error in failures
     )
-    return Summary(len(units), sum(count["tiles"] for count in splits.values()), named)
+    return TileSummary(len(units), sum(count["tiles"] for count in splits.values()), named)
 
 
-def software() -> dict[str, str | None]:
+def tile_software() -> dict[str, str | None]:
     """Return the versions that decide pixels and bytes."""
     return {
         "openslide": openslide.__library_version__,
@@ -98,7 +98,7 @@ def software() -> dict[str, str | None]:
     }
 
 
-def members(sources: Iterable[Source]) -> list[Member]:
+def members(sources: Iterable[SlideSource]) -> list[Member]:
     """Return what splits know of slides."""
     return [Member(s.slide, s.patient, s.site, s.project) for s in sources]
 
@@ -152,7 +152,9 @@ def _slide_rows(outcome: Outcome) -> list[tuple[object, ...]]:
     return sorted(rows, key=lambda row: str(row[0]))
 
 
-def _slide_row(outcome: Outcome, source: Source, quotas: Mapping[str, int]) -> tuple[object, ...]:
+def _slide_row(
+    outcome: Outcome, source: SlideSource, quotas: Mapping[str, int]
+) -> tuple[object, ...]:
     scan = outcome.scans[source.slide]
     receipt = outcome.receipts.get(source.slide, Receipt(slide=source.slide))
     errors = [e for e in (scan.error, *(f.error for f in receipt.failures if f.x_level0 < 0)) if e]
@@ -179,7 +181,7 @@ def _slide_row(outcome: Outcome, source: Source, quotas: Mapping[str, int]) -> t
     )
 
 
-def _keep_provenance(out: Path, listing: Listing) -> list[str]:
+def _keep_provenance(out: Path, listing: SlideListing) -> list[str]:
     """Copy the tables that came with given tiles; `source` in the table of tiles refers to them."""
     kept = []
     if listing.sources and listing.sources[0].tiles:

@@ -42,7 +42,7 @@ from training.data.candidates import (
     take,
 )
 from training.data.shards import TILE_SCHEMA
-from training.data.sources import Source, check_split_name
+from training.data.sources import SlideSource, check_split_name
 from training.data.splits import UNSEEN, QuotaBy, keep_apart, rank
 
 
@@ -108,7 +108,7 @@ class Scan:
 class ScanUnit(NamedTuple):
     """A slide to scan into a folder."""
 
-    source: Source
+    source: SlideSource
     recipe: TileRecipe
     folder: Path
     check_md5: bool = False
@@ -122,7 +122,7 @@ class ScanUnit(NamedTuple):
 class CutUnit(NamedTuple):
     """A scanned slide to cut into a folder, with its split and quota."""
 
-    source: Source
+    source: SlideSource
     recipe: TileRecipe
     folder: Path
     scan: Scan

@@ -177,7 +177,7 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def verify(folder: Path) -> Iterator[str]:
+def verify_tiles(folder: Path) -> Iterator[str]:
     """Read every table and tile of a finished stage; yield one sentence a fault.
 
     Raises:

@@ -44,7 +44,7 @@ class GivenTile(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
+class SlideSource:
     """One slide, or the given tiles of one.
 
     Attributes:
@@ -88,23 +88,23 @@ class Named(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Listing:
+class SlideListing:
     """What was found; `notes` are remarks for the user."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[SlideSource, ...]
     refused: tuple[Named, ...] = ()
     failed: tuple[Named, ...] = ()
     notes: tuple[str, ...] = ()
 
 
-def list_slides(
+def list_slide_sources(
     folder: Path,
     *,
     manifest: Path | None = None,
     table: Path | None = None,
     masks: Path | None = None,
     sections: tuple[str, ...] = ("DX",),
-) -> Listing:
+) -> SlideListing:
     """Find slides.
 
     Args:
@@ -118,14 +118,14 @@ def list_slides(
         ValueError: Nothing is found, two slides have one name, or a table is malformed.
     """
     rows = read_table(table) if table else {}
-    sources: list[Source] = []
+    sources: list[SlideSource] = []
     refused: list[Named] = []
     failed: list[Named] = []
     for source in _slide_files(folder, manifest):
         try:
             reason = _refusal(source.file.name, sections)
             if reason is None:
-                sources.append(describe(_with_mask(_found(source), masks), rows))
+                sources.append(with_details(_with_mask(_found(source), masks), rows))
             else:
                 refused.append(Named(source.file.name, reason))
         except ValueError as error:
@@ -138,7 +138,7 @@ def list_slides(
             f"no slide to cut under {folder}; expected {', '.join(SLIDE_SUFFIXES)}"
             + (f"; refused {len(refused)}, such as {refused[0]}" if refused else "")
         )
-    return Listing(tuple(sources), tuple(refused), tuple(failed), notes)
+    return SlideListing(tuple(sources), tuple(refused), tuple(failed), notes)
 
 
 def check_split_name(name: str) -> None:
@@ -147,7 +147,7 @@ def check_split_name(name: str) -> None:
         raise ValueError(f"split {name!r} cannot name a folder here, expected such as train or val")
 
 
-def describe(source: Source, rows: Mapping[str, dict[str, str]]) -> Source:
+def with_details(source: SlideSource, rows: Mapping[str, dict[str, str]]) -> SlideSource:
     """Add what the name says and, over it, what the table says."""
     known = patient_and_site(source.slide)
     if known:
@@ -191,7 +191,7 @@ def unmatched_rows(rows: Mapping[str, object], slides: Iterable[str]) -> tuple[s
     return (f"{len(lost)} rows of the table match no slide, such as {lost[0]}",) if lost else ()
 
 
-def check_names(sources: list[Source]) -> None:
+def check_names(sources: list[SlideSource]) -> None:
     """Refuse names that cannot name a shard, or that two slides share."""
     counts = Counter(source.slide for source in sources)
     twice = sorted(name for name, count in counts.items() if count > 1)
@@ -212,19 +212,19 @@ def check_names(sources: list[Source]) -> None:
         raise ValueError(f"{lacking[:3]} have no split but others do; give all one, or none")
 
 
-def _slide_files(folder: Path, manifest: Path | None) -> Iterator[Source]:
+def _slide_files(folder: Path, manifest: Path | None) -> Iterator[SlideSource]:
     """Yield what a manifest lists, be it there or not, or all slides in a folder."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; expected one with slides")
     if manifest is None:
         for file in sorted(folder.rglob("*")):
             if file.suffix.lower() in SLIDE_SUFFIXES and not file.name.startswith("."):
-                yield Source(slide=file.stem, file=file, patient=file.stem)
+                yield SlideSource(slide=file.stem, file=file, patient=file.stem)
         return
     for entry in read_manifest(manifest):
         places = (folder / entry.file_id / entry.name, folder / entry.name)
         file = next((place for place in places if place.is_file()), places[0])
-        yield Source(
+        yield SlideSource(
             slide=file.stem,
             file=file,
             patient=file.stem,
@@ -233,7 +233,7 @@ def _slide_files(folder: Path, manifest: Path | None) -> Iterator[Source]:
         )
 
 
-def _found(source: Source) -> Source:
+def _found(source: SlideSource) -> SlideSource:
     """Return the source with the size of its file, or with a fault if there is none."""
     if source.file.suffix.lower() not in SLIDE_SUFFIXES:
         raise ValueError(f"is no slide, expected {', '.join(SLIDE_SUFFIXES)}")
@@ -252,7 +252,7 @@ def _refusal(name: str, sections: tuple[str, ...]) -> str | None:
     return f"is a {SECTIONS[barcode.section]} section ({barcode.section}); wanted: {wanted}"
 
 
-def _with_mpp(source: Source, text: str) -> Source:
+def _with_mpp(source: SlideSource, text: str) -> SlideSource:
     try:
         mpp = float(text)
     except ValueError:
@@ -263,7 +263,7 @@ def _with_mpp(source: Source, text: str) -> Source:
     return replace(source, fault=source.fault or fault)
 
 
-def _with_mask(source: Source, masks: Path | None) -> Source:
+def _with_mask(source: SlideSource, masks: Path | None) -> SlideSource:
     if masks is None or source.fault:
         return source
     for suffix in (".png", ".geojson"):

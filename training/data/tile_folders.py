@@ -14,13 +14,13 @@ from pathlib import Path
 
 from training.data.sources import (
     GivenTile,
-    Listing,
     Named,
-    Source,
+    SlideListing,
+    SlideSource,
     check_names,
-    describe,
     read_table,
     unmatched_rows,
+    with_details,
 )
 
 TILE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".tif", ".tiff")
@@ -29,7 +29,7 @@ PROVENANCE = ("slides.csv", "tiles.csv")  # beside given tiles; kept as they are
 _CORNER = re.compile(r"(?:(?P<slide>.+)_)?(?P<x>\d+)_(?P<y>\d+)")
 
 
-def list_tiles(folder: Path, *, table: Path | None = None) -> Listing:
+def list_tiles(folder: Path, *, table: Path | None = None) -> SlideListing:
     """Find tiles cut elsewhere, with the provenance beside them.
 
     A flat folder is grouped by file names `<slide>_<x>_<y>`; if any name is not of that form, all
@@ -38,7 +38,7 @@ def list_tiles(folder: Path, *, table: Path | None = None) -> Listing:
     Args:
         folder: See the module. `tiles.csv` (file, x_level0, y_level0, extent_level0,
             tissue_fraction) and `slides.csv` are read if they are there.
-        table: As for `list_slides`; default: the folder's own `slides.csv`.
+        table: As for `list_slide_sources`; default: the folder's own `slides.csv`.
 
     Raises:
         ValueError: No tiles, or tables that contradict the folder.
@@ -64,19 +64,19 @@ def list_tiles(folder: Path, *, table: Path | None = None) -> Listing:
         split = parts[0] if len(parts) == 3 and parts[0] in SPLIT_NAMES else ""
         groups[split, slide].append(_given_tile(file, names[file], facts))
     sources = [
-        describe(_tile_source(folder, slide, split, tiles), rows)
+        with_details(_tile_source(folder, slide, split, tiles), rows)
         for (split, slide), tiles in sorted(groups.items())
     ]
     check_names(sources)
     notes = unmatched_rows(rows, [s.slide for s in sources])
     if is_flat and not has_corners:
         notes += (f"no slide names in {folder}: all tiles count as one slide, in one split",)
-    return Listing(tuple(sources), failed=tuple(failed), notes=notes)
+    return SlideListing(tuple(sources), failed=tuple(failed), notes=notes)
 
 
-def _tile_source(folder: Path, slide: str, split: str, tiles: list[GivenTile]) -> Source:
+def _tile_source(folder: Path, slide: str, split: str, tiles: list[GivenTile]) -> SlideSource:
     num_bytes = sum(tile.file.stat().st_size for tile in tiles)
-    return Source(
+    return SlideSource(
         slide=slide,
         file=folder,
         patient=slide,

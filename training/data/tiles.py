@@ -29,7 +29,7 @@ from typing import Any
 from cytosyn_aug.config import config_digest
 from cytosyn_aug.io.files import remove_leftovers, write_atomically
 from cytosyn_aug.runs.folder import differences
-from training.data.catalogue import Outcome, Summary, members, publish, software
+from training.data.catalogue import Outcome, TileSummary, members, publish, tile_software
 from training.data.cutting import (
     CutUnit,
     Failure,
@@ -45,7 +45,7 @@ from training.data.cutting import (
     scan_file,
 )
 from training.data.shards import DATASET_NAME, FORMAT_VERSION, file_sha256
-from training.data.sources import Listing, Source
+from training.data.sources import SlideListing, SlideSource
 from training.data.splits import (
     UNSEEN,
     Assignment,
@@ -54,7 +54,7 @@ from training.data.splits import (
     count_by_split,
     slide_quotas,
 )
-from training.data.workers import Death, run_units
+from training.data.workers import DeadUnit, run_units
 
 BYTES_PER_PIXEL = 1.6  # of H&E; measured 80 kB for 224 px, 72 to 95 by scanner and reduction
 SLIDE_BYTES_PER_TILE = 124_000  # TCGA's diagnostic slides: 13.4 TB for 108 M tiles
@@ -62,7 +62,7 @@ TILES_PER_S = 100  # a process
 _FOLDERS = ("work", "work/scans", "work/parts", "work/receipts", "masks", "provenance")
 
 
-def describe(listing: Listing, recipe: TileRecipe, num_workers: int) -> dict[str, Any]:
+def plan_tiles(listing: SlideListing, recipe: TileRecipe, num_workers: int) -> dict[str, Any]:
     """Return what a run would do, from names and sizes alone.
 
     The number of tiles is an upper bound: given tiles are counted, slides are guessed by
@@ -76,7 +76,7 @@ def describe(listing: Listing, recipe: TileRecipe, num_workers: int) -> dict[str
     return {
         "recipe": asdict(recipe),
         "recipe_digest": config_digest(recipe),
-        "software": software(),
+        "software": tile_software(),
         "slides": len(listing.sources),
         "slide_bytes": num_bytes,
         "splits": count_by_split(members(listing.sources), splits.splits),
@@ -94,13 +94,13 @@ def describe(listing: Listing, recipe: TileRecipe, num_workers: int) -> dict[str
 
 
 def make_tiles(
-    listing: Listing,
+    listing: SlideListing,
     recipe: TileRecipe,
     out: Path,
     *,
     num_workers: int = 1,
     check_md5: bool = False,
-) -> Summary:
+) -> TileSummary:
     """Run the stage, or what is left of it.
 
     Args:
@@ -134,7 +134,7 @@ def make_tiles(
         return publish(out, Outcome(listing, recipe, splits, scans, units, receipts))
 
 
-def _splits(sources: Sequence[Source], recipe: TileRecipe) -> Assignment:
+def _splits(sources: Sequence[SlideSource], recipe: TileRecipe) -> Assignment:
     if sources and sources[0].split:
         return Assignment({source.slide: source.split for source in sources}, ())
     shares, seed = recipe.split_shares, recipe.seed
@@ -152,7 +152,7 @@ def _sole_owner(out: Path) -> Iterator[None]:
         yield
 
 
-def _claim(out: Path, sources: Sequence[Source], recipe: TileRecipe) -> None:
+def _claim(out: Path, sources: Sequence[SlideSource], recipe: TileRecipe) -> None:
     """Record whose folder this is, or refuse one that is another run's.
 
     As long as no slide is cut it is nobody's: tables may be corrected after a first attempt. So may
@@ -163,7 +163,7 @@ def _claim(out: Path, sources: Sequence[Source], recipe: TileRecipe) -> None:
     identity: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "recipe": asdict(recipe),
-        "software": software(),
+        "software": tile_software(),
         "slides": {
             s.slide: {k: getattr(s, k) for k in names} | {"num_given": len(s.tiles)}
             for s in sorted(sources, key=lambda s: s.slide)
@@ -188,14 +188,14 @@ def _claim(out: Path, sources: Sequence[Source], recipe: TileRecipe) -> None:
 
 
 def _scan_all(
-    sources: Sequence[Source], recipe: TileRecipe, out: Path, num_workers: int, check_md5: bool
+    sources: Sequence[SlideSource], recipe: TileRecipe, out: Path, num_workers: int, check_md5: bool
 ) -> dict[str, Scan]:
     units = [ScanUnit(source, recipe, out, check_md5) for source in _largest_first(sources)]
     scans = {unit.source.slide: _kept_scan(unit) for unit in units}
     units = [unit for unit in units if scans[unit.source.slide] is None]
     for count, (unit, found) in enumerate(run_units(scan, units, num_workers), 1):
         slide = unit.source.slide
-        result = Scan(slide=slide, error=found.reason) if isinstance(found, Death) else found
+        result = Scan(slide=slide, error=found.reason) if isinstance(found, DeadUnit) else found
         scans[slide] = result
         state = result.error or f"{result.num_candidates} tiles with tissue"
         state += f", DAMAGED: {result.damage}" if result.damage else ""
@@ -220,7 +220,7 @@ def _kept_scan(unit: ScanUnit) -> Scan | None:
 
 
 def _plan(
-    sources: Sequence[Source],
+    sources: Sequence[SlideSource],
     recipe: TileRecipe,
     out: Path,
     scans: Mapping[str, Scan],
@@ -254,7 +254,7 @@ def _cut_all(units: Sequence[CutUnit], num_workers: int) -> dict[str, Receipt]:
         (todo[0].folder / DATASET_NAME).unlink(missing_ok=True)  # not true for a while
     for count, (unit, result) in enumerate(run_units(cut, todo, num_workers), 1):
         slide = unit.source.slide
-        if isinstance(result, Death):
+        if isinstance(result, DeadUnit):
             result = Receipt(slide=slide, failures=(Failure(-1, -1, result.reason),))
         receipts[slide] = result
         counts = f"{result.num_tiles} tiles, {sum(result.rejected.values())} rejected"
@@ -290,7 +290,7 @@ def _bytes(num_tiles: int, recipe: TileRecipe) -> int:
     return round(num_tiles * recipe.tile.size_px**2 * BYTES_PER_PIXEL)
 
 
-def _largest_first(sources: Iterable[Source]) -> list[Source]:
+def _largest_first(sources: Iterable[SlideSource]) -> list[SlideSource]:
     return sorted(sources, key=lambda s: (-s.num_bytes, s.slide))
 
 

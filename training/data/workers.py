@@ -18,31 +18,31 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, NamedTuple, TypeVar
 
-Unit = TypeVar("Unit")
-Result = TypeVar("Result")
+UnitT = TypeVar("UnitT")
+ResultT = TypeVar("ResultT")
 
 _ATTEMPTS = 2
 
 
-class Death(NamedTuple):
+class DeadUnit(NamedTuple):
     """What became of a unit whose process died, or was killed for hanging, every time."""
 
     reason: str
 
 
-class _Worker(Generic[Unit]):
+class _Worker(Generic[UnitT]):
     """A process and the unit it is busy with."""
 
-    def __init__(self, function: Callable[[Unit], object]) -> None:
+    def __init__(self, function: Callable[[UnitT], object]) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=_serve, args=(function, other), daemon=True)
         self.process.start()
         other.close()
-        self.unit: Unit | None = None
+        self.unit: UnitT | None = None
         self.deadline = float("inf")
 
-    def give(self, unit: Unit, timeout_s: float) -> None:
+    def give(self, unit: UnitT, timeout_s: float) -> None:
         self.unit = unit
         self.deadline = time.monotonic() + timeout_s
         with suppress(BrokenPipeError):  # died while idle; its pipe will say so
@@ -55,11 +55,11 @@ class _Worker(Generic[Unit]):
 
 
 def run_units(
-    function: Callable[[Unit], Result],
-    units: Sequence[Unit],
+    function: Callable[[UnitT], ResultT],
+    units: Sequence[UnitT],
     num_workers: int,
     timeout_s: float = 7200.0,
-) -> Iterator[tuple[Unit, Result | Death]]:
+) -> Iterator[tuple[UnitT, ResultT | DeadUnit]]:
     """Call a function on every unit and yield the results as they come.
 
     Args:
@@ -79,7 +79,7 @@ def run_units(
             yield unit, function(unit)
         return
     waiting = deque((unit, 1) for unit in units)
-    workers: dict[_Worker[Unit], int] = {}  # and the attempt it is on
+    workers: dict[_Worker[UnitT], int] = {}  # and the attempt it is on
     try:
         while waiting or any(worker.unit is not None for worker in workers):
             _give_out(function, waiting, workers, num_workers, timeout_s)
@@ -87,7 +87,7 @@ def run_units(
                 unit_done, attempt = worker.unit, workers[worker]
                 assert unit_done is not None
                 worker.unit, worker.deadline = None, float("inf")
-                if not isinstance(answer, Death):
+                if not isinstance(answer, DeadUnit):
                     is_ok, result = answer
                     if not is_ok:
                         raise result
@@ -98,16 +98,16 @@ def run_units(
                 if attempt < _ATTEMPTS:
                     waiting.append((unit_done, attempt + 1))
                 else:
-                    yield unit_done, Death(f"{answer.reason}, in each of {_ATTEMPTS} attempts")
+                    yield unit_done, DeadUnit(f"{answer.reason}, in each of {_ATTEMPTS} attempts")
     finally:
         for worker in workers:
             worker.end()
 
 
 def _give_out(
-    function: Callable[[Unit], object],
-    waiting: deque[tuple[Unit, int]],
-    workers: dict[_Worker[Unit], int],
+    function: Callable[[UnitT], object],
+    waiting: deque[tuple[UnitT, int]],
+    workers: dict[_Worker[UnitT], int],
     num_workers: int,
     timeout_s: float,
 ) -> None:
@@ -119,32 +119,32 @@ def _give_out(
             worker.give(unit, timeout_s)
 
 
-def _num_busy(workers: dict[_Worker[Unit], int]) -> int:
+def _num_busy(workers: dict[_Worker[UnitT], int]) -> int:
     return sum(worker.unit is not None for worker in workers)
 
 
 def _answers(
-    workers: dict[_Worker[Unit], int],
-) -> list[tuple[_Worker[Unit], tuple[bool, Any] | Death]]:  # Any: result or exception
+    workers: dict[_Worker[UnitT], int],
+) -> list[tuple[_Worker[UnitT], tuple[bool, Any] | DeadUnit]]:  # Any: result or exception
     """Wait until units are answered or lost, and return which."""
     busy = [worker for worker in workers if worker.unit is not None]
     patience = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
     wait([worker.pipe for worker in busy], timeout=min(patience, 3600.0))
-    answers: list[tuple[_Worker[Unit], tuple[bool, Any] | Death]] = []
+    answers: list[tuple[_Worker[UnitT], tuple[bool, Any] | DeadUnit]] = []
     for worker in busy:
         try:
             if worker.pipe.poll():
                 answers.append((worker, worker.pipe.recv()))
             elif time.monotonic() >= worker.deadline:
-                answers.append((worker, Death("its process did not answer in time")))
+                answers.append((worker, DeadUnit("its process did not answer in time")))
         except (EOFError, ConnectionResetError):
             worker.process.join()
             code = worker.process.exitcode
-            answers.append((worker, Death(f"its process died ({code}): a crash, or no memory")))
+            answers.append((worker, DeadUnit(f"its process died ({code}): a crash, or no memory")))
     return answers
 
 
-def _serve(function: Callable[[Unit], object], pipe: Connection) -> None:
+def _serve(function: Callable[[UnitT], object], pipe: Connection) -> None:
     """Answer units until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is asked too, and ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -122,7 +122,7 @@ def evaluate(
         guidance_scale=config.guidance_scale,
     )
     times = time_grid(config.sampler, config.num_forwards)
-    make = partial(make_tiles, generator, sample=sample, times=times, kept=kept)
+    make = partial(generate_tiles, generator, sample=sample, times=times, kept=kept)
     made = make(held_out, seed=config.seed)
     numbers: dict[str, object] = {"digest": generator.digest}
     numbers |= card_numbers(
@@ -146,7 +146,7 @@ def evaluate(
     return write_report(out, numbers, _plain(config), judgements)
 
 
-def make_tiles(
+def generate_tiles(
     generator: TileGenerator,
     real: TileSet,
     sample: partial[Tensor],

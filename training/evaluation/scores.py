@@ -81,7 +81,7 @@ class ReferenceSet:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores:
-    """What `compare` finds; lower is better for distances, higher for the rest.
+    """What `score_features` finds; lower is better for distances, higher for the rest.
 
     Attributes:
         num_real: Tiles in the reference.
@@ -114,7 +114,7 @@ class Scores:
     cosine_unrelated: float
 
 
-def compare(real: ReferenceSet, fake: Tensor, *, paired: bool = False) -> Scores:
+def score_features(real: ReferenceSet, fake: Tensor, *, paired: bool = False) -> Scores:
     """Return the scores of tiles with features [M, F] against real ones.
 
     Args:
@@ -249,9 +249,9 @@ def judge(extractor: Extractor, sets: EvaluationSets, *, seed: int = 0) -> Judge
     basis = principal_components(bank, number)
     reference, seen_reference = (ReferenceSet.of(s["real"], basis) for s in (unseen, known))
     made = (GENERATED, ROUND_TRIPS)
-    scores = {k: compare(reference, unseen[k], paired=True) for k in made}
-    gap = {k: (scores[k], compare(seen_reference, known[k], paired=True)) for k in made}
-    floors = {"tiles of training slides": compare(reference, known["real"])}
+    scores = {k: score_features(reference, unseen[k], paired=True) for k in made}
+    gap = {k: (scores[k], score_features(seen_reference, known[k], paired=True)) for k in made}
+    floors = {"tiles of training slides": score_features(reference, known["real"])}
     floors |= half_floors(unseen["real"], sets.held_out.real.slide_index, basis)
     others = {
         GENERATED: unseen[GENERATED],
@@ -293,7 +293,7 @@ def half_floors(features: Tensor, slide_index: Tensor, basis: Tensor) -> dict[st
     if len(slide_index.unique()) > 1:
         masks["half of the slides against the other"] = slide_index % 2 == 0
     return {
-        name: compare(ReferenceSet.of(features[mask], basis), features[~mask])
+        name: score_features(ReferenceSet.of(features[mask], basis), features[~mask])
         for name, mask in masks.items()
     }
 

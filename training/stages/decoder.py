@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cytosyn_aug.images import images_to_pixels, pixels_to_images
 from cytosyn_aug.model.decoder import SmallDecoder
-from training.data.batches import Batches, Tiles, spread_evenly, step_generator
+from training.data.batches import Batches, TilesOfSplit, spread_evenly, step_generator
 from training.engine.contact_sheets import write_comparison
 from training.engine.loop import LoopConfig
 from training.engine.precision import mixed_precision
@@ -67,8 +67,8 @@ class DecoderStage:
     def __init__(
         self,
         recipe: DecoderRecipe,
-        tiles: Tiles,
-        validation: Tiles,
+        tiles: TilesOfSplit,
+        validation: TilesOfSplit,
         vae: AutoencoderKL,
         device: torch.device,
         compiles: bool = False,

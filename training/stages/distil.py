@@ -30,7 +30,7 @@ from cytosyn_aug.model.solvers import (
     polynomial_grid,
 )
 from cytosyn_aug.model.transformer import SiT
-from training.data.batches import Batches, Tiles, spread_evenly, step_generator
+from training.data.batches import Batches, TilesOfSplit, spread_evenly, step_generator
 from training.engine.contact_sheets import write_sheet
 from training.engine.loop import LoopConfig
 from training.engine.precision import mixed_precision
@@ -137,7 +137,7 @@ class _ErrorScale(nn.Module):
 _NOW, _LATER = slice(0, None, 2), slice(1, None, 2)
 
 
-class _Draws(NamedTuple):
+class _DistilDraws(NamedTuple):
     """Random numbers of a step; every second sample, from the first, has r = t."""
 
     posterior: Tensor
@@ -155,7 +155,7 @@ class DistilStage:
         self,
         recipe: DistilRecipe,
         views: StoredViews,
-        validation: Tiles,
+        validation: TilesOfSplit,
         space: LatentSpace,
         teacher: SiT,
         compiles: bool = False,
@@ -185,9 +185,9 @@ class DistilStage:
             )
         draws = self._draws(self.batches.size, step_generator(self.recipe.seed, step))
         batch = {k: v.to(self.device).float() for k, v in samples.items()}
-        return self.compute(self.network, batch, _Draws(*(x[rows] for x in draws)))
+        return self.compute(self.network, batch, _DistilDraws(*(x[rows] for x in draws)))
 
-    def _draws(self, num: int, draw: torch.Generator) -> _Draws:
+    def _draws(self, num: int, draw: torch.Generator) -> _DistilDraws:
         recipe, shape = self.recipe, (num, *self.held_out["mean"].shape[1:])
         posterior = torch.randn(shape, generator=draw)
         eps = torch.randn(shape, generator=draw)
@@ -201,10 +201,10 @@ class DistilStage:
         guidance = guidance.masked_fill(is_plain, 1.0)
         keep = torch.rand(num, generator=draw) >= recipe.condition_dropout
         drawn = (posterior, eps, t, r, guidance, keep.float())
-        return _Draws(*(x.to(self.device) for x in drawn))
+        return _DistilDraws(*(x.to(self.device) for x in drawn))
 
     def _compute(
-        self, network: Distillation, batch: dict[str, Tensor], draws: _Draws
+        self, network: Distillation, batch: dict[str, Tensor], draws: _DistilDraws
     ) -> dict[str, Tensor]:
         x = self.teacher.whiten(batch["mean"] + batch["std"] * draws.posterior)
         x_t = interpolate(x, draws.eps, draws.t[:, None, None, None])

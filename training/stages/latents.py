@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from cytosyn_aug.io.files import write_atomically
 from training.data.batches import (
     Batches,
-    Tiles,
+    TilesOfSplit,
     change_stain,
     crop_and_turn,
     draw_views,
@@ -93,7 +93,7 @@ def network_digests(space: LatentSpace) -> dict[str, str]:
 
 
 def write_views(
-    space: LatentSpace, tiles: Tiles, recipe: LatentsRecipe, folder: Path, data: str
+    space: LatentSpace, tiles: TilesOfSplit, recipe: LatentsRecipe, folder: Path, data: str
 ) -> int:
     """Encode this process's share of the shards; the one that finds all done describes them.
 
@@ -141,7 +141,7 @@ def write_views(
 
 
 def _encode_shard(
-    space: LatentSpace, tiles: Tiles, recipe: LatentsRecipe, number: int, rows: list[int]
+    space: LatentSpace, tiles: TilesOfSplit, recipe: LatentsRecipe, number: int, rows: list[int]
 ) -> Views:
     """Return a shard: a function of tiles, networks, recipe and number alone."""
     index = Batches(len(tiles), rows[0], recipe.seed).index(number)[: rows[number]]

@@ -20,20 +20,22 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-AverageVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+BatchAverageVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """u(x [B, ...], t [B], r [B]) -> [B, ...]."""
 
-Velocity = Callable[[Tensor, Tensor], Tensor]
+BatchVelocity = Callable[[Tensor, Tensor], Tensor]
 """v(x [B, ...], t [B]) -> [B, ...]."""
 
 Target = Literal["derivative", "difference", "midpoint"]
-Rule = Callable[[AverageVelocity, Velocity, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Rule = Callable[
+    [BatchAverageVelocity, BatchVelocity, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]
+]
 
 _DIFFERENCE_STEP = 1e-3
 
 
 def from_derivative(
-    u: AverageVelocity, velocity: Velocity, x: Tensor, t: Tensor, r: Tensor
+    u: BatchAverageVelocity, velocity: BatchVelocity, x: Tensor, t: Tensor, r: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return u(x, t, r) and its target v + (r - t) du/dt, exact by forward-mode differentiation.
 
@@ -60,7 +62,7 @@ def from_derivative(
 
 
 def from_difference(
-    u: AverageVelocity, velocity: Velocity, x: Tensor, t: Tensor, r: Tensor
+    u: BatchAverageVelocity, velocity: BatchVelocity, x: Tensor, t: Tensor, r: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the same as `from_derivative`, with a central difference over +-0.001 in time.
 
@@ -76,7 +78,7 @@ def from_difference(
 
 
 def from_midpoint(
-    u: AverageVelocity, velocity: Velocity, x: Tensor, t: Tensor, r: Tensor
+    u: BatchAverageVelocity, velocity: BatchVelocity, x: Tensor, t: Tensor, r: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return u(x, t, r) and, as target, the mean of its two halves, one after the other.
 

@@ -37,7 +37,7 @@ from cytosyn_aug.model.solvers import interpolate, velocity_target
 from cytosyn_aug.model.transformer import SiT
 from training.data.batches import (
     Batches,
-    Tiles,
+    TilesOfSplit,
     change_stain,
     crop_and_turn,
     draw_views,
@@ -94,7 +94,7 @@ class RepaeRecipe:
     seed: int
 
 
-class _Draws(NamedTuple):
+class _RepaeDraws(NamedTuple):
     """Random numbers of a step, one row a sample."""
 
     views: Tensor
@@ -120,8 +120,8 @@ class RepaeStage:
     def __init__(
         self,
         recipe: RepaeRecipe,
-        tiles: Tiles,
-        validation: Tiles,
+        tiles: TilesOfSplit,
+        validation: TilesOfSplit,
         vae: AutoencoderKL,
         transformer: SiT,
         encoder: TileEncoder,
@@ -157,19 +157,19 @@ class RepaeStage:
     def losses(self, step: int, rows: slice, samples: Tensor) -> dict[str, Tensor]:
         """Return all losses of tiles; "loss" is their sum, each part in its own gradient."""
         draws = self._draws(step_generator(self.recipe.seed, step))
-        draws = _Draws(*(x[rows] for x in draws))
+        draws = _RepaeDraws(*(x[rows] for x in draws))
         images = crop_and_turn(samples, draws.views, samples.shape[-1])
         batch = self._batch(change_stain(images, draws.maps).to(self.device))
-        draws = _Draws(*(x.to(self.device) for x in draws))
+        draws = _RepaeDraws(*(x.to(self.device) for x in draws))
         found, moments = self.compute(batch, draws)
         move_statistics(self.transformer.bn, moments)
         return {"loss": self._weigh(found, step)} | found
 
-    def _draws(self, draw: torch.Generator) -> _Draws:
+    def _draws(self, draw: torch.Generator) -> _RepaeDraws:
         recipe, num = self.recipe, self.batches.size
         side_px = self.tiles.side_px
         shape = (num, 4, side_px // 8, side_px // 8)
-        return _Draws(
+        return _RepaeDraws(
             views=draw_views(num, side_px, side_px, draw),
             maps=stain_maps(num, draw, jitter=recipe.stain_jitter),
             window=draw_views(num, side_px // 8, recipe.decode_px // 8, draw)[:, :2],
@@ -187,7 +187,7 @@ class RepaeStage:
         patches = align_grid(features.patches, self.transformer.grid_size)
         return _Batch(pixels, features.cls.float(), patches - self.usual_patch)
 
-    def _compute(self, batch: _Batch, draws: _Draws) -> tuple[dict[str, Tensor], Tensor]:
+    def _compute(self, batch: _Batch, draws: _RepaeDraws) -> tuple[dict[str, Tensor], Tensor]:
         """Return all losses, and the moments of the latents in the batch."""
         with mixed_precision(self.device):
             posterior = self.vae.encode(batch.pixels).latent_dist  # type: ignore[union-attr]
@@ -202,7 +202,9 @@ class RepaeStage:
         )
         return found, moments
 
-    def _reconstruction(self, latents: Tensor, batch: _Batch, draws: _Draws) -> dict[str, Tensor]:
+    def _reconstruction(
+        self, latents: Tensor, batch: _Batch, draws: _RepaeDraws
+    ) -> dict[str, Tensor]:
         """Return losses of a decoded window: the autoencoder's, and the judge's own."""
         side = self.recipe.decode_px
         corners = draws.window
@@ -226,7 +228,7 @@ class RepaeStage:
         }
 
     def _alignment_of_latents(
-        self, latents: Tensor, batch: _Batch, draws: _Draws
+        self, latents: Tensor, batch: _Batch, draws: _RepaeDraws
     ) -> dict[str, Tensor]:
         """Return the alignment as the autoencoder's loss: the transformer passes it on."""
         transformer = self.transformer
@@ -237,7 +239,7 @@ class RepaeStage:
         return {"vae_alignment": alignment(projected, batch.patches)}
 
     def _flow(
-        self, latents: Tensor, moments: Tensor, batch: _Batch, draws: _Draws
+        self, latents: Tensor, moments: Tensor, batch: _Batch, draws: _RepaeDraws
     ) -> dict[str, Tensor]:
         """Return velocity and alignment as the transformer's losses."""
         transformer = self.transformer

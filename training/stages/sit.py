@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cytosyn_aug.model.solvers import interpolate, velocity_target
 from cytosyn_aug.model.transformer import SiT
-from training.data.batches import Batches, Tiles, spread_evenly, step_generator
+from training.data.batches import Batches, TilesOfSplit, spread_evenly, step_generator
 from training.engine.contact_sheets import write_comparison
 from training.engine.loop import LoopConfig
 from training.engine.precision import mixed_precision
@@ -60,7 +60,7 @@ def build_transformer(recipe: SitRecipe, conditioning_dim: int) -> SiT:
     )
 
 
-class _Draws(NamedTuple):
+class _SitDraws(NamedTuple):
     """Random numbers of a step: posterior and flow noise, times, and whose condition is kept."""
 
     posterior: Tensor
@@ -76,7 +76,7 @@ class SitStage:
         self,
         recipe: SitRecipe,
         views: StoredViews,
-        validation: Tiles,
+        validation: TilesOfSplit,
         space: LatentSpace,
         compiles: bool = False,
     ) -> None:
@@ -103,17 +103,19 @@ class SitStage:
         """Return velocity and alignment losses of views."""
         draws = self._draws(self.batches.size, step_generator(self.recipe.seed, step))
         batch = {k: v.to(self.device).float() for k, v in samples.items()}
-        return self.compute(self.network, batch, _Draws(*(x[rows] for x in draws)))
+        return self.compute(self.network, batch, _SitDraws(*(x[rows] for x in draws)))
 
-    def _draws(self, num: int, draw: torch.Generator) -> _Draws:
+    def _draws(self, num: int, draw: torch.Generator) -> _SitDraws:
         shape = (num, *self.held_out["mean"].shape[1:])
         posterior = torch.randn(shape, generator=draw)
         eps = torch.randn(shape, generator=draw)
         t = stratified(num, draw)
         keep = torch.rand(num, generator=draw) >= self.recipe.condition_dropout
-        return _Draws(*(x.to(self.device) for x in (posterior, eps, t, keep.float())))
+        return _SitDraws(*(x.to(self.device) for x in (posterior, eps, t, keep.float())))
 
-    def _compute(self, network: SiT, batch: dict[str, Tensor], draws: _Draws) -> dict[str, Tensor]:
+    def _compute(
+        self, network: SiT, batch: dict[str, Tensor], draws: _SitDraws
+    ) -> dict[str, Tensor]:
         x = network.whiten(batch["mean"] + batch["std"] * draws.posterior)
         x_t = interpolate(x, draws.eps, draws.t[:, None, None, None])
         with mixed_precision(x.device):

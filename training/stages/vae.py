@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cytosyn_aug.images import images_to_pixels, pixels_to_images
 from training.data.batches import (
     Batches,
-    Tiles,
+    TilesOfSplit,
     change_stain,
     crop_and_turn,
     draw_views,
@@ -91,8 +91,8 @@ class VaeStage:
     def __init__(
         self,
         recipe: VaeRecipe,
-        tiles: Tiles,
-        validation: Tiles,
+        tiles: TilesOfSplit,
+        validation: TilesOfSplit,
         device: torch.device,
         compiles: bool = False,
     ) -> None:

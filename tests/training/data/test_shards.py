@@ -14,9 +14,9 @@ from PIL import Image
 from cytosyn_aug.config import TileSpec
 from cytosyn_aug.io.image_files import decode_tile, encode_tile
 from cytosyn_aug.io.tar_files import ShardWriter
-from training.data.batches import StoredTiles, TileSet, open_tiles, spread_evenly
+from training.data.batches import StoredTiles, TileSet, open_split, spread_evenly
 from training.data.cutting import TileRecipe
-from training.data.shards import TileStore, verify
+from training.data.shards import TileStore, verify_tiles
 from training.data.tile_folders import list_tiles
 from training.data.tiles import make_tiles
 
@@ -111,9 +111,9 @@ def test_any_flipped_bit_is_an_error_that_names_shard_and_tile(stage):
         shard.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"val/c\.tar tile 0_0 differs .* wrong CRC-32"):
             TileStore(folder, "val").read(0)
-    assert [fault.split(" differs")[0] for fault in verify(folder)] == [f"{shard} tile 0_0"]
+    assert [fault.split(" differs")[0] for fault in verify_tiles(folder)] == [f"{shard} tile 0_0"]
     shard.write_bytes(content)
-    assert not list(verify(folder))
+    assert not list(verify_tiles(folder))
 
 
 def test_a_shard_cut_short_or_gone_is_named(stage):
@@ -121,9 +121,11 @@ def test_a_shard_cut_short_or_gone_is_named(stage):
     shard = folder / "val" / "c.tar"
     with shard.open("r+b") as stream:
         stream.truncate(600)
-    assert "(88 of " in next(verify(folder))
+    assert "(88 of " in next(verify_tiles(folder))
     shard.unlink()
-    assert re.search(r"val/c\.tar tile 0_0 cannot be read: .*No such file", next(verify(folder)))
+    assert re.search(
+        r"val/c\.tar tile 0_0 cannot be read: .*No such file", next(verify_tiles(folder))
+    )
 
 
 def test_a_changed_table_is_refused(stage):
@@ -147,7 +149,7 @@ def test_an_unfinished_or_newer_stage_is_refused(stage):
 
 def test_a_split_too_large_for_memory_is_read_from_its_shards(stage):
     folder, _ = stage
-    held, stored = (open_tiles(folder / "train", 64, max_bytes=n) for n in (10**9, 1))
+    held, stored = (open_split(folder / "train", 64, max_bytes=n) for n in (10**9, 1))
     assert isinstance(held, TileSet)
     assert isinstance(stored, StoredTiles)
     assert (len(stored), stored.side_px) == (len(held), held.side_px) == (3, 64)

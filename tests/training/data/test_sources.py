@@ -1,6 +1,6 @@
 import pytest
 
-from training.data.sources import list_slides
+from training.data.sources import list_slide_sources
 from training.data.tile_folders import list_tiles
 
 DX, TS = "TCGA-3L-AA1B-01Z-00-DX1.UUID1.svs", "TCGA-CR-7395-01A-01-TS1.UUID2.svs"
@@ -15,31 +15,31 @@ def touch(folder, *names):
 
 def test_frozen_sections_are_refused_by_name_unless_asked_for(tmp_path):
     touch(tmp_path, DX, TS, "sub/other.tif", "notes.txt", "._hidden.svs")
-    found = list_slides(tmp_path)
+    found = list_slide_sources(tmp_path)
     assert [s.slide for s in found.sources] == [DX[:-4], "other"]
     assert found.refused == ((TS, "is a frozen, top section (TS); wanted: DX"),)
-    assert len(list_slides(tmp_path, sections=("DX", "TS")).sources) == 3
+    assert len(list_slide_sources(tmp_path, sections=("DX", "TS")).sources) == 3
 
 
 def test_patient_and_site_come_from_the_barcode(tmp_path):
     touch(tmp_path, DX)
-    (source,) = list_slides(tmp_path).sources
+    (source,) = list_slide_sources(tmp_path).sources
     assert (source.patient, source.site, source.num_bytes) == ("TCGA-3L-AA1B", "3L", 5)
 
 
 def test_a_broken_tcga_name_fails_by_name(tmp_path):
     touch(tmp_path, "a.svs", "TCGA-3L-AA1B.svs")
-    (failed,) = list_slides(tmp_path).failed
+    (failed,) = list_slide_sources(tmp_path).failed
     assert failed.name == "TCGA-3L-AA1B.svs"
     assert "not the barcode of a slide" in failed.reason
 
 
 def test_a_folder_without_slides_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no slide to cut"):
-        list_slides(tmp_path)
+        list_slide_sources(tmp_path)
     touch(tmp_path, TS)
     with pytest.raises(ValueError, match=r"refused 1, such as .*TS1"):
-        list_slides(tmp_path)
+        list_slide_sources(tmp_path)
 
 
 def test_what_a_manifest_lists_is_taken_refused_or_failed(tmp_path):
@@ -47,7 +47,7 @@ def test_what_a_manifest_lists_is_taken_refused_or_failed(tmp_path):
     rows = [f"id1\t{DX}\tabc\t7", "id2\tb.svs\tx\t5", "id3\tc.svs\tx\t5", f"id4\t{TS}\tx\t5"]
     manifest = tmp_path / "manifest.txt"
     manifest.write_text("\n".join(["id\tfilename\tmd5\tsize", *rows]))
-    found = list_slides(tmp_path, manifest=manifest)
+    found = list_slide_sources(tmp_path, manifest=manifest)
     assert [(s.slide, s.expected_bytes) for s in found.sources] == [
         (DX[:-4], 7),
         ("b", 5),
@@ -61,7 +61,7 @@ def test_a_table_wins_over_names_and_says_what_it_does_not_match(tmp_path):
     touch(tmp_path / "s", DX, "b.svs")
     table = tmp_path / "slides.csv"
     table.write_text(f"slide,patient,split,mpp,project\n{DX},p,val,0.3,X\nb,q,train,,\nz,,,,\n")
-    found = list_slides(tmp_path / "s", table=table)
+    found = list_slide_sources(tmp_path / "s", table=table)
     a, b = found.sources
     assert (a.patient, a.site, a.project, a.split, a.mpp) == ("p", "3L", "X", "val", 0.3)
     assert (b.patient, b.split, b.mpp) == ("q", "train", None)
@@ -72,7 +72,7 @@ def test_a_gdc_sample_sheet_is_a_table(tmp_path):
     touch(tmp_path / "s", DX)
     sheet = tmp_path / "sheet.tsv"
     sheet.write_text(f"File Name\tProject ID\tCase ID\n{DX}\tTCGA-COAD\tTCGA-3L-AA1B\n")
-    (source,) = list_slides(tmp_path / "s", table=sheet).sources
+    (source,) = list_slide_sources(tmp_path / "s", table=sheet).sources
     assert source.project == "TCGA-COAD"
 
 
@@ -89,13 +89,13 @@ def test_a_broken_table_is_refused(tmp_path, table, message):
     file = tmp_path / "slides.csv"
     file.write_text(table)
     with pytest.raises(ValueError, match=message):
-        list_slides(tmp_path / "s", table=file)
+        list_slide_sources(tmp_path / "s", table=file)
 
 
 def test_a_broken_split_costs_its_slide(tmp_path):
     touch(tmp_path / "s", "a.svs", "b.svs")
     (tmp_path / "slides.csv").write_text("slide,split\na,../x\nb,val\n")
-    (failed,) = list_slides(tmp_path / "s", table=tmp_path / "slides.csv").failed
+    (failed,) = list_slide_sources(tmp_path / "s", table=tmp_path / "slides.csv").failed
     assert failed.name == "a.svs"
 
 
@@ -103,7 +103,7 @@ def test_a_broken_split_costs_its_slide(tmp_path):
 def test_a_scale_that_is_no_number_is_a_fault_of_its_slide(tmp_path, mpp):
     touch(tmp_path / "s", "a.svs", "b.svs")
     (tmp_path / "slides.csv").write_text(f"slide,mpp\na,{mpp}\n")
-    a, b = list_slides(tmp_path / "s", table=tmp_path / "slides.csv").sources
+    a, b = list_slide_sources(tmp_path / "s", table=tmp_path / "slides.csv").sources
     assert f"has mpp '{mpp}' in its table, expected a number" in a.fault
     assert (a.mpp, b.fault) == (None, "")
 
@@ -111,12 +111,12 @@ def test_a_scale_that_is_no_number_is_a_fault_of_its_slide(tmp_path, mpp):
 def test_two_slides_of_one_name_are_refused(tmp_path):
     touch(tmp_path, "x/a.svs", "y/a.svs")
     with pytest.raises(ValueError, match=r"stand for two slides each.*x/a\.svs"):
-        list_slides(tmp_path)
+        list_slide_sources(tmp_path)
 
 
 def test_a_slide_without_its_mask_fails(tmp_path):
     touch(tmp_path, "s/a.svs", "s/b.svs", "m/a.png")
-    found = list_slides(tmp_path / "s", masks=tmp_path / "m")
+    found = list_slide_sources(tmp_path / "s", masks=tmp_path / "m")
     a, b = found.sources
     assert (a.mask.name, a.fault) == ("a.png", "")
     assert "has no mask; add" in b.fault

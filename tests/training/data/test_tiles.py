@@ -27,7 +27,7 @@ from training.data import tiles
 from training.data.batches import StoredTiles, load_tiles
 from training.data.cutting import TileRecipe, take
 from training.data.shards import TileStore
-from training.data.sources import list_slides
+from training.data.sources import list_slide_sources
 from training.data.tile_folders import list_tiles
 from training.data.tiles import make_tiles
 from training.recipes import smoke_tile
@@ -41,7 +41,7 @@ RECIPE = TileRecipe(
 
 
 def cut(folder, out, recipe=RECIPE, num_workers=0, **options):
-    return make_tiles(list_slides(folder, **options), recipe, out, num_workers=num_workers)
+    return make_tiles(list_slide_sources(folder, **options), recipe, out, num_workers=num_workers)
 
 
 def rows(out):
@@ -111,14 +111,14 @@ def run_elsewhere(slides, out, *, before="", num_workers=0):
     code = (
         "import os, signal, sys; from pathlib import Path\n"
         "from training.data.cutting import TileRecipe\n"
-        "from training.data.sources import list_slides\n"
+        "from training.data.sources import list_slide_sources\n"
         "from training.data.tiles import make_tiles\n"
         "from cytosyn_aug.config import TileSpec; from cytosyn_aug.io.tissue import TissueConfig\n"
         f"{before}\n"
         "if __name__ == '__main__':\n"
         "    recipe = TileRecipe(tile=TileSpec(size_px=64), tissue=TissueConfig(mask_mpp=2.0),\n"
         "        split_shares=(('train', 0.5), ('val', 0.5)))\n"
-        f"    listing = list_slides(Path({str(slides)!r}))\n"
+        f"    listing = list_slide_sources(Path({str(slides)!r}))\n"
         f"    make_tiles(listing, recipe, Path({str(out)!r}), num_workers={num_workers})\n"
         "    sys.exit('torch' in sys.modules)\n"
     )
@@ -349,7 +349,7 @@ def test_a_download_that_differs_from_its_manifest_fails(slides, tmp_path):
         md5 = "0" * 32 if wrong == "md5" else hashlib.md5(content).hexdigest()
         lines.append(f"id{k}\ts{k}.svs\t{md5}\t{len(content) + (wrong == 'size')}")
     manifest.write_text("\n".join(lines))
-    listing = list_slides(slides, manifest=manifest)
+    listing = list_slide_sources(slides, manifest=manifest)
     summary = make_tiles(listing, RECIPE, tmp_path / "out", num_workers=0, check_md5=True)
     (_, size), (_, md5) = summary.failures
     assert "its manifest says" in size

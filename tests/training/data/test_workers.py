@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from training.data.workers import Death, run_units
+from training.data.workers import DeadUnit, run_units
 
 
 def square(number):
@@ -49,7 +49,9 @@ def test_a_process_that_dies_costs_an_attempt_not_the_unit(tmp_path):
 def test_a_unit_that_kills_its_process_is_named_and_the_rest_is_done():
     results = dict(run_units(die_on_seven, range(5, 10), 2))
     assert {n: r for n, r in results.items() if n != 7} == {5: 5, 6: 6, 8: 8, 9: 9}
-    assert results[7] == Death("its process died (3): a crash, or no memory, in each of 2 attempts")
+    assert results[7] == DeadUnit(
+        "its process died (3): a crash, or no memory, in each of 2 attempts"
+    )
 
 
 @pytest.mark.slow

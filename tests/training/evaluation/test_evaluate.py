@@ -104,7 +104,7 @@ def forbidden(*_, **__):
 
 @pytest.fixture
 def no_work(monkeypatch):
-    monkeypatch.setattr(stage, "make_tiles", forbidden)
+    monkeypatch.setattr(stage, "generate_tiles", forbidden)
     monkeypatch.setattr(card, "NUM_COMPONENTS", 4)
 
 
