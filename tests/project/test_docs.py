@@ -1,8 +1,6 @@
 """The documentation is true: its Python runs, and what it names is there."""
 
 import doctest
-import json
-import os
 import re
 import runpy
 import subprocess
@@ -12,8 +10,6 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-
-from tests.support.python_process import start_python
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -91,27 +87,9 @@ def tiny_loaded_once():
 )
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_blocks(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL), page)
-
-
-def test_the_notebook_runs_and_shows_its_pictures(tmp_path, monkeypatch):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    file = ROOT / "examples" / "quickstart.ipynb"
-    assert file.stat().st_size < 1_500_000
-    cells = [c for c in json.loads(file.read_text())["cells"] if c["cell_type"] == "code"]
-    pictures = [out for c in cells for out in c["outputs"] if "image/png" in out.get("data", {})]
-    assert len(pictures) >= 4
-    assert not any(out["output_type"] == "error" for c in cells for out in c["outputs"])
-    monkeypatch.chdir(tmp_path)
-    run_blocks(["".join(c["source"]) for c in cells], file)
-
-
-def run_blocks(blocks, file):
     names: dict[str, object] = {}  # a reader goes on where the block before ended
-    for block in blocks:
-        exec(compile(block, str(file), "exec"), names)
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(block, str(page), "exec"), names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
@@ -186,50 +164,6 @@ def test_the_readmes_tree_names_every_package():
         for f in (ROOT / folder).rglob("__init__.py")
     }
     assert found <= listed
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("command", "said"),
-    [
-        ("augment_in_loop.py", "step 2 loss"),
-        ("train_on_batches.py --epochs 1 --loop plain", "restained    accuracy"),
-        ("train_on_batches.py --epochs 1 --loop lightning", "restained    accuracy"),
-        ("train_on_cache.py CACHE --epochs 1 --way cached", "accuracy on other laboratories"),
-        ("train_on_cache.py --epochs 2 --way replay", "variants made"),
-    ],
-)
-def test_examples_run(command, said, tmp_path):
-    assert said in run_example(command, tmp_path)
-
-
-@pytest.mark.data
-@pytest.mark.parametrize(
-    ("command", "said"),
-    [
-        ("train_on_batches.py --epochs 1 --loop plain", "256 tiles to train on"),
-        ("train_on_batches.py --epochs 1 --loop lightning", "256 tiles to train on"),
-        ("train_on_cache.py CACHE --epochs 1 --way cached", "512 variants in"),
-        ("train_on_cache.py --epochs 1 --way replay", "variants made"),
-    ],
-)
-def test_examples_train_on_real_fields(command, said, tmp_path):
-    folder = os.environ.get("CYTOSYN_AUG_DATA")
-    if not folder:
-        pytest.skip("without CYTOSYN_AUG_DATA training on BRCA-M2C is not verified")
-    out = run_example(f"{command} --data {Path(folder) / 'brca_m2c'}", tmp_path)
-    assert said in out
-    found = [float(x) for x in re.findall(r"other laboratories (\d\.\d+)", out)]
-    assert found
-    assert all(0.3 < x < 0.9 for x in found)  # one epoch: near 0.5
-
-
-def run_example(command, tmp_path):
-    name, *arguments = command.replace("CACHE", str(tmp_path / "cache")).split()
-    done = start_python(str(ROOT / "examples" / name), *arguments, folder=tmp_path)
-    done.join()
-    assert done.exitcode == 0, (tmp_path / "stderr").read_text()
-    return (tmp_path / "stdout").read_text()
 
 
 def test_help_loads_no_torch():
