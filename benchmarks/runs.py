@@ -28,11 +28,10 @@ from cytosyn_aug import StainReference, TileGenerator, offline
 from cytosyn_aug.demo import load_laboratories
 from cytosyn_aug.runs import plan as plans
 from cytosyn_aug.runs.edits import Edit, EditedBatch, augment_edit
-from cytosyn_aug.runs.execute import Work
 from cytosyn_aug.runs.inputs import list_inputs
 from cytosyn_aug.runs.ray_actors import RayCluster
 from cytosyn_aug.runs.reading import Loaded, Reader
-from cytosyn_aug.runs.recipes import AugmentRecipe
+from cytosyn_aug.runs.recipes import AugmentRecipe, Work
 
 
 def main() -> None:

@@ -23,12 +23,9 @@ from cytosyn_aug.config import Method, Preserve
 from cytosyn_aug.model.conditions import Conditions
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.report.report import report
-from cytosyn_aug.runs.execute import Summary, Work, do_run
-from cytosyn_aug.runs.listing import InputKind
-from cytosyn_aug.runs.outputs import Format
+from cytosyn_aug.runs.checks import check_not_overwritten
+from cytosyn_aug.runs.execute import Summary, do_run
 from cytosyn_aug.runs.plan import (
-    UNIT_TILES,
-    Tiles,
     plan_augment,
     plan_cache,
     plan_normalize,
@@ -38,10 +35,15 @@ from cytosyn_aug.runs.plan import (
 from cytosyn_aug.runs.ray_actors import RayCluster
 from cytosyn_aug.runs.recipes import (
     AugmentRecipe,
+    Format,
+    ImageFormat,
+    InputKind,
     Mode,
     NormalizeRecipe,
     SampleRecipe,
     Source,
+    Tiles,
+    Work,
 )
 from cytosyn_aug.runs.references import Given, References
 from cytosyn_aug.slides.recipe import SlideRecipe
@@ -78,32 +80,37 @@ def augment(
     max_similarity: float = 1.0,
     format: Format = "png",
     input: InputKind | None = None,
-    unit_tiles: int = UNIT_TILES,
+    unit_tiles: int = 256,
     work: Work | None = None,
 ) -> Summary:
     """Write variants of all tiles of an input, and a manifest that says how each was made.
 
     Args:
-        source: IN; see `cytosyn_aug.runs.inputs`.
-        out: OUT; see `cytosyn_aug.runs.folder`.
+        source: IN: a folder of tiles, a table (.csv, .parquet) with paths, tar shards, or slides.
+        out: OUT: the folder to write, or to continue.
         generator: The model; its batch size is part of the run.
         references: Laboratories to restain to: references, saved ones, or folders of tiles.
-        variants: See `AugmentRecipe`, as for all down to `seed`.
-        mode: "stain" or "resample".
-        strength: One, or the least and the largest.
-        preserve: "color" or "none".
-        steps: Of resampling.
-        guidance_scale: Of resampling.
-        seed: Base seed.
-        mpp: Scale of the tiles, None for the model's; of slides instead of what they state.
-        allow_geometry_change: See `AugmentRecipe`.
-        min_similarity: See `AugmentRecipe`; only where tiles are drawn anew, not into a cache.
-        max_similarity: The same.
-        format: "png", "webp", "tar" (of WebP, one a unit), or "latents" or "images" (a cache that
+        variants: Results per tile.
+        mode: "stain" restains; "resample" draws new tiles with the same features.
+        strength: Strength of restaining: one number, or the least and the largest to draw between;
+            1 goes to the reference, 0 stays.
+        preserve: "color" moves no structure; "none" draws the restained tile anew.
+        steps: Forwards of resampling; by default 4 of a student, or 16 of the transformer.
+        guidance_scale: Classifier-free guidance of resampling; 1 is no guidance.
+        seed: Base seed, from which each result derives its own.
+        mpp: Microns per pixel: of tiles, by default the model's; of slides, by default what they
+            state.
+        allow_geometry_change: Accept tiles with masks although structure will move; the masks are
+            left behind.
+        min_similarity: Leave out results drawn anew whose features have a smaller cosine to those
+            of their source; -1 keeps all.
+        max_similarity: Leave out results drawn anew whose features have a larger cosine to those of
+            their source; 1 keeps all.
+        format: "png", "webp", "tar" (of WebP, one per unit), or "latents" or "images" (a cache that
             `CachedVariants` reads).
-        input: What IN is; None looks.
-        unit_tiles: Tiles of a work unit.
-        work: Shard, threads and the like.
+        input: What IN is; by default that is looked up.
+        unit_tiles: Tiles per work unit; a killed process loses at most two units.
+        work: How the run is worked on: shard, threads, Ray; None for the defaults of `Work`.
 
     Raises:
         ValueError: What was asked for contradicts itself, the model, the input or OUT.
@@ -122,7 +129,7 @@ def augment(
         min_similarity=min_similarity,
         max_similarity=max_similarity,
     )
-    tiles = Tiles(source=source, kind=input, mpp=mpp, unit_tiles=unit_tiles)
+    tiles = Tiles(source=source, input=input, mpp=mpp, unit_tiles=unit_tiles)
     run = plan_augment(tiles, out, generator, references, recipe, format)
     return do_run(run, work or Work())
 
@@ -137,34 +144,37 @@ def normalize(
     stain_source: Source = "tile",
     strength: float = 1.0,
     mpp: float | None = None,
-    format: Format = "png",
+    format: ImageFormat = "png",
     input: InputKind | None = None,
-    unit_tiles: int = UNIT_TILES,
+    unit_tiles: int = 256,
     work: Work | None = None,
 ) -> Summary:
     """Restain all tiles of an input to one reference, and write a manifest.
 
     Args:
-        source: IN; see `cytosyn_aug.runs.inputs`.
-        out: OUT; see `cytosyn_aug.runs.folder`.
+        source: IN: a folder of tiles, a table (.csv, .parquet) with paths, tar shards, or slides.
+        out: OUT: the folder to write, or to continue.
         generator: The model.
         reference: A reference of the method's kind, a saved one, a folder of tiles or a slide, or
             several of these two for one reference.
-        method: How the change of stain is found.
-        stain_source: Whose stain is changed, that of each "tile" or of its "slide"; see
-            `NormalizeRecipe`.
-        strength: 1 goes to the reference, 0 stays.
-        mpp: See `augment`, as for all that follow.
+        method: "cytosyn" reads the stain with the model; "macenko", "reinhard" and "transport" use
+            no network.
+        stain_source: Whose stain is changed: that of each "tile", or of its "slide", which is more
+            even and needs names that say the slide.
+        strength: From 0, which stays, to 1, which goes to the reference.
+        mpp: Microns per pixel: of tiles, by default the model's; of slides, by default what they
+            state.
         format: "png", "webp" or "tar" (of WebP, one per unit).
-        input: What IN is.
-        unit_tiles: Tiles of a work unit.
-        work: Shard, threads and the like.
+        input: What IN is; by default that is looked up.
+        unit_tiles: Tiles per work unit; a killed process loses at most two units.
+        work: How the run is worked on: shard, threads, Ray; None for the defaults of `Work`.
 
     Raises:
-        ValueError, OSError: See `augment`.
+        ValueError: What was asked for contradicts itself, the model, the input or OUT.
+        OSError: OUT cannot be written; what is finished stays.
     """
     recipe = NormalizeRecipe(method=method, source=stain_source, strength=strength)
-    tiles = Tiles(source=source, kind=input, mpp=mpp, unit_tiles=unit_tiles)
+    tiles = Tiles(source=source, input=input, mpp=mpp, unit_tiles=unit_tiles)
     run = plan_normalize(tiles, out, generator, [reference], recipe, format)
     return do_run(run, work or Work())
 
@@ -179,21 +189,25 @@ def normalize_slides(
     recipe: SlideRecipe | None = None,
     work: Work | None = None,
 ) -> Summary:
-    """Write slides with the stain of a reference, as pyramids, and a manifest with a row a slide.
+    """Write slides with the stain of a reference, as pyramids, and a manifest: one row per slide.
 
     For one slide and one file there is `cytosyn_aug.normalize_slide`.
 
     Args:
-        source: Slide, folder of slides, or table with a path a row and any of label, mpp.
+        source: Slide, folder of slides, or table with one path per row and any of label, mpp.
         out: OUT; each slide goes to `<its path>.ome.tif`.
         generator: The model of method "cytosyn"; the others need none.
-        reference: See `normalize`.
-        method: See `normalize`.
-        recipe: See `SlideRecipe`.
-        work: Shard and the like; of its threads, `readers` do all there is to do.
+        reference: A reference of the method's kind, a saved one, a folder of tiles or a slide, or
+            several of these two for one reference.
+        method: "cytosyn" reads the stain with the model; "macenko", "reinhard" and "transport" use
+            no network.
+        recipe: How slides are normalised and written; None for the defaults of `SlideRecipe`.
+        work: How the run is worked on: shard, Ray, and `readers`, the threads that do all; None for
+            the defaults of `Work`.
 
     Raises:
-        ValueError, OSError: See `augment`.
+        ValueError: What was asked for contradicts itself, the model, the input or OUT.
+        OSError: OUT cannot be written; what is finished stays.
     """
     run = plan_slides(source, out, generator, reference, method, recipe or SlideRecipe())
     return do_run(run, work or Work())
@@ -208,34 +222,34 @@ def cache(
     compact: bool = False,
     mpp: float | None = None,
     input: InputKind | None = None,
-    unit_tiles: int = UNIT_TILES,
+    unit_tiles: int = 256,
     work: Work | None = None,
 ) -> Summary:
     """Put what the model sees in all tiles of an input into a cache, which may hold others'.
 
-    The manifest is in `runs/` of the cache, one a set of tiles.
+    The manifest is in `runs/` of the cache, one per set of tiles.
 
     Args:
-        source: IN; see `cytosyn_aug.runs.inputs`.
+        source: IN: a folder of tiles, a table (.csv, .parquet) with paths, tar shards, or slides.
         folder: CACHE, which `LatentCache.open` reads.
         generator: The model.
         contents: "moments" of the autoencoder, "features" of the encoder, or both.
-        compact: Merge the shards in the end, one a work unit, into few large ones.
-        mpp: See `augment`.
-        input: See `augment`.
-        unit_tiles: Tiles of a work unit.
-        work: Shard, threads and the like.
+        compact: Merge the shards in the end, one per work unit, into few large ones.
+        mpp: Microns per pixel: of tiles, by default the model's; of slides, by default what they
+            state.
+        input: What IN is; by default that is looked up.
+        unit_tiles: Tiles per work unit; a killed process loses at most two units.
+        work: How the run is worked on: shard, threads, Ray; None for the defaults of `Work`.
 
     Raises:
-        ValueError, OSError: See `augment`; also with `Work.overwrite`.
+        ValueError: What was asked for contradicts itself, the model, the input or CACHE; also with
+            `Work.overwrite`.
+        OSError: CACHE cannot be written; what is finished stays.
     """
-    if work is not None and work.overwrite:
-        raise ValueError(
-            f"{folder} may hold records of other sets of tiles, so overwrite does not remove it; "
-            "remove the folder yourself, or use another"
-        )
-    tiles = Tiles(source=source, kind=input, mpp=mpp, unit_tiles=unit_tiles)
-    summary = do_run(plan_cache(tiles, folder, generator, contents), work or Work())
+    work = work or Work()
+    check_not_overwritten(folder, work)
+    tiles = Tiles(source=source, input=input, mpp=mpp, unit_tiles=unit_tiles)
+    summary = do_run(plan_cache(tiles, folder, generator, contents), work)
     if compact and summary.is_complete:
         LatentCache.open(folder).compact()
     return summary
@@ -250,27 +264,28 @@ def sample(
     steps: int | None = None,
     guidance_scale: float = 1.0,
     seed: int = 0,
-    format: Format = "png",
-    unit_tiles: int = UNIT_TILES,
+    format: ImageFormat = "png",
+    unit_tiles: int = 256,
     work: Work | None = None,
 ) -> Summary:
     """Generate tiles, and write a manifest.
 
     Args:
-        out: OUT; see `cytosyn_aug.runs.folder`.
+        out: OUT: the folder to write, or to continue.
         generator: The model.
         n: Tiles.
         conditions: CLS vectors [N, D], or a file of them; tile k is given row k modulo N. None
             for none.
-        steps: Forwards; None for 4 of a student, or 16 of the transformer.
-        guidance_scale: Classifier-free guidance; 1 for none.
-        seed: Base seed.
+        steps: Forwards per tile; by default 4 of a student, or 16 of the transformer.
+        guidance_scale: Classifier-free guidance; 1 is no guidance.
+        seed: Base seed, from which each tile derives its own.
         format: "png", "webp" or "tar".
-        unit_tiles: See `augment`, as for `work`.
-        work: Shard, threads and the like.
+        unit_tiles: Tiles per work unit; a killed process loses at most two units.
+        work: How the run is worked on: shard, threads, Ray; None for the defaults of `Work`.
 
     Raises:
-        ValueError, OSError: See `augment`.
+        ValueError: What was asked for contradicts itself, the model, the input or OUT.
+        OSError: OUT cannot be written; what is finished stays.
     """
     recipe = SampleRecipe(steps=steps, guidance_scale=guidance_scale, seed=seed)
     run = plan_sample(out, generator, n, conditions, recipe, format, unit_tiles)

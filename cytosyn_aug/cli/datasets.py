@@ -8,21 +8,39 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from cytosyn_aug.cli.options import (
     Commands,
     add_command,
     add_model,
+    add_settings,
     add_tile_work,
     add_work,
     load_generator,
+    make_settings,
     say_summary,
     shared_path,
     work_of,
 )
-from cytosyn_aug.config import Method
+from cytosyn_aug.runs.checks import (
+    check_apart,
+    check_augment,
+    check_count,
+    check_not_overwritten,
+    check_paths,
+)
+from cytosyn_aug.runs.recipes import (
+    AugmentRecipe,
+    Format,
+    ImageFormat,
+    NormalizeRecipe,
+    SampleRecipe,
+    Tiles,
+    Work,
+)
 
+_NORMALIZE_FLAGS = {"source": "stain_source"}
 _IN = "folder of tiles, .csv or .parquet with paths, tar shards (file or folder), or slides"
 
 
@@ -44,8 +62,6 @@ def _register_augment(commands: Commands) -> None:
     )
     augment.add_argument("source", metavar="IN", type=Path, help=_IN)
     augment.add_argument("out", metavar="OUT", type=Path, help="folder to write or continue")
-    augment.add_argument("--variants", type=int, default=1, metavar="K", help="of each tile")
-    augment.add_argument("--mode", default="stain", choices=["stain", "resample"])
     augment.add_argument(
         "--references",
         nargs="+",
@@ -53,37 +69,9 @@ def _register_augment(commands: Commands) -> None:
         metavar="DIR|FILE",
         help="laboratories to restain to: folders of tiles, slides, or saved .json; taken in turn",
     )
-    augment.add_argument(
-        "--strength",
-        nargs="+",
-        type=float,
-        default=[1.0],
-        metavar="S",
-        help="one, or least and largest to draw between; 1 goes to the reference, 0 stays",
-    )
-    augment.add_argument(
-        "--preserve", default="color", choices=["color", "none"], help="none moves structure"
-    )
-    augment.add_argument("--steps", type=int, help="of resampling; default: the model's")
-    augment.add_argument("--guidance-scale", type=float, default=1.0, help="of resampling")
-    augment.add_argument(
-        "--min-similarity",
-        type=float,
-        default=-1.0,
-        metavar="C",
-        help="leave out what is drawn anew and less like its source, by the cosine of features",
-    )
-    augment.add_argument(
-        "--max-similarity", type=float, default=1.0, metavar="C", help="the same, but more like it"
-    )
-    augment.add_argument("--seed", type=int, default=0)
-    augment.add_argument(
-        "--allow-geometry-change",
-        action="store_true",
-        help="go on although masks lie beside tiles whose structure will move; they stay behind",
-    )
+    add_settings(augment, AugmentRecipe)
     _add_input(augment)
-    _add_format(augment, ["png", "webp", "tar", "latents", "images"])
+    _add_format(augment, get_args(Format))
     add_model(augment)
     add_tile_work(augment)
     add_work(augment)
@@ -106,16 +94,9 @@ def _register_normalize(commands: Commands) -> None:
         metavar="DIR|FILE",
         help="folders of tiles and slides to fit one reference to, or one saved .json",
     )
-    normalize.add_argument("--method", default="cytosyn", choices=get_args(Method))
-    normalize.add_argument(
-        "--stain-source",
-        default="tile",
-        choices=["tile", "slide"],
-        help="whose stain is changed; slide is better, and even, where names say the slide",
-    )
-    normalize.add_argument("--strength", type=float, default=1.0, metavar="S", help="0 to 1")
+    add_settings(normalize, NormalizeRecipe, flags=_NORMALIZE_FLAGS)
     _add_input(normalize)
-    _add_format(normalize, ["png", "webp", "tar"])
+    _add_format(normalize, get_args(ImageFormat))
     add_model(normalize)
     add_tile_work(normalize)
     add_work(normalize)
@@ -160,108 +141,96 @@ def _register_sample(commands: Commands) -> None:
         "--conditions",
         type=Path,
         metavar="FILE",
-        help=".npy or .safetensors with a CLS vector a row, taken in turn",
+        help=".npy or .safetensors with a CLS vector per row, taken in turn",
     )
-    sample.add_argument("--steps", type=int, help="default: the model's")
-    sample.add_argument("--guidance-scale", type=float, default=1.0)
-    sample.add_argument("--seed", type=int, default=0)
-    _add_format(sample, ["png", "webp", "tar"])
+    add_settings(sample, SampleRecipe)
+    _add_format(sample, get_args(ImageFormat))
     add_model(sample)
     add_tile_work(sample)
     add_work(sample)
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
-    kinds = ["tree", "table", "shards", "slides"]
-    parser.add_argument("--input", choices=kinds, help="what IN is; default: look")
-    parser.add_argument(
-        "--mpp",
-        type=float,
-        help="microns per pixel of the tiles, default: the model's; of slides, default: their own",
-    )
+    add_settings(parser, Tiles, only=["input", "mpp"])
 
 
-def _add_format(parser: argparse.ArgumentParser, formats: list[str]) -> None:
+def _add_format(parser: argparse.ArgumentParser, formats: tuple[str, ...]) -> None:
     parser.add_argument("--format", default="png", choices=formats, help="pixels without loss")
 
 
 def _augment(args: argparse.Namespace) -> int:
-    from cytosyn_aug import offline
-
-    if len(args.strength) > 2:
-        raise ValueError(f"got {len(args.strength)} strengths, expected one or two")
-    summary = offline.augment(
-        shared_path(args, args.source),
-        shared_path(args, args.out),
-        load_generator(args),
-        references=args.references,
-        variants=args.variants,
-        mode=args.mode,
-        strength=(args.strength[0], args.strength[-1]),
-        preserve=args.preserve,
-        steps=args.steps,
-        guidance_scale=args.guidance_scale,
-        seed=args.seed,
-        allow_geometry_change=args.allow_geometry_change,
-        min_similarity=args.min_similarity,
-        max_similarity=args.max_similarity,
-        format=args.format,
-        **_input(args),
-        work=work_of(args),
+    recipe = make_settings(AugmentRecipe, args)
+    tiles, out, work = _request(args)
+    check_augment(
+        recipe,
+        args.format,
+        num_references=len(args.references),
+        has_encoder=args.encoder != "none",
     )
-    return say_summary(summary)
+    check_paths(args.references)
+    generator = load_generator(args)
+    from cytosyn_aug.runs.execute import do_run
+    from cytosyn_aug.runs.plan import plan_augment
+
+    run = plan_augment(tiles, out, generator, args.references, recipe, args.format)
+    return say_summary(do_run(run, work))
 
 
 def _normalize(args: argparse.Namespace) -> int:
-    from cytosyn_aug import offline
+    recipe = make_settings(NormalizeRecipe, args, flags=_NORMALIZE_FLAGS)
+    tiles, out, work = _request(args)
+    check_paths(args.reference)
+    generator = load_generator(args)
+    from cytosyn_aug.runs.execute import do_run
+    from cytosyn_aug.runs.plan import plan_normalize
 
-    summary = offline.normalize(
-        shared_path(args, args.source),
-        shared_path(args, args.out),
-        load_generator(args),
-        reference=args.reference,
-        method=args.method,
-        stain_source=args.stain_source,
-        strength=args.strength,
-        format=args.format,
-        **_input(args),
-        work=work_of(args),
-    )
-    return say_summary(summary)
+    run = plan_normalize(tiles, out, generator, [args.reference], recipe, args.format)
+    return say_summary(do_run(run, work))
 
 
 def _cache(args: argparse.Namespace) -> int:
+    tiles, out, work = _request(args)
+    check_not_overwritten(out, work)
+    generator = load_generator(args)
     from cytosyn_aug import offline
 
     summary = offline.cache(
-        shared_path(args, args.source),
-        shared_path(args, args.out),
-        load_generator(args),
+        tiles.source,
+        out,
+        generator,
         contents=args.contents,
         compact=args.compact,
-        **_input(args),
-        work=work_of(args),
+        mpp=tiles.mpp,
+        input=tiles.input,
+        unit_tiles=tiles.unit_tiles,
+        work=work,
     )
     return say_summary(summary)
 
 
 def _sample(args: argparse.Namespace) -> int:
-    from cytosyn_aug import offline
-
-    summary = offline.sample(
+    recipe, out, work = (
+        make_settings(SampleRecipe, args),
         shared_path(args, args.out),
-        load_generator(args),
-        n=args.n,
-        conditions=args.conditions,
-        steps=args.steps,
-        guidance_scale=args.guidance_scale,
-        seed=args.seed,
-        format=args.format,
-        unit_tiles=args.unit_tiles,
-        work=work_of(args),
+        work_of(args),
     )
-    return say_summary(summary)
+    tiles = make_settings(Tiles, args, source=out)
+    check_count(args.n)
+    if args.conditions is not None and not args.conditions.exists():
+        raise FileNotFoundError(f"{args.conditions} does not exist; give a .npy or .safetensors")
+    generator = load_generator(args)
+    from cytosyn_aug.runs.execute import do_run
+    from cytosyn_aug.runs.plan import plan_sample
+
+    run = plan_sample(
+        out, generator, args.n, args.conditions, recipe, args.format, tiles.unit_tiles
+    )
+    return say_summary(do_run(run, work))
 
 
-def _input(args: argparse.Namespace) -> dict[str, Any]:  # Any: arguments of offline's functions
-    return {"mpp": args.mpp, "input": args.input, "unit_tiles": args.unit_tiles}
+def _request(args: argparse.Namespace) -> tuple[Tiles, Path, Work]:
+    """Return IN, OUT and how to work, with contradictions refused before a model is loaded."""
+    tiles = make_settings(Tiles, args, source=shared_path(args, args.source))
+    out, work = shared_path(args, args.out), work_of(args)
+    check_apart(tiles.source, out)
+    return tiles, out, work

@@ -9,18 +9,35 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from types import MappingProxyType, NoneType, UnionType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    TypeAlias,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from cytosyn_aug.runs.ray_actors import RayCluster
+from cytosyn_aug.runs.recipes import Tiles, Work
 
 if TYPE_CHECKING:
     from cytosyn_aug.model.generator import TileGenerator
-    from cytosyn_aug.runs.execute import Summary, Work
-    from cytosyn_aug.runs.ray_actors import RayCluster
+    from cytosyn_aug.runs.execute import Summary
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 DTYPES = ["float32", "bfloat16", "float16"]
 _MAX_NAMED = 20
+_RAY_FLAGS = {"cpus": "actor_cpus", "gpus": "actor_gpus"}
+Settings = TypeVar("Settings")
 
 
 def add_command(
@@ -65,13 +82,14 @@ def add_weights(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
 
 
-def add_work(
-    parser: argparse.ArgumentParser, overwrite: str = "remove what OUT holds, first"
-) -> None:
+def add_work(parser: argparse.ArgumentParser, overwrite: str | None = None) -> None:
     """Add the options of how a run is worked on, here or by Ray; `overwrite` is help on that."""
     group = parser.add_argument_group("work")
-    group.add_argument("--dry-run", action="store_true", help="say what would be done, as JSON")
-    group.add_argument("--overwrite", action="store_true", help=overwrite)
+    add_settings(group, Work, only=["dry_run"])
+    if overwrite is None:
+        add_settings(group, Work, only=["overwrite"])
+    else:
+        group.add_argument("--overwrite", action="store_true", help=overwrite)
     group.add_argument(
         "--shard", type=_shard, default=(0, 1), metavar="I/N", help="do the I-th of N parts, from 0"
     )
@@ -80,29 +98,91 @@ def add_work(
     group.add_argument(
         "--engine", default="local", choices=["local", "ray"], help="this process, or Ray actors"
     )
-    group.add_argument(
-        "--address", help="of a running Ray, such as auto; default: RAY_ADDRESS, or start one here"
-    )
-    group.add_argument("--actors", type=int, metavar="N", help="default: all there is room for")
-    group.add_argument(
-        "--actor-cpus",
-        type=int,
-        metavar="N",
-        help="of each; default: this process's threads of torch, 1 with cuda",
-    )
-    group.add_argument(
-        "--actor-gpus", type=float, metavar="N", help="of each, may be 0.5; default: 1 with cuda"
-    )
+    add_settings(group, RayCluster, flags=_RAY_FLAGS)
 
 
 def add_tile_work(parser: argparse.ArgumentParser) -> None:
     """Add the options of how tiles are cut into units and taken through."""
     group = parser.add_argument_group("units and threads")
-    group.add_argument(
-        "--unit-tiles", type=int, default=256, help="a kill costs at most two units of so many"
-    )
-    group.add_argument("--readers", type=int, default=4, help="threads that decode")
-    group.add_argument("--writers", type=int, default=4, help="threads that encode")
+    add_settings(group, Tiles, only=["unit_tiles"])
+    add_settings(group, Work, only=["readers", "writers"])
+
+
+def add_settings(
+    parser: argparse._ActionsContainer,
+    settings: type,
+    *,
+    only: Sequence[str] = (),
+    flags: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Add an option per field of a frozen dataclass that has a sentence as its annotation.
+
+    Args:
+        parser: Where to add them.
+        settings: The dataclass, such as `AugmentRecipe`.
+        only: Names of the fields; empty for all.
+        flags: Names of options, with underscores, where they differ from those of their fields.
+    """
+    for field, kind, sentence in stated_options(settings):
+        if not only or field.name in only:
+            flag = "--" + flags.get(field.name, field.name).replace("_", "-")
+            help = sentence[0].lower() + sentence[1:] if sentence[1].islower() else sentence
+            parser.add_argument(flag, help=help.rstrip("."), **_argument(kind, field.default))
+
+
+def stated_options(settings: type) -> list[tuple[Field[Any], Any, str]]:  # Any: any type
+    """Return field, type and sentence of the options that a frozen dataclass states."""
+    hints = get_type_hints(settings, include_extras=True)
+    found = []
+    for field in fields(settings):
+        if get_origin(hints[field.name]) is Annotated:
+            kind, sentence = get_args(hints[field.name])
+            found.append((field, kind, sentence))
+    return found
+
+
+def make_settings(
+    settings: type[Settings],
+    args: argparse.Namespace,
+    *,
+    flags: Mapping[str, str] = MappingProxyType({}),
+    **others: object,
+) -> Settings:
+    """Return the dataclass that the options of `add_settings` state.
+
+    Args:
+        settings: The dataclass.
+        args: The parsed command line; options that a command does not have keep their default.
+        flags: As `add_settings` was given them.
+        others: Values of further fields.
+    """
+    values: dict[str, Any] = dict(others)  # Any: fields
+    for field, kind, _ in stated_options(settings):
+        name = flags.get(field.name, field.name)
+        if hasattr(args, name) and field.name not in values:
+            value = getattr(args, name)
+            values[field.name] = _range(name, value) if get_origin(kind) is tuple else value
+    return settings(**values)
+
+
+def _argument(kind: Any, default: Any) -> dict[str, Any]:  # Any: types, values, argparse's words
+    """Return what argparse is told of a type: bool, a choice, a range, or a plain one or None."""
+    if kind is bool:
+        return {"action": "store_true"}
+    if get_origin(kind) in (Union, UnionType):
+        (kind,) = (part for part in get_args(kind) if part is not NoneType)
+    if get_origin(kind) is Literal:
+        return {"choices": get_args(kind), "default": default}
+    if get_origin(kind) is tuple:
+        kind = get_args(kind)[0]
+        return {"type": kind, "nargs": "+", "default": [default[0]], "metavar": "N"}
+    return {"type": kind, "default": default, "metavar": None if kind is str else "N"}
+
+
+def _range(name: str, values: Sequence[float]) -> tuple[float, float]:
+    if len(values) > 2:
+        raise ValueError(f"{name} has {len(values)} values, expected one, or least and largest")
+    return values[0], values[-1]
 
 
 def load_generator(args: argparse.Namespace) -> TileGenerator:
@@ -138,34 +218,17 @@ def load_weights(args: argparse.Namespace, *, device: str, batch_size: int) -> T
 
 
 def work_of(args: argparse.Namespace) -> Work:
-    """Return how a run is to be worked on."""
-    from cytosyn_aug.runs.execute import Work
-
-    return Work(
-        shard=args.shard,
-        readers=args.readers,
-        writers=args.writers,
-        overwrite=args.overwrite,
-        dry_run=args.dry_run,
-        progress=not args.quiet,
-        ray=_ray(args),
-    )
+    """Return how a run is to be worked on, with contradictions refused."""
+    return make_settings(Work, args, shard=args.shard, progress=not args.quiet, ray=_ray(args))
 
 
 def _ray(args: argparse.Namespace) -> RayCluster | None:
-    from cytosyn_aug.runs.ray_actors import RayCluster
-
-    given = {
-        "address": args.address,
-        "actors": args.actors,
-        "cpus": args.actor_cpus,
-        "gpus": args.actor_gpus,
-    }
-    asked = {name: value for name, value in given.items() if value is not None}
     if args.engine == "ray":
-        return RayCluster(device=args.device, **asked)
-    if asked:
-        raise ValueError(f"{', '.join(asked)} of actors only go with --engine ray")
+        return make_settings(RayCluster, args, flags=_RAY_FLAGS, device=args.device)
+    flags = [_RAY_FLAGS.get(field.name, field.name) for field, *_ in stated_options(RayCluster)]
+    given = [f"--{flag.replace('_', '-')}" for flag in flags if getattr(args, flag) is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)} can only be combined with --engine ray")
     return None
 
 
@@ -183,8 +246,8 @@ def say_summary(summary: Summary) -> int:
         return 1 if summary.estimate["unusable"] else 0
     _name_failures(summary.failed, summary.counts.get("failed", 0))
     counts = ", ".join(f"{number} {status}" for status, number in summary.counts.items())
-    state = "" if summary.is_complete else "; the manifest follows when the other parts are done"
-    print(f"{summary.out}: {counts or 'nothing in this part'}{state}")
+    state = "" if summary.is_complete else "; the manifest follows when the other shards are done"
+    print(f"{summary.out}: {counts or 'no tiles in this shard'}{state}")
     return 1 if summary.counts.get("failed") else 0
 
 

@@ -24,6 +24,8 @@ from cytosyn_aug.cli.options import (
     work_of,
 )
 from cytosyn_aug.config import Method
+from cytosyn_aug.runs.checks import check_apart, check_paths
+from cytosyn_aug.runs.recipes import Work
 
 if TYPE_CHECKING:
     from cytosyn_aug.model.generator import TileGenerator
@@ -95,6 +97,8 @@ def _normalize_slide(args: argparse.Namespace) -> int:
         keeps_thumbnail=args.keep_thumbnail,
         allows_damage=args.allow_damage,
     )
+    work = work_of(args)
+    check_paths(args.reference)
     is_file = args.out.suffix.lower() in _FILE_SUFFIXES
     if is_file:
         _check_one(args)
@@ -103,8 +107,10 @@ def _normalize_slide(args: argparse.Namespace) -> int:
             f"{args.out} would become a folder; for a single slide give a name that ends in "
             ".ome.tif"
         )
+    else:
+        check_apart(args.source, args.out)
     generator = load_generator(args) if args.method == "cytosyn" else None
-    return (_one if is_file else _many)(args, recipe, generator)
+    return _one(args, recipe, generator) if is_file else _many(args, recipe, generator, work)
 
 
 def _check_one(args: argparse.Namespace) -> None:
@@ -116,10 +122,11 @@ def _check_one(args: argparse.Namespace) -> None:
             f"{args.out} is one file, and one slide is not shared among jobs; leave --shard and "
             "--engine away, or give a folder of slides and a folder to write"
         )
-    work_of(args)  # refuses options of Ray workers without --engine ray
 
 
-def _many(args: argparse.Namespace, recipe: SlideRecipe, generator: TileGenerator | None) -> int:
+def _many(
+    args: argparse.Namespace, recipe: SlideRecipe, generator: TileGenerator | None, work: Work
+) -> int:
     from cytosyn_aug import offline
 
     summary = offline.normalize_slides(
@@ -129,7 +136,7 @@ def _many(args: argparse.Namespace, recipe: SlideRecipe, generator: TileGenerato
         reference=args.reference,
         method=args.method,
         recipe=recipe,
-        work=work_of(args),
+        work=work,
     )
     return say_summary(summary)
 

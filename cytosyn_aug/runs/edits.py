@@ -123,19 +123,11 @@ def _augment_edit(
 ) -> Edit:
     if recipe.mode == "resample":
         return _resample_edit(generator, recipe)
-    if not references:
-        raise ValueError("mode stain needs references: folders of tiles or saved .json files")
     check_scale(recipe.mpp, generator.tile)
     if recipe.preserve == "none" and generator.encoder is None:
         raise ValueError(
             "preserve 'none' needs an encoder, and this model was loaded without; load it with "
             "--encoder bioptimus/H0-mini, or use preserve 'color'"
-        )
-    is_fixed = recipe.preserve == "color" and recipe.strength[0] == recipe.strength[1]
-    if is_fixed and recipe.variants > len(references):
-        raise ValueError(
-            f"{recipe.variants} variants with {len(references)} references of one strength would "
-            "repeat themselves; give more references, a range of strengths, or fewer variants"
         )
     return _stain_edit(generator, references, recipe)
 
@@ -158,7 +150,7 @@ def normalize_edit(
         ValueError: Not one reference, or no such method.
     """
     if len(references) != 1:
-        raise ValueError(f"got {len(references)} references, expected the one to normalise to")
+        raise ValueError(f"got {len(references)} references; normalisation needs exactly one")
     if recipe.method not in _METHODS:
         raise ValueError(f"method is {recipe.method!r}, expected one of {sorted(_METHODS)}")
     check_scale(recipe.mpp, generator.tile)

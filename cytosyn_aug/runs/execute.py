@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from cytosyn_aug.runs.folder import RUN_NAME, RunFolder, Unit, check_free, open_
 from cytosyn_aug.runs.listing import Listing
 from cytosyn_aug.runs.pipeline import TileWork
 from cytosyn_aug.runs.ray_actors import RayCluster, on_actors
+from cytosyn_aug.runs.recipes import Work
 from cytosyn_aug.runs.trial import estimate_tiles
 from cytosyn_aug.runs.unit_work import Run, UnitWorker, software
 
@@ -31,42 +32,6 @@ _MAX_NAMED = 100
 # Progress of slides is fractional: one takes minutes.
 _FRACTIONS = "{l_bar}{bar}| {n:.1f}/{total} slides [{elapsed}<{remaining}, {rate_fmt}]"
 _BAR = {"tile": {}, "slide": {"bar_format": _FRACTIONS}}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
-    """How a run is worked on; nothing here changes a byte of it, but for `overwrite`.
-
-    Attributes:
-        shard: Index i and number n: take only units i, i + n, i + 2 n and so on.
-        readers: Threads that decode.
-        writers: Threads that encode and write.
-        overwrite: Remove whatever run OUT holds, and start anew.
-        dry_run: Say what would be done, and write nothing.
-        progress: Show a bar on stderr.
-        ray: Do the units on a cluster of Ray, whose machines see IN and OUT by the same absolute
-            paths; None for in this process.
-    """
-
-    shard: tuple[int, int] = (0, 1)
-    readers: int = 4
-    writers: int = 4
-    overwrite: bool = False
-    dry_run: bool = False
-    progress: bool = True
-    ray: RayCluster | None = None
-
-    def __post_init__(self) -> None:
-        index, count = self.shard
-        if not 0 <= index < count:
-            raise ValueError(f"shard is {index}/{count}, expected i/n with 0 <= i < n, as 0/4")
-        if self.overwrite and count > 1:
-            raise ValueError(
-                "--overwrite with --shard would remove what other shards wrote; remove the folder "
-                "once, before the first"
-            )
-        if min(self.readers, self.writers) < 1:
-            raise ValueError("readers and writers are threads, expected at least 1 of each")
 
 
 class Summary(NamedTuple):

@@ -26,9 +26,9 @@ from cytosyn_aug.io.image_files import TILE_SUFFIXES, masked_stem
 from cytosyn_aug.io.slide import SLIDE_SUFFIXES, Slide
 from cytosyn_aug.io.tissue import TissueConfig, candidate_positions, slide_mask
 from cytosyn_aug.runs.listing import (
-    InputKind,
     Item,
     Listing,
+    ListingKind,
     corner,
     left_out,
     make_listing,
@@ -42,7 +42,7 @@ SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "
 
 
 def list_inputs(
-    source: Path | str, tile: TileSpec, *, kind: InputKind | None = None, mpp: float | None = None
+    source: Path | str, tile: TileSpec, *, kind: ListingKind | None = None, mpp: float | None = None
 ) -> Listing:
     """List the tiles of an input.
 
@@ -75,7 +75,7 @@ def list_inputs(
     return listing
 
 
-def find_kind(source: Path) -> InputKind:
+def find_kind(source: Path) -> ListingKind:
     """Return what an input is, from its suffix or from the files in it.
 
     .tif files in a folder count as slides beside other slides, and else as tiles, unless the first
@@ -101,7 +101,7 @@ def find_kind(source: Path) -> InputKind:
         suffixes[suffix] += 1
         if suffix in EITHER_SUFFIXES:
             first_tiff = first_tiff or name
-    kinds: Counter[InputKind] = Counter()
+    kinds: Counter[ListingKind] = Counter()
     for suffix, number in suffixes.items():
         kind = _kind_of(suffix)
         if kind is not None and kind != "table":
@@ -197,7 +197,7 @@ def _label(name: str) -> str:
     return next((f for f in name.split("/")[:-1] if f.lower() not in SPLITS), "")
 
 
-def _kind_of(suffix: str) -> InputKind | None:
+def _kind_of(suffix: str) -> ListingKind | None:
     if suffix in TILE_SUFFIXES:
         return "tree"
     if suffix in TABLE_SUFFIXES:

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from cytosyn_aug.io.image_files import MASK_END
 
-InputKind = Literal["tree", "table", "shards", "slides", "numbers"]
+ListingKind = Literal["tree", "table", "shards", "slides", "numbers"]
 
 _CODED = pa.dictionary(pa.int32(), pa.string())
 SCHEMA = pa.schema(
@@ -102,7 +102,7 @@ class Listing:
         notes: Remarks on what was left out, as sentences.
     """
 
-    kind: InputKind
+    kind: ListingKind
     root: Path
     table: pa.Table
     notes: tuple[str, ...] = ()
@@ -148,7 +148,7 @@ class Listing:
 
 
 def make_listing(
-    kind: InputKind, root: Path, items: Iterable[Item], notes: tuple[str, ...] = ()
+    kind: ListingKind, root: Path, items: Iterable[Item], notes: tuple[str, ...] = ()
 ) -> Listing:
     """Put items into a listing, after making sure that each result has a name of its own."""
     columns: dict[str, list[object]] = {name: [] for name in SCHEMA.names}

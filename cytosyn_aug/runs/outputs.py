@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -33,8 +33,8 @@ from cytosyn_aug.io.tar_files import ShardWriter
 from cytosyn_aug.runs.folder import RunFolder
 from cytosyn_aug.runs.listing import Item
 from cytosyn_aug.runs.reading import Loaded
+from cytosyn_aug.runs.recipes import Format
 
-Format = Literal["png", "webp", "tar", "latents", "images"]
 _ENCODERS: Mapping[str, Callable[[np.ndarray], bytes]] = {
     "png": encode_png,
     "webp": encode_webp,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +19,7 @@ from cytosyn_aug.cache.encodings import Contents, encodings_spec
 from cytosyn_aug.config import Method, TileSpec
 from cytosyn_aug.model.conditions import Conditions, read_conditions
 from cytosyn_aug.model.generator import TileGenerator
+from cytosyn_aug.runs.checks import check_apart, check_augment, check_count, check_format
 from cytosyn_aug.runs.edits import (
     augment_edit,
     normalize_edit,
@@ -26,9 +27,8 @@ from cytosyn_aug.runs.edits import (
     size_check,
 )
 from cytosyn_aug.runs.inputs import list_inputs, list_whole_slides
-from cytosyn_aug.runs.listing import InputKind, Item, Listing, make_listing
+from cytosyn_aug.runs.listing import Item, Listing, make_listing
 from cytosyn_aug.runs.outputs import (
-    Format,
     cache_records,
     check_cache,
     image_files,
@@ -37,7 +37,14 @@ from cytosyn_aug.runs.outputs import (
 )
 from cytosyn_aug.runs.pipeline import TileWork
 from cytosyn_aug.runs.reading import Loaded, Reader
-from cytosyn_aug.runs.recipes import AugmentRecipe, NormalizeRecipe, SampleRecipe
+from cytosyn_aug.runs.recipes import (
+    AugmentRecipe,
+    Format,
+    ImageFormat,
+    NormalizeRecipe,
+    SampleRecipe,
+    Tiles,
+)
 from cytosyn_aug.runs.record_edits import moments_edit, variants_to_records
 from cytosyn_aug.runs.references import (
     Given,
@@ -53,26 +60,7 @@ from cytosyn_aug.slides.recipe import SLIDES_COMMAND, SlideRecipe, recipe_as_jso
 from cytosyn_aug.stain.methods import fit_reference
 from cytosyn_aug.transforms.variants import records_spec
 
-UNIT_TILES = 256
-_IMAGE_FORMATS = ("png", "webp", "tar")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tiles:
-    """What a run works on.
-
-    Attributes:
-        source: Folder of tiles, table, tar shards or slides; OUT where tiles are generated.
-        kind: What it is; None looks.
-        mpp: Scale in microns per pixel: of tiles, None for the model's; of slides, None for what
-            they state.
-        unit_tiles: Tiles per work unit.
-    """
-
-    source: Path | str
-    kind: InputKind | None = None
-    mpp: float | None = None
-    unit_tiles: int = UNIT_TILES
+_IMAGE_FORMATS: tuple[str, ...] = get_args(ImageFormat)
 
 
 def plan_augment(
@@ -84,7 +72,7 @@ def plan_augment(
     format: Format,
 ) -> Run:
     """Return the run that `cytosyn_aug.offline.augment` does."""
-    _check_format(format, get_args(Format))
+    check_augment(recipe, format, num_references=len(references))
     check_apart(tiles.source, out)
     if recipe.mode == "resample":
         generator.check_drawing(steps=recipe.steps, guidance_scale=recipe.guidance_scale)
@@ -97,11 +85,6 @@ def plan_augment(
             "moves; use mode stain with preserve color, or allow geometry change and lose the masks"
         )
     is_cache = format not in _IMAGE_FORMATS
-    if is_cache and recipe.is_bounded:
-        raise ValueError(
-            "bounds on similarity leave results out, and a cache needs all variants of a tile; "
-            "write png, webp or tar"
-        )
     recipe = replace(recipe, mpp=_scale(tiles, listing, generator))
     edit = augment_edit(generator, laboratories, recipe)
     if format == "latents" or format == "images":
@@ -150,7 +133,7 @@ def plan_normalize(
     format: Format,
 ) -> Run:
     """Return the run that `cytosyn_aug.offline.normalize` does."""
-    _check_format(format, _IMAGE_FORMATS)
+    check_format(format, _IMAGE_FORMATS)
     check_apart(tiles.source, out)
     laboratories, identities = open_references(references, generator, recipe.method)
     listing = _list(tiles, generator)
@@ -214,9 +197,8 @@ def plan_sample(
     unit_tiles: int,
 ) -> Run:
     """Return the run that `cytosyn_aug.offline.sample` does."""
-    if n < 1:
-        raise ValueError(f"n is {n}, expected at least 1")
-    _check_format(format, _IMAGE_FORMATS)
+    check_count(n)
+    check_format(format, _IMAGE_FORMATS)
     generator.check_drawing(steps=recipe.steps, guidance_scale=recipe.guidance_scale)
     rows, digest = None, None
     if conditions is not None:
@@ -280,38 +262,13 @@ def plan_slides(
     )
 
 
-def check_apart(source: Path | str, out: Path | str) -> None:
-    """Refuse results among their sources: the next run would find them.
-
-    Called before references are fitted and slides are looked through, which takes longer.
-
-    Raises:
-        FileNotFoundError: There is no IN.
-        ValueError: One lies in the other.
-    """
-    source, out = Path(source), Path(out)
-    if not source.exists():
-        raise FileNotFoundError(f"{source} does not exist; give a folder, table, tar file or slide")
-    inside, folder = out.resolve(), source.resolve()
-    if source.is_file():
-        if inside == folder.parent:
-            raise ValueError(f"OUT {out} is the folder of IN {source}; choose another one")
-    elif inside.is_relative_to(folder) or folder.is_relative_to(inside):
-        raise ValueError(f"OUT {out} and IN {source} lie in each other; choose folders apart")
-
-
 def settings_digest(content: Mapping[str, Any]) -> str:  # Any: JSON
     """Return 16 digits of SHA-256 over what JSON says of settings."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _list(tiles: Tiles, generator: TileGenerator) -> Listing:
-    return list_inputs(tiles.source, generator.tile, kind=tiles.kind, mpp=tiles.mpp)
-
-
-def _check_format(format: str, allowed: Sequence[str]) -> None:
-    if format not in allowed:
-        raise ValueError(f"format is {format!r}, expected one of {', '.join(allowed)}")
+    return list_inputs(tiles.source, generator.tile, kind=tiles.input, mpp=tiles.mpp)
 
 
 def _tile_run(

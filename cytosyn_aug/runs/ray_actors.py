@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, Generic, NamedTuple, Protocol, TypeVar
 
 Unit = TypeVar("Unit")
 Asked = TypeVar("Asked", contravariant=True)
@@ -40,20 +40,26 @@ class RayCluster:
     """Where actors run, how many, and what each of them asks for.
 
     Attributes:
-        address: Of a running cluster, as "auto" or "ray://HOST:10001"; None for that of
-            RAY_ADDRESS, or if that is not set for one of this machine, which ends with the run.
-        actors: How many; None for as many as the cluster has room for now.
-        cpus: Processors that each asks for. Where the model is on them, also its threads of torch,
-            and None for as many as this process has, because their number decides the last bits.
-            Beside a GPU None is 1.
-        gpus: GPUs that each asks for, which may be shared (0.5); None for 1 if the model is there.
         device: Where each puts the model, "cuda" or "cpu"; None for where the generator is.
     """
 
-    address: str | None = None
-    actors: int | None = None
-    cpus: int | None = None
-    gpus: float | None = None
+    address: Annotated[
+        str | None,
+        'Address of a running cluster, as "auto" or "ray://HOST:10001"; by default that of '
+        "RAY_ADDRESS, or a cluster on this machine that ends with the run.",
+    ] = None
+    actors: Annotated[
+        int | None, "Number of actors; by default as many as the cluster has room for."
+    ] = None
+    # Threads decide the last bits of results, so that their number must be the same everywhere.
+    cpus: Annotated[
+        int | None,
+        "CPUs per actor, and threads of torch where the model is on them; by default as many as "
+        "this process has threads, or 1 beside a GPU.",
+    ] = None
+    gpus: Annotated[
+        float | None, "GPUs per actor, may be 0.5; by default 1 if the model is on a GPU."
+    ] = None
     device: str | None = None
 
     def __post_init__(self) -> None:

@@ -1,15 +1,27 @@
-"""How whole data sets are augmented, normalised and sampled: frozen, and recorded in `run.json`."""
+"""Recipes and other settings of runs over whole data sets. No torch here.
+
+Every option is stated here once: type, default, and a sentence as its annotation. Commands take
+their flags from here (`cytosyn_aug.cli.options.add_settings`), and a test compares the functions of
+`cytosyn_aug.offline` with it. Fields without a sentence are no options. Recipes are recorded in
+`run.json`.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
 from cytosyn_aug.config import Method, Preserve
+from cytosyn_aug.runs.ray_actors import RayCluster
 from cytosyn_aug.stain.recipe import EditRecipe
 
 Mode = Literal["stain", "resample"]
 Source = Literal["tile", "slide"]
+InputKind = Literal["tree", "table", "shards", "slides"]
+ImageFormat = Literal["png", "webp", "tar"]
+Format = Literal[ImageFormat, "latents", "images"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,35 +29,45 @@ class AugmentRecipe:
     """How tiles are augmented.
 
     Attributes:
-        variants: Results of each tile.
-        mode: "stain" restains; "resample" generates new tiles with the same features.
-        strength: Of restaining, drawn evenly between these two for each result; 1 goes to the
-            reference, 0 stays.
-        preserve: "color" moves no structure; "none" draws the restained tile anew.
-        mpp: Scale of the tiles in microns per pixel.
-        steps: Forwards of resampling; None for 4 of a student, or 16 of the transformer.
-        guidance_scale: Classifier-free guidance of resampling; 1 for none.
+        mpp: Scale of the tiles as they are read, in microns per pixel.
         edit: How the model restains.
-        seed: Base seed.
-        allow_geometry_change: Accept tiles with masks although structure changes; the masks are
-            left behind.
-        min_similarity: Least cosine similarity of the features of a tile and one drawn anew.
-        max_similarity: Largest one; a copy has 1. What is out of these bounds is
-            left out, and named in the manifest.
     """
 
-    variants: int = 1
-    mode: Mode = "stain"
-    strength: tuple[float, float] = (1.0, 1.0)
-    preserve: Preserve = "color"
+    variants: Annotated[int, "Results per tile."] = 1
+    mode: Annotated[
+        Mode, '"stain" restains; "resample" draws new tiles with the same features.'
+    ] = "stain"
+    strength: Annotated[
+        tuple[float, float],
+        "Strength of restaining: one number, or the least and the largest to draw between; 1 goes "
+        "to the reference, 0 stays.",
+    ] = (1.0, 1.0)
+    preserve: Annotated[
+        Preserve, '"color" moves no structure; "none" draws the restained tile anew.'
+    ] = "color"
     mpp: float = 0.5
-    steps: int | None = None
-    guidance_scale: float = 1.0
+    steps: Annotated[
+        int | None,
+        "Forwards of resampling; by default 4 of a student, or 16 of the transformer.",
+    ] = None
+    guidance_scale: Annotated[
+        float, "Classifier-free guidance of resampling; 1 is no guidance."
+    ] = 1.0
     edit: EditRecipe = field(default_factory=EditRecipe)
-    seed: int = 0
-    allow_geometry_change: bool = False
-    min_similarity: float = -1.0
-    max_similarity: float = 1.0
+    seed: Annotated[int, "Base seed, from which each result derives its own."] = 0
+    allow_geometry_change: Annotated[
+        bool, "Accept tiles with masks although structure will move; the masks are left behind."
+    ] = False
+    min_similarity: Annotated[
+        float,
+        "Leave out results drawn anew whose features have a smaller cosine to those of their "
+        "source; -1 keeps all.",
+    ] = -1.0
+    max_similarity: Annotated[
+        float,
+        "Leave out results drawn anew whose features have a larger cosine to those of their "
+        "source; 1 keeps all.",
+    ] = 1.0
 
     def __post_init__(self) -> None:
         if self.variants < 1:
@@ -55,6 +77,7 @@ class AugmentRecipe:
         if self.preserve not in ("color", "none"):
             raise ValueError(f"preserve is {self.preserve!r}, expected 'color' or 'none'")
         _check_strength(self.strength)
+        _check_drawing(self.steps, self.guidance_scale)
         if not -1 <= self.min_similarity <= self.max_similarity <= 1:
             raise ValueError(
                 f"similarities are {self.min_similarity:g} and {self.max_similarity:g}, expected "
@@ -82,18 +105,21 @@ class NormalizeRecipe:
     """How tiles are normalised.
 
     Attributes:
-        method: "cytosyn" reads the stain with the model's probe; "macenko", "reinhard" and
-            "transport" are those of `cytosyn_aug.transforms.classical`, without a network.
-        source: Whose stain is changed: that of each "tile", or of its "slide", where its name or a
-            table says which that is.
-        strength: 1 goes to the reference, 0 stays.
-        mpp: Scale of the tiles in microns per pixel.
+        mpp: Scale of the tiles as they are read, in microns per pixel.
         edit: How the model restains.
     """
 
-    method: Method = "cytosyn"
-    source: Source = "tile"
-    strength: float = 1.0
+    method: Annotated[
+        Method,
+        '"cytosyn" reads the stain with the model; "macenko", "reinhard" and "transport" use no '
+        "network.",
+    ] = "cytosyn"
+    source: Annotated[
+        Source,
+        'Whose stain is changed: that of each "tile", or of its "slide", which is more even and '
+        "needs names that say the slide.",
+    ] = "tile"
+    strength: Annotated[float, "From 0, which stays, to 1, which goes to the reference."] = 1.0
     mpp: float = 0.5
     edit: EditRecipe = field(default_factory=EditRecipe)
 
@@ -105,20 +131,82 @@ class NormalizeRecipe:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleRecipe:
-    """How tiles are generated.
+    """How tiles are generated."""
+
+    steps: Annotated[
+        int | None, "Forwards per tile; by default 4 of a student, or 16 of the transformer."
+    ] = None
+    guidance_scale: Annotated[float, "Classifier-free guidance; 1 is no guidance."] = 1.0
+    seed: Annotated[int, "Base seed, from which each tile derives its own."] = 0
+
+    def __post_init__(self) -> None:
+        _check_drawing(self.steps, self.guidance_scale)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tiles:
+    """What a run works on.
 
     Attributes:
-        steps: Forwards; None for 4 of a student, or 16 of the transformer.
-        guidance_scale: Classifier-free guidance; 1 for none.
-        seed: Base seed.
+        source: Folder of tiles, table, tar shards or slides; OUT where tiles are generated.
     """
 
-    steps: int | None = None
-    guidance_scale: float = 1.0
-    seed: int = 0
+    source: Path | str
+    input: Annotated[InputKind | None, "What IN is; by default that is looked up."] = None
+    mpp: Annotated[
+        float | None,
+        "Microns per pixel: of tiles, by default the model's; of slides, by default what they "
+        "state.",
+    ] = None
+    unit_tiles: Annotated[int, "Tiles per work unit; a killed process loses at most two units."] = (
+        256
+    )
+
+    def __post_init__(self) -> None:
+        if self.unit_tiles < 1:
+            raise ValueError(f"unit_tiles is {self.unit_tiles}, expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """How a run is worked on; nothing here changes a byte of it, but for `overwrite`.
+
+    Attributes:
+        shard: Index i and number n: take only units i, i + n, i + 2 n and so on.
+        progress: Show a bar on stderr.
+        ray: Do the units on a cluster of Ray, whose machines see IN and OUT by the same absolute
+            paths; None for in this process.
+    """
+
+    shard: tuple[int, int] = (0, 1)
+    readers: Annotated[int, "Threads that decode."] = 4
+    writers: Annotated[int, "Threads that encode and write."] = 4
+    overwrite: Annotated[bool, "First remove whatever run OUT holds."] = False
+    dry_run: Annotated[bool, "Say what would be done, as JSON, and write nothing."] = False
+    progress: bool = True
+    ray: RayCluster | None = None
+
+    def __post_init__(self) -> None:
+        index, count = self.shard
+        if not 0 <= index < count:
+            raise ValueError(f"shard is {index}/{count}, expected i/n with 0 <= i < n, as 0/4")
+        if self.overwrite and count > 1:
+            raise ValueError(
+                "--overwrite with --shard would remove what other shards wrote; remove the folder "
+                "once, before the first"
+            )
+        if min(self.readers, self.writers) < 1:
+            raise ValueError("readers and writers are threads, expected at least 1 of each")
 
 
 def _check_strength(strength: tuple[float, float]) -> None:
     low, high = strength
     if not 0 <= low <= high <= 1:
         raise ValueError(f"strength is {low:g} to {high:g}, expected 0 <= low <= high <= 1")
+
+
+def _check_drawing(steps: int | None, guidance_scale: float) -> None:
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps is {steps}, expected at least 1")
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance scale is {guidance_scale}, expected a number; 1 is no guidance")

@@ -15,7 +15,7 @@ from cytosyn_aug.config import TileSpec
 from cytosyn_aug.io.slide import Slide, SlideError
 from cytosyn_aug.io.tile_source import read_tiles
 from cytosyn_aug.io.tissue import TissueConfig, tissue_pixels
-from cytosyn_aug.runs.execute import Work
+from cytosyn_aug.runs.recipes import Work
 from cytosyn_aug.slides import normalize as whole_slides
 from cytosyn_aug.slides.normalize import SlideRecipe, normalize_slide
 from cytosyn_aug.stain.colour_table import ColourTable

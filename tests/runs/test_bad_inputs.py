@@ -9,7 +9,7 @@ from PIL import Image, ImageCms
 
 from cytosyn_aug import offline
 from cytosyn_aug.cli.main import main
-from cytosyn_aug.runs.execute import Work
+from cytosyn_aug.runs.recipes import Work
 from tests.io.test_image_files import DEEP, png
 from tests.support.synthetic import SIZE, save_tile, synthetic_tiles
 

@@ -22,7 +22,7 @@ from PIL import Image
 from cytosyn_aug import TileGenerator, offline
 from cytosyn_aug.cache.store import LatentCache
 from cytosyn_aug.cli.main import main, parse
-from cytosyn_aug.runs.execute import Work
+from cytosyn_aug.runs.recipes import Work
 from tests.support.offline_runs import QUIET, augment, digest, rows
 from tests.support.python_process import start_python
 from tests.support.synthetic import save_tile as save

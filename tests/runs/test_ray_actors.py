@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cytosyn_aug import StainReference, offline
+from cytosyn_aug import StainReference
 from cytosyn_aug.cache.store import LatentCache
 from cytosyn_aug.cli.main import main
 from cytosyn_aug.runs import execute as running
@@ -24,9 +24,9 @@ from cytosyn_aug.runs import plan as plans
 from cytosyn_aug.runs import ray_actors
 from cytosyn_aug.runs.execute import cut_units
 from cytosyn_aug.runs.folder import open_run
-from cytosyn_aug.runs.plan import Tiles, plan_slides
+from cytosyn_aug.runs.plan import plan_slides
 from cytosyn_aug.runs.ray_actors import Death, RayCluster, on_actors
-from cytosyn_aug.runs.recipes import NormalizeRecipe, SampleRecipe
+from cytosyn_aug.runs.recipes import NormalizeRecipe, SampleRecipe, Tiles
 from cytosyn_aug.runs.unit_work import UnitWorker, software
 from cytosyn_aug.slides.recipe import SlideRecipe
 from tests.runs.test_execute import command
@@ -90,14 +90,14 @@ def test_a_killed_actor_changes_nothing(
     (tree / "stroma" / "broken.png").write_bytes(b"nothing")
     assert main(command(tree, tmp_path / "one", model_folder, laboratories)) == 1
     said = capsys.readouterr().out.removeprefix(str(tmp_path / "one"))
-    plan, mark = offline.plan_augment, tmp_path / "mark"
+    plan, mark = plans.plan_augment, tmp_path / "mark"
 
     def plan_death(*args):
         run = plan(*args)
         edit = dying_once(run.work.edit, mark, batches=2)
         return replace(run, work=replace(run.work, edit=edit))
 
-    monkeypatch.setattr(offline, "plan_augment", plan_death)
+    monkeypatch.setattr(plans, "plan_augment", plan_death)
     out = tmp_path / "many"
     words = command(tree, out, model_folder, laboratories, *RAY)
     assert main(words) == 1
@@ -309,7 +309,10 @@ def test_without_ray_the_engine_says_what_to_install(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--actors", "2", "--address", "auto"], "address, actors of actors only go with"),
+        (
+            ["--actors", "2", "--address", "auto"],
+            "--address, --actors can only be combined with",
+        ),
         (["--engine", "ray", "--actors", "0"], "actors is 0, expected at least 1"),
         (["--engine", "ray", "--device", "cuda:1"], "expected 'cuda': Ray gives"),
         (["--engine", "ray", "--actor-cpus", "0"], "CPUs of an actor are 0, expected at least 1"),

@@ -337,7 +337,7 @@ def test_one_slide_to_one_file_is_not_shared(slides, reference, tmp_path, capsys
     assert main([*one, "--shard", "0/2"]) == 2
     assert "is one file, and one slide is not shared" in capsys.readouterr().err
     assert main([*one, "--actors", "2"]) == 2
-    assert "only go with --engine ray" in capsys.readouterr().err
+    assert "can only be combined with --engine ray" in capsys.readouterr().err
     assert main(["normalize-slide", str(slides), str(tmp_path / "a.tif"), *words]) == 2
     assert "is a folder, and" in capsys.readouterr().err
     assert main([one[0], one[1], str(tmp_path / "a.svs"), *words]) == 2

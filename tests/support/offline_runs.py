@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from cytosyn_aug import offline
-from cytosyn_aug.runs.execute import Work
+from cytosyn_aug.runs.recipes import Work
 
 QUIET = Work(progress=False)
 
