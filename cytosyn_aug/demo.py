@@ -53,8 +53,8 @@ def write_demo(out: Path, *, model: Path | None = None, seed: int = 0) -> Path:
     }
     transfer = _stain_transfer(generator, references, out)
     variations = _variations(generator, seed, out)
-    _save_sheet(out / "unconditional.png", generator.sample(
-        per_condition=12, sampler="ab2", steps=_STEPS, seed=seed), columns=6)  # fmt: skip
+    unconditional = generator.sample(per_condition=12, sampler="ab2", steps=_STEPS, seed=seed)
+    _save_sheet(out / "unconditional.png", unconditional, columns=6)
     page = out / "index.html"
     settings = {
         "model": f"{'tiny (embedded)' if model is None else model}, digest {generator.digest}",
@@ -115,13 +115,13 @@ def _variations(generator: TileGenerator, seed: int, out: Path) -> list[tuple[st
     """Write reference + five variations; return rows (tile, similarity of each variation)."""
     source = torch.stack([_read(name) for name in RESAMPLED])
     cls = generator.features(source).cls
-    made = generator.sample(
+    sampled = generator.sample(
         cls, per_condition=NUM_VARIATIONS, sampler="ab2", steps=_STEPS, seed=seed
     )
     similarity = torch.cosine_similarity(
-        generator.features(made).cls, cls.repeat_interleave(NUM_VARIATIONS, 0)
+        generator.features(sampled).cls, cls.repeat_interleave(NUM_VARIATIONS, 0)
     )
-    groups = made.unflatten(0, (len(source), NUM_VARIATIONS))
+    groups = sampled.unflatten(0, (len(source), NUM_VARIATIONS))
     sheet = torch.cat([source[:, None], groups], 1).flatten(0, 1)
     _save_sheet(out / "variations.png", sheet, columns=1 + NUM_VARIATIONS)
     rows = similarity.view(len(source), NUM_VARIATIONS)

@@ -17,7 +17,7 @@ from cytosyn_aug.config import TileSpec
 from cytosyn_aug.io.tile_source import read_tiles
 from cytosyn_aug.report.pictures import RunPictures
 from cytosyn_aug.report.structure import gradient_correlation
-from cytosyn_aug.report.tallies import Row
+from cytosyn_aug.report.tallies import ManifestRow
 from cytosyn_aug.report.tissue_colours import ColourDistribution, as_images, colour_of_grey
 from cytosyn_aug.runs.manifest import Manifest
 
@@ -27,7 +27,7 @@ _REFERENCE_TILES = 32
 class Scored(NamedTuple):
     """A result and how well it kept the structure of its source, in [-1, 1]."""
 
-    row: Row
+    row: ManifestRow
     structure: float
 
 
@@ -77,7 +77,7 @@ class ReferenceColour(NamedTuple):
 
 
 def measure_results(
-    rows: Sequence[Row], pictures: RunPictures, *, keeps_structure: bool
+    rows: Sequence[ManifestRow], pictures: RunPictures, *, keeps_structure: bool
 ) -> Measures:
     """Measure results and their sources.
 

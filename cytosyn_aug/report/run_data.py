@@ -21,7 +21,7 @@ from cytosyn_aug.report.measures import (
 )
 from cytosyn_aug.report.pictures import RunPictures
 from cytosyn_aug.report.seams import SlideSeams, measure_seams
-from cytosyn_aug.report.tallies import Row, Tally, tally_rows
+from cytosyn_aug.report.tallies import ManifestRow, Tally, tally_rows
 from cytosyn_aug.report.throughput import Throughput, measure_throughput
 from cytosyn_aug.runs.folder import RUN_NAME
 from cytosyn_aug.runs.manifest import Manifest, open_manifest
@@ -66,7 +66,7 @@ class RunData(NamedTuple):
     pictures: RunPictures
     measures: Measures
     references: list[ReferenceColour]
-    matrix: list[dict[str, Row]]
+    matrix: list[dict[str, ManifestRow]]
     seams: list[SlideSeams]
     throughput: Throughput | None
 
@@ -135,27 +135,29 @@ def keeps_structure(manifest: Manifest) -> bool:
     return manifest.identity["command"] == "normalize" or is_restained
 
 
-def round_robin(rows: Sequence[Row], num: int, by: Callable[[Row], Hashable]) -> list[Row]:
+def round_robin(
+    rows: Sequence[ManifestRow], num: int, by: Callable[[ManifestRow], Hashable]
+) -> list[ManifestRow]:
     """Return some rows, from as many groups as there are, each group's first ones first."""
-    groups: dict[Hashable, list[Row]] = {}
+    groups: dict[Hashable, list[ManifestRow]] = {}
     for row in rows:
         groups.setdefault(by(row), []).append(row)
     remaining = [list(group) for group in groups.values()]
-    chosen: list[Row] = []
+    chosen: list[ManifestRow] = []
     while remaining and len(chosen) < num:
         chosen += [group.pop(0) for group in remaining]
         remaining = [group for group in remaining if group]
     return chosen[:num]
 
 
-def _matrix(manifest: Manifest, tally: Tally) -> list[dict[str, Row]]:
+def _matrix(manifest: Manifest, tally: Tally) -> list[dict[str, ManifestRow]]:
     """Return contents that went to most references, of different slides where possible."""
     of_reference = [row for row in tally.sample if row["reference"]]
     first = {row["key"]: row for row in reversed(of_reference)}
     contents = sorted(first.values(), key=lambda row: row["key"])
     contents = round_robin(contents, _CANDIDATES, lambda row: row["slide"] or row["label"])
     wanted = pa.array([row["key"] for row in contents], pa.string())
-    results: dict[str, dict[str, Row]] = {row["key"]: {} for row in contents}
+    results: dict[str, dict[str, ManifestRow]] = {row["key"]: {} for row in contents}
     for part in manifest.parts(_COLUMNS) if contents else ():
         for row in part.filter(pc.is_in(part["key"], wanted)).to_pylist():
             if row["reference"] and row["output"] is not None:

@@ -16,7 +16,7 @@ import torch
 
 from cytosyn_aug.images import optical_density
 from cytosyn_aug.report.pictures import RunPictures
-from cytosyn_aug.report.tallies import Row, Tally
+from cytosyn_aug.report.tallies import ManifestRow, Tally
 from cytosyn_aug.runs.manifest import Manifest
 from cytosyn_aug.slides.seams import SeamMeter, tile_lines
 from cytosyn_aug.stain.density import tissue_weight
@@ -47,7 +47,7 @@ def measure_seams(manifest: Manifest, tally: Tally, pictures: RunPictures) -> li
     """Measure the slides with most results, those without places in them left out."""
     slides = sorted(tally.slides, key=lambda name: (-tally.slides[name].num_results, name))
     chosen = pa.array(slides[:NUM_SLIDES], pa.string())
-    rows: dict[str, list[Row]] = {}
+    rows: dict[str, list[ManifestRow]] = {}
     for part in manifest.parts(_COLUMNS):
         is_wanted = pc.and_(pc.is_in(part["slide"], chosen), pc.is_valid(part["x"]))
         is_wanted = pc.and_(is_wanted, pc.equal(part["variant"], 0))
@@ -66,10 +66,10 @@ class TilePosition(NamedTuple):
 
     row: int
     column: int
-    cells: Row
+    cells: ManifestRow
 
 
-def neighbours(rows: Sequence[Row]) -> list[TilePosition]:
+def neighbours(rows: Sequence[ManifestRow]) -> list[TilePosition]:
     """Return the tiles around the middle one of a slide, row by row.
 
     Args:

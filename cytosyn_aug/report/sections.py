@@ -14,7 +14,7 @@ from markupsafe import Markup
 from cytosyn_aug.report.pictures import TileImage
 from cytosyn_aug.report.rendering import EmbeddedImage, embed, flattened, own_version, render
 from cytosyn_aug.report.run_data import NUM_PAIRS, RunData, round_robin
-from cytosyn_aug.report.tallies import MAX_NAMED, NUM_WORST, Group, Row, tile_name
+from cytosyn_aug.report.tallies import MAX_NAMED, NUM_WORST, Group, ManifestRow, tile_name
 
 _MAX_GROUPS = 20
 _MAX_REASONS = 10
@@ -196,7 +196,7 @@ def settings(run: RunData) -> Markup:
 
 
 def _result(
-    run: RunData, row: Row, scores: Mapping[tuple[str, int], float] | None = None
+    run: RunData, row: ManifestRow, scores: Mapping[tuple[str, int], float] | None = None
 ) -> ShownResult:
     caption = [f"to {row['reference']}"] if row["reference"] else []
     if row.get("strength") is not None and row["strength"] != 1:
@@ -213,7 +213,7 @@ def _embedded(picture: TileImage) -> EmbeddedImage:
     return embed(picture.pixels, picture.problem)
 
 
-def _numbers(row: Row) -> list[str]:
+def _numbers(row: ManifestRow) -> list[str]:
     numbers = []
     if row["colour_distance"] is not None:
         numbers.append(f"Delta E {row['colour_distance']:.1f}")
@@ -230,7 +230,7 @@ def _reference(run: RunData, name: str) -> MatrixCell:
     return MatrixCell(image, f"a tile of reference {name}", reference=name)
 
 
-def _restained(run: RunData, row: Row | None, name: str) -> MatrixCell:
+def _restained(run: RunData, row: ManifestRow | None, name: str) -> MatrixCell:
     if row is None:
         return MatrixCell(embed(None, "no variant of this tile went here"))
     return MatrixCell(
@@ -250,23 +250,23 @@ def _group_row(name: str, group: Group) -> tuple[str | None, ...]:
     )
 
 
-def _distinct(rows: Iterable[Row], most: int) -> list[Row]:
+def _distinct(rows: Iterable[ManifestRow], most: int) -> list[ManifestRow]:
     """Return the first row of each source."""
-    first: dict[str, Row] = {}
+    first: dict[str, ManifestRow] = {}
     for row in rows:
         first.setdefault(_place(row), row)
     return list(first.values())[:most]
 
 
-def _tile(row: Row) -> str:
+def _tile(row: ManifestRow) -> str:
     return tile_name(row["source"], row["x"], row["y"])
 
 
-def _place(row: Row) -> str:
+def _place(row: ManifestRow) -> str:
     return f"{row['source']} {row['x']} {row['y']}"
 
 
-def _result_id(row: Row) -> tuple[str, int]:
+def _result_id(row: ManifestRow) -> tuple[str, int]:
     return _place(row), row["variant"]
 
 

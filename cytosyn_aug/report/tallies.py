@@ -44,7 +44,7 @@ _COLUMNS = (
     "colour_distance",
     "recipe",
 )
-Row = Mapping[str, Any]  # Any: cells of a manifest
+ManifestRow = Mapping[str, Any]  # Any: cells of a manifest
 
 
 class Histogram:
@@ -136,9 +136,9 @@ class Tally:
     distance: Histogram = field(default_factory=lambda: Histogram(0.0, 100.0, 1000))
     references: dict[str, Group] = field(default_factory=dict)
     slides: dict[str, Group] = field(default_factory=dict)
-    sample: list[Row] = field(default_factory=list)
-    least_similar: list[Row] = field(default_factory=list)
-    most_changed: list[Row] = field(default_factory=list)
+    sample: list[ManifestRow] = field(default_factory=list)
+    least_similar: list[ManifestRow] = field(default_factory=list)
+    most_changed: list[ManifestRow] = field(default_factory=list)
     recipe: str = ""
 
     @property
@@ -200,7 +200,7 @@ def tile_name(source: str, x: int | None, y: int | None) -> str:
     Args:
         source: Its path, or that of its slide.
         x: Column of its corner, None if not known.
-        y: Row of its corner.
+        y: ManifestRow of its corner.
     """
     is_said = x is None or corner(source)[1:] == (x, y)
     return source if is_said else f"{source} at {x}, {y}"

@@ -22,7 +22,6 @@ TO_BE_MENDED: set[str] = {
     "Death",
     "Listing",
     "Result",
-    "Row",
     "Source",
     "Summary",
     "Tiles",
