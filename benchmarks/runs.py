@@ -27,10 +27,10 @@ from PIL import Image
 from cytosyn_aug import StainReference, TileGenerator, offline
 from cytosyn_aug.demo import load_laboratories
 from cytosyn_aug.runs import plan as plans
-from cytosyn_aug.runs.edits import Edit, EditedBatch, augment_edit
+from cytosyn_aug.runs.edits import BatchEdit, EditedBatch, augment_edit
 from cytosyn_aug.runs.inputs import list_inputs
 from cytosyn_aug.runs.ray_actors import RayCluster
-from cytosyn_aug.runs.reading import Loaded, Reader
+from cytosyn_aug.runs.reading import LoadedTile, Reader
 from cytosyn_aug.runs.recipes import AugmentRecipe, Work
 
 
@@ -96,7 +96,7 @@ def write_tiles(folder: Path, tiles: torch.Tensor, count: int) -> None:
         Image.fromarray(tile.permute(1, 2, 0).contiguous().numpy()).save(folder / f"{k}.png")
 
 
-def load(folder: Path, generator: TileGenerator) -> list[list[Loaded]]:
+def load(folder: Path, generator: TileGenerator) -> list[list[LoadedTile]]:
     """Return all tiles of a folder in batches."""
     listing = list_inputs(folder, generator.tile)
     reader = Reader(listing, generator.tile, lambda height, width: None)
@@ -105,11 +105,11 @@ def load(folder: Path, generator: TileGenerator) -> list[list[Loaded]]:
     return [tiles[k : k + size] for k in range(0, len(tiles), size)]
 
 
-def paused(edit: Edit, batch: list[Loaded], pause_s: float) -> Edit:
+def paused(edit: BatchEdit, batch: list[LoadedTile], pause_s: float) -> BatchEdit:
     """Return an edit that waits for so long a tile and then gives the results of one batch."""
     found = list(edit(batch))
 
-    def wait(tiles: Sequence[Loaded]) -> Iterator[EditedBatch]:
+    def wait(tiles: Sequence[LoadedTile]) -> Iterator[EditedBatch]:
         time.sleep(pause_s * len(tiles))
         for edited in found:
             rows = slice(len(tiles))

@@ -7,7 +7,7 @@
     offline.report("augmented")  # augmented/report.html
 
 The same as the commands of the same names (`normalize_slides` is `normalize-slide` of many), with
-the same words; see `cytosyn-aug augment --help`. How a run is worked on is a `Work`, with a
+the same words. How a run is worked on is a `Work`, with a
 `RayCluster` in it for `--engine ray`. Every call resumes: killed at any moment and made again, it
 leaves what an undisturbed one does.
 """

@@ -65,14 +65,14 @@ def inventory(source: Path | str | None, revision: str | None = None) -> dict[st
         type and shape; under the path inside the folder.
     """
     folder = EMBEDDED_MODEL if source is None else find_folder(source, revision=revision)
-    found: dict[str, Any] = {}
+    files: dict[str, Any] = {}
     for file in sorted(f for f in folder.rglob("*") if f.is_file()):
         name = file.relative_to(folder).as_posix()
         if file.suffix == ".json":
-            found[name] = file.read_text(errors="replace")
+            files[name] = file.read_text(errors="replace")
         elif file.suffix == ".safetensors":
-            found[name] = {"bytes": file.stat().st_size, "tensors": _tensors_in(file)}
-    return found
+            files[name] = {"bytes": file.stat().st_size, "tensors": _tensors_in(file)}
+    return files
 
 
 def _tensors_in(file: Path) -> dict[str, str] | str:

@@ -133,12 +133,12 @@ def add_settings(
 def stated_options(settings: type) -> list[tuple[Field[Any], Any, str]]:  # Any: any type
     """Return field, type and sentence of the options that a frozen dataclass states."""
     hints = get_type_hints(settings, include_extras=True)
-    found = []
+    options = []
     for field in fields(settings):
         if get_origin(hints[field.name]) is Annotated:
             kind, sentence = get_args(hints[field.name])
-            found.append((field, kind, sentence))
-    return found
+            options.append((field, kind, sentence))
+    return options
 
 
 def make_settings(

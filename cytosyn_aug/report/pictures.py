@@ -20,7 +20,7 @@ from cytosyn_aug.io.image_files import ItemError, read_image
 from cytosyn_aug.io.tar_files import TarMember, list_members
 from cytosyn_aug.runs.listing import Item, make_listing
 from cytosyn_aug.runs.manifest import Manifest
-from cytosyn_aug.runs.reading import Loaded, Reader
+from cytosyn_aug.runs.reading import LoadedTile, Reader
 from cytosyn_aug.runs.tables import is_slide
 
 _TAR = ".tar"
@@ -122,7 +122,7 @@ class RunPictures:
         except OSError:
             return None
 
-    def _load(self, row: Mapping[str, Any]) -> Loaded:
+    def _load(self, row: Mapping[str, Any]) -> LoadedTile:
         name, x, y = row["source"], row.get("x"), row.get("y")
         has_place = x is not None and y is not None
         if self._kind == "slides" or (

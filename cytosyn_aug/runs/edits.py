@@ -1,8 +1,8 @@
-"""What offline commands do to a batch of tiles: functions made from recipes.
+"""Edits of batches of tiles, as functions that are built from recipes.
 
-A made function takes tiles of one size and yields one `EditedBatch` per variant. Every draw comes
-from SHA-256 of the tile's pixels, the variant and the recipe's seed, so that it does not matter
-which process meets a tile, and when.
+Each takes tiles of one size and yields one `EditedBatch` per variant. Every draw comes from SHA-256
+of the tile's pixels, the variant and the recipe's seed, so that it does not matter which process
+works on a tile, and when.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cytosyn_aug.images import pixels_to_images
 from cytosyn_aug.io.image_files import ItemError
 from cytosyn_aug.model.generator import TileGenerator
 from cytosyn_aug.model.solvers import sample_noise
-from cytosyn_aug.runs.reading import Loaded
+from cytosyn_aug.runs.reading import LoadedTile
 from cytosyn_aug.runs.recipes import AugmentRecipe, NormalizeRecipe, SampleRecipe
 from cytosyn_aug.stain.density import is_tissue
 from cytosyn_aug.stain.estimate import (
@@ -74,12 +74,12 @@ class EditedBatch:
     refusals: Sequence[str] = ()
 
 
-Edit = Callable[[Sequence[Loaded]], Iterator[EditedBatch]]
+BatchEdit = Callable[[Sequence[LoadedTile]], Iterator[EditedBatch]]
 
 
 def augment_edit(
     generator: TileGenerator, references: Mapping[str, StainReference], recipe: AugmentRecipe
-) -> Edit:
+) -> BatchEdit:
     """Return the function that augments a batch.
 
     Raises:
@@ -94,7 +94,7 @@ def augment_edit(
             "load it with --encoder bioptimus/H0-mini, or leave them out"
         )
 
-    def bounded(batch: Sequence[Loaded]) -> Iterator[EditedBatch]:
+    def bounded(batch: Sequence[LoadedTile]) -> Iterator[EditedBatch]:
         for edited in edit(batch):
             yield replace(edited, refusals=_refusals(edited, recipe))
 
@@ -120,7 +120,7 @@ def _refusals(edited: EditedBatch, recipe: AugmentRecipe) -> list[str]:
 
 def _augment_edit(
     generator: TileGenerator, references: Mapping[str, StainReference], recipe: AugmentRecipe
-) -> Edit:
+) -> BatchEdit:
     if recipe.mode == "resample":
         return _resample_edit(generator, recipe)
     check_scale(recipe.mpp, generator.tile)
@@ -137,7 +137,7 @@ def normalize_edit(
     references: Mapping[str, Any],
     recipe: NormalizeRecipe,
     sources: Sources,
-) -> Edit:
+) -> BatchEdit:
     """Return the function that normalises a batch to one reference, by `recipe.method`.
 
     Args:
@@ -157,11 +157,13 @@ def normalize_edit(
     return _METHODS[recipe.method](generator, references, recipe, sources)
 
 
-def sample_edit(generator: TileGenerator, conditions: Tensor | None, recipe: SampleRecipe) -> Edit:
+def sample_edit(
+    generator: TileGenerator, conditions: Tensor | None, recipe: SampleRecipe
+) -> BatchEdit:
     """Return the function that generates tiles by number, each with the next condition in turn."""
     rows = generator.null_condition[None] if conditions is None else conditions
 
-    def edit(batch: Sequence[Loaded]) -> Iterator[EditedBatch]:
+    def edit(batch: Sequence[LoadedTile]) -> Iterator[EditedBatch]:
         numbers = [int(tile.key) for tile in batch]
         seeds = [derive_seed(tile.key, 0, recipe.seed) for tile in batch]
         cls = rows[[number % len(rows) for number in numbers]].to(generator.device)
@@ -217,11 +219,11 @@ def _stain_edit(
     references: Mapping[str, StainReference],
     recipe: AugmentRecipe,
     sources: Sources = lambda slide: None,
-) -> Edit:
+) -> BatchEdit:
     names = list(references)
     low, high = recipe.strength
 
-    def edit(batch: Sequence[Loaded]) -> Iterator[EditedBatch]:
+    def edit(batch: Sequence[LoadedTile]) -> Iterator[EditedBatch]:
         images = stack_tiles(batch).to(generator.device)
         tiles = central_tiles(images.float(), recipe.mpp, generator.tile)
         cls = None if generator.encoder is None else generator.features(tiles).cls
@@ -260,19 +262,19 @@ def _stain_edit(
     return edit
 
 
-def _resample_edit(generator: TileGenerator, recipe: AugmentRecipe) -> Edit:
+def _resample_edit(generator: TileGenerator, recipe: AugmentRecipe) -> BatchEdit:
     if generator.encoder is None:
         raise ValueError(
             "mode resample needs an encoder, and this model was loaded without; load it with "
             "--encoder bioptimus/H0-mini"
         )
 
-    def edit(batch: Sequence[Loaded]) -> Iterator[EditedBatch]:
+    def edit(batch: Sequence[LoadedTile]) -> Iterator[EditedBatch]:
         images = stack_tiles(batch).to(generator.device)
         cls = generator.cls_features(images)
         for variant in range(recipe.variants):
             seeds = [derive_seed(tile.key, variant, recipe.seed) for tile in batch]
-            found = resample(
+            resampled = resample(
                 generator,
                 images,
                 seeds,
@@ -280,15 +282,15 @@ def _resample_edit(generator: TileGenerator, recipe: AugmentRecipe) -> Edit:
                 guidance_scale=recipe.guidance_scale,
                 features=cls,
             )
-            made = torch.where(found.is_tissue[:, None, None, None], found.images, images)
-            similarity = torch.where(found.is_tissue, found.similarity, 1.0)
+            is_tissue = resampled.is_tissue
+            edited = torch.where(is_tissue[:, None, None, None], resampled.images, images)
             yield EditedBatch(
-                images=made,
-                is_tissue=found.is_tissue,
-                is_finite=found.is_finite | ~found.is_tissue,
+                images=edited,
+                is_tissue=is_tissue,
+                is_finite=resampled.is_finite | ~is_tissue,
                 seeds=seeds,
-                similarity=similarity,
-                distance=colour_distance(images, made),
+                similarity=torch.where(is_tissue, resampled.similarity, 1.0),
+                distance=colour_distance(images, edited),
             )
 
     return edit
@@ -299,7 +301,7 @@ def _cytosyn_edit(
     references: Mapping[str, Any],
     recipe: NormalizeRecipe,
     sources: Sources,
-) -> Edit:
+) -> BatchEdit:
     strength = (recipe.strength, recipe.strength)
     same = AugmentRecipe(strength=strength, mpp=recipe.mpp, edit=recipe.edit)
     if recipe.source == "tile":
@@ -313,12 +315,12 @@ def _classical_edit(
     references: Mapping[str, Any],
     recipe: NormalizeRecipe,
     sources: Sources,
-) -> Edit:
+) -> BatchEdit:
     ((name, reference),) = references.items()
 
-    def edit(batch: Sequence[Loaded]) -> Iterator[EditedBatch]:
+    def edit(batch: Sequence[LoadedTile]) -> Iterator[EditedBatch]:
         images = stack_tiles(batch).to(generator.device)
-        made = images.clone()
+        normalised = images.clone()
         rows_of: dict[str, list[int]] = {}
         for row, tile in enumerate(batch):
             rows_of.setdefault(tile.item.slide if recipe.source == "slide" else "", []).append(row)
@@ -327,22 +329,24 @@ def _classical_edit(
             count = len(rows)
             params = {"chosen": [True] * count, "seeds": [0] * count}
             params["strengths"] = [recipe.strength] * count
-            made[rows] = transform.transform(images[rows], params)
-        # What tells no stain comes back as it was, which at strength 0 says nothing.
-        told = is_tissue(images) if recipe.strength == 0 else (made != images).flatten(1).any(1)
+            normalised[rows] = transform.transform(images[rows], params)
+        # Tiles without stain are unchanged; at strength 0 all are, so tissue is looked for.
+        is_edited = (normalised != images).flatten(1).any(1)
+        if recipe.strength == 0:
+            is_edited = is_tissue(images)
         yield EditedBatch(
-            images=made,
-            is_tissue=told,
-            is_finite=torch.ones_like(told),
+            images=normalised,
+            is_tissue=is_edited,
+            is_finite=torch.ones_like(is_edited),
             references=[name] * len(batch),
             strengths=[recipe.strength] * len(batch),
-            distance=colour_distance(images, made),
+            distance=colour_distance(images, normalised),
         )
 
     return edit
 
 
-MakeEdit = Callable[[TileGenerator, Mapping[str, Any], NormalizeRecipe, Sources], Edit]
+MakeEdit = Callable[[TileGenerator, Mapping[str, Any], NormalizeRecipe, Sources], BatchEdit]
 _METHODS: dict[Method, MakeEdit] = {
     "cytosyn": _cytosyn_edit,
     "macenko": partial(_classical_edit, MacenkoNormalize),
@@ -352,15 +356,15 @@ _METHODS: dict[Method, MakeEdit] = {
 
 
 def _similarity(
-    generator: TileGenerator, cls: Tensor | None, made: Tensor, mpp: float
+    generator: TileGenerator, cls: Tensor | None, images: Tensor, mpp: float
 ) -> Tensor | None:
     if cls is None:
         return None
-    tiles = central_tiles(made.float(), mpp, generator.tile)
+    tiles = central_tiles(images.float(), mpp, generator.tile)
     return torch.cosine_similarity(cls, generator.features(tiles).cls)
 
 
-def stack_tiles(batch: Sequence[Loaded]) -> Tensor:
+def stack_tiles(batch: Sequence[LoadedTile]) -> Tensor:
     """Return tiles of one size as uint8 [B, 3, H, W] on the CPU."""
     pixels = [torch.from_numpy(tile.pixels) for tile in batch]
     return torch.stack(pixels).permute(0, 3, 1, 2).contiguous()

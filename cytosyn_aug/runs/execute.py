@@ -1,4 +1,4 @@
-"""Runs: what a command will do, what it would cost, and doing it.
+"""Execution of a run, here or by Ray, and its estimate.
 
 Any number of processes, on any number of machines that share OUT, may do one run: each takes units
 that nobody holds, of its own shard if it was given one, and whoever ends last writes the manifest.

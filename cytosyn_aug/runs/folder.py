@@ -1,7 +1,7 @@
-"""A folder that one run fills, with any number of processes, killed at any moment.
+"""Folder of a run, which any number of processes fill, killed at any moment.
 
     OUT/run.json          what the run is: recipe, input, model; another run is refused
-    OUT/manifest.parquet  one row a result, written when every unit is there
+    OUT/manifest.parquet  one row per result, written when every unit is there
     OUT/.work/            receipts of finished units, locks and unfinished files; gone at the end
 
 Work is cut into units of a fixed number of tiles, the same ones for every process. A process takes
@@ -84,10 +84,11 @@ class RunFolder:
         """
         results = Results(self.folder)
         faults = [self._fault(unit, results) for unit in units]
-        told = [fault for fault in faults if fault]
-        if told:
-            which = "1 finished unit is" if len(told) == 1 else f"{len(told)} finished units are"
-            warnings.warn(f"{self.folder}: {which} done again, because {told[0]}", stacklevel=2)
+        reasons = [fault for fault in faults if fault]
+        if reasons:
+            number = len(reasons)
+            which = "1 finished unit is" if number == 1 else f"{number} finished units are"
+            warnings.warn(f"{self.folder}: {which} done again, because {reasons[0]}", stacklevel=2)
         return [unit for unit, fault in zip(units, faults, strict=True) if fault is not None]
 
     def prepare(self) -> None:
@@ -230,8 +231,8 @@ def check_free(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder to write")
-    found = folder.iterdir() if folder.exists() else ()
-    foreign = [f.name for f in found if not f.name.endswith(".tmp")]
+    entries = folder.iterdir() if folder.exists() else ()
+    foreign = [f.name for f in entries if not f.name.endswith(".tmp")]
     if foreign and not (folder / RUN_NAME).is_file():  # of a process that began it just now
         raise ValueError(
             f"{folder} is not empty ({sorted(foreign)[0]} ...) and holds no run of this package; "
@@ -269,13 +270,13 @@ def parse_run(content: bytes) -> dict[str, Any]:  # Any: JSON
 
 def _compare(folder: Path, handle: BinaryIO, identity: Mapping[str, Any]) -> None:
     try:
-        found = parse_run(handle.read())["identity"]
+        recorded = parse_run(handle.read())["identity"]
     except ValueError as error:
         raise ValueError(
             f"{folder / RUN_NAME} is damaged or of another version; choose another folder, or "
             "start anew with --overwrite"
         ) from error
-    different = list(differences(found, identity))
+    different = list(differences(recorded, identity))
     if different:
         shown = "\n  ".join(different[:8])
         more = f"\n  and {len(different) - 8} more" if len(different) > 8 else ""

@@ -1,9 +1,9 @@
-"""What IN is: a tree of tiles, a table of paths, tar shards or slides; each becomes a listing.
+"""Inputs of a run: a tree of tiles, a table of paths, tar shards or slides become a listing.
 
     tree     folders of images; the first folder is the label, as torchvision's ImageFolder has it,
              but for those that name a split: `train/tumour/1.png` has the label "tumour"
-    table    .csv or .parquet: path, and any of label, slide, x, y, mask, mpp; see `table_inputs`
-    shards   tar files as WebDataset reads them; see `shard_inputs`
+    table    .csv or .parquet: path, and any of label, slide, x, y, mask, mpp
+    shards   tar files as WebDataset reads them
     slides   cut at the model's scale, where the tissue rules of training find tissue
 
 A mask lies beside its tile: `a/tile.png` and `a/tile_mask.png`, or `a/tile.mask.png` as in unpacked
@@ -49,7 +49,7 @@ def list_inputs(
     Args:
         source: Folder or file.
         tile: Tiles that slides are cut to.
-        kind: What it is; None looks, see `find_kind`.
+        kind: What it is; None decides by what is there, as `find_kind` does.
         mpp: Scale of slides in microns per pixel, instead of what they state.
 
     Raises:
@@ -85,15 +85,15 @@ def find_kind(source: Path) -> ListingKind:
         ValueError: Files of several kinds, none that is known, or .tif files that may be slides.
     """
     if source.is_file():
-        found = _kind_of(source.suffix.lower())
-        if found == "tree" and source.suffix.lower() in EITHER_SUFFIXES:
-            found = "slides"
-        if found in (None, "tree"):
+        kind = _kind_of(source.suffix.lower())
+        if kind == "tree" and source.suffix.lower() in EITHER_SUFFIXES:
+            kind = "slides"
+        if kind in (None, "tree"):
             raise ValueError(
                 f"{source} is neither a table ({', '.join(TABLE_SUFFIXES)}), a plain .tar nor a "
                 f"slide ({', '.join(SLIDE_SUFFIXES)}); give a folder of tiles as a folder"
             )
-        return found
+        return kind
     suffixes: Counter[str] = Counter()
     first_tiff = ""
     for name, _ in walk(source):
@@ -157,8 +157,8 @@ def list_whole_slides(source: Path | str, *, mpp: float | None = None) -> Listin
     """List slides, one item a slide: its path from `root`, its size in bytes, and no x and y.
 
     Args:
-        source: Slide, folder of slides (labelled as tiles are), or table with a path a row and any
-            of label, slide, mpp.
+        source: Slide, folder of slides (labelled as tiles are), or table with one path per row
+            and any of label, slide, mpp.
         mpp: Scale in microns per pixel, instead of what slides state; a table's own wins.
 
     Raises:
@@ -211,8 +211,8 @@ def _walk(folder: str, path: str, above: tuple[tuple[int, int], ...]) -> Iterato
     here = os.stat(folder)
     if (here.st_dev, here.st_ino) in above:
         return
-    with os.scandir(folder) as found:
-        entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
+    with os.scandir(folder) as scanned:
+        entries = sorted((e for e in scanned if not e.name.startswith(".")), key=lambda e: e.name)
     for entry in entries:
         try:
             found_here = entry.stat()

@@ -1,6 +1,6 @@
-"""What there is to do: one row a tile, with the name its results go under. No pixels, no torch.
+"""Work list of a run: one row per tile, with the name of its results. No pixels, no torch.
 
-A listing is a table in memory, about 150 bytes a tile (600 while it is made), so that work units
+A listing is a table in memory, about 150 bytes per tile (600 while it is built), so that work units
 are slices of it. Rows that cannot be used are known by their `error` and stay in it: they are named
 in the manifest.
 """
@@ -197,7 +197,7 @@ def _name_problem(name: str, stem: str) -> str:
 
 def _claim(first: dict[bytes, str], stem: str, name: str) -> str:
     """Note who writes under a stem; return what is wrong with a second one."""
-    key = stem.replace("%2E", ".")  # the same in tar shards, see `runs.outputs.TarOutput`
+    key = stem.replace("%2E", ".")  # as `TarOutput` writes names into tar shards
     other = first.setdefault(hashlib.blake2b(key.encode(), digest_size=16).digest(), name)
     if other is name:
         return ""

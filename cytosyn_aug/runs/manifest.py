@@ -1,4 +1,4 @@
-"""The rows of a run, finished or not, read in parts of bounded size and in the order of work.
+"""Reader of the rows of a run, finished or not, in parts of bounded size and in the order of work.
 
 Of a finished run they are in `manifest.parquet`; of one that is at work, or was stopped, in the
 receipts of its finished units, beside what an earlier round left. Nothing is locked, so that a
@@ -127,5 +127,5 @@ def _plain(table: pa.Table) -> pa.Table:
 
 
 def _runs_below(folder: Path) -> str:
-    found = sorted(file.parent for file in folder.glob(f"runs/*/{RUN_NAME}"))
-    return f", such as {found[0]}" if found else ""
+    runs = sorted(file.parent for file in folder.glob(f"runs/*/{RUN_NAME}"))
+    return f", such as {runs[0]}" if runs else ""

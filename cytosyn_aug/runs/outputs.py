@@ -1,4 +1,4 @@
-"""Where results go: a tree of images, tar shards, or a cache of variants.
+"""Outputs of a run: a tree of images, tar shards, or a cache.
 
 Each takes results from any thread and finishes them unit by unit. An image appears under its name
 whole or not at all; a tar shard and the records of a cache when their unit is done. Names stay
@@ -32,7 +32,7 @@ from cytosyn_aug.io.image_files import encode_png, encode_webp
 from cytosyn_aug.io.tar_files import ShardWriter
 from cytosyn_aug.runs.folder import RunFolder
 from cytosyn_aug.runs.listing import Item
-from cytosyn_aug.runs.reading import Loaded
+from cytosyn_aug.runs.reading import LoadedTile
 from cytosyn_aug.runs.recipes import Format
 
 _ENCODERS: Mapping[str, Callable[[np.ndarray], bytes]] = {
@@ -61,7 +61,7 @@ class Result(NamedTuple):
     """
 
     pixels: np.ndarray
-    source: Loaded
+    source: LoadedTile
     fields: Mapping[str, Tensor]
 
 

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from cytosyn_aug.io.image_files import ItemError
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.runs.edits import Edit, EditedBatch
+from cytosyn_aug.runs.edits import BatchEdit, EditedBatch
 from cytosyn_aug.runs.folder import RunFolder, Unit
 from cytosyn_aug.runs.listing import Item, Listing
 from cytosyn_aug.runs.outputs import Destination, Output, Result, ResultKey
-from cytosyn_aug.runs.reading import Loaded
+from cytosyn_aug.runs.reading import LoadedTile
 
 # Larger tiles go through in smaller batches, so that memory stays the same.
 _MAX_BATCH_PIXELS = 16 * 1024 * 1024
@@ -56,8 +56,8 @@ class TileWork:
 
     generator: TileGenerator
     listing: Listing
-    read: Callable[[Item], Loaded]
-    edit: Edit
+    read: Callable[[Item], LoadedTile]
+    edit: BatchEdit
     destination: Destination
     num_variants: int = 1
     done: str = "edited"
@@ -119,7 +119,7 @@ class TileWork:
         num_results = num_tiles(units) * self.num_variants
         return round(num_results * num_pixels * self.destination.bytes_per_pixel)
 
-    def readable(self, units: Sequence[Unit]) -> Iterator[Loaded]:
+    def readable(self, units: Sequence[Unit]) -> Iterator[LoadedTile]:
         """Yield tiles of the first four units, as far as they can be read."""
         for unit in units[:4]:
             for item in self.listing.items(unit.start, unit.stop):
@@ -144,10 +144,10 @@ class _Reading(NamedTuple):
     claim: ExitStack
     row: int
     item: Item
-    tile: Future[Loaded]
+    tile: Future[LoadedTile]
 
 
-_Batch = list[tuple[int, Loaded]]  # tiles of one size, with their rows in the listing
+_Batch = list[tuple[int, LoadedTile]]  # tiles of one size, with their rows in the listing
 _Rows = list[tuple[ResultKey, Row]]  # of the manifest
 
 
@@ -350,11 +350,11 @@ def _finish(
     claim.close()
 
 
-def _in_turns(edit: Edit) -> Edit:
+def _in_turns(edit: BatchEdit) -> BatchEdit:
     """Return an edit that several threads may call: one batch has the device at a time."""
     turn = threading.Lock()
 
-    def edit_in_turn(batch: Sequence[Loaded]) -> Iterator[EditedBatch]:
+    def edit_in_turn(batch: Sequence[LoadedTile]) -> Iterator[EditedBatch]:
         with turn:
             yield from edit(batch)
 

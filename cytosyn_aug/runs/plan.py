@@ -36,7 +36,7 @@ from cytosyn_aug.runs.outputs import (
     variant_name,
 )
 from cytosyn_aug.runs.pipeline import TileWork
-from cytosyn_aug.runs.reading import Loaded, Reader
+from cytosyn_aug.runs.reading import LoadedTile, Reader
 from cytosyn_aug.runs.recipes import (
     AugmentRecipe,
     Format,
@@ -346,7 +346,7 @@ def _read(
     *,
     is_exact: bool,
     takes_masks: bool,
-) -> Callable[[Item], Loaded]:
+) -> Callable[[Item], LoadedTile]:
     scale = _scale(tiles, listing, generator)
     check = size_check(generator, scale, is_exact=is_exact)
     reader = Reader(listing, generator.tile, check, tiles.mpp)

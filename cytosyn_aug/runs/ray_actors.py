@@ -1,9 +1,9 @@
-"""Units of work over Ray actors that may die: each unit is done, or named as given up.
+"""Ray actors that may die: every unit of work is done by one of them, or named as given up.
 
 An actor is a process with a worker of its own, on any machine of a cluster. One that dies, alone or
 with its machine, costs the units it had in hand one attempt, and another takes its place. Such a
 unit is tried again alone, so that one that kills its actors takes no other with it. What a unit is,
-nobody knows here: the worker must be safe to ask twice. No torch here.
+is not known here; a worker must be safe to ask twice for the same one. No torch here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From one row of a listing to the tile it names, in reader threads.
+"""Reader of tiles: from a row of a listing to pixels and mask, in any thread.
 
 No torch here, and no model: whether a tile fits one is for a function that is passed in to say.
 """
@@ -25,7 +25,7 @@ _MAX_OPEN_SLIDES = 4  # a thread; a unit seldom spans more
 _MAX_MASK_BYTES = 4 * MAX_PIXELS
 
 
-class Loaded(NamedTuple):
+class LoadedTile(NamedTuple):
     """A tile that was read.
 
     Attributes:
@@ -73,7 +73,7 @@ class Reader:
     def __reduce__(self) -> tuple[Any, ...]:  # Any: as Python types it
         return Reader, (self.listing, self.tile, self.check, self.mpp)  # no open slides
 
-    def read(self, item: Item) -> Loaded:
+    def read(self, item: Item) -> LoadedTile:
         """Return a tile.
 
         Raises:
@@ -82,7 +82,7 @@ class Reader:
         if item.error:
             raise ItemError(item.error)
         if self.listing.kind == "numbers":
-            return Loaded(item, np.zeros((0, 0, 3), np.uint8), item.name)
+            return LoadedTile(item, np.zeros((0, 0, 3), np.uint8), item.name)
         if item.file and item.offset < 0:
             return self._read_slide(item)
         self._check_scale(item)
@@ -94,7 +94,7 @@ class Reader:
         json = None
         if item.json_offset >= 0:
             json = _bytes_at(source, item.json_offset, item.json_size)
-        return Loaded(item, pixels, pixels_key(pixels), mask, notes, json)
+        return LoadedTile(item, pixels, pixels_key(pixels), mask, notes, json)
 
     def _check_scale(self, item: Item) -> None:
         """Refuse a tile whose row states another scale than the one all tiles are edited at."""
@@ -120,7 +120,7 @@ class Reader:
         except OSError as error:
             raise ItemError(f"has a mask that cannot be read: {error.strerror}") from error
 
-    def _read_slide(self, item: Item) -> Loaded:
+    def _read_slide(self, item: Item) -> LoadedTile:
         assert item.x is not None
         assert item.y is not None
         try:
@@ -136,7 +136,7 @@ class Reader:
         if self.listing.kind == "slides":  # a table's tiles were chosen by someone
             rejected = reason_to_reject(tile_quality(pixels), self._tissue) or ""
         mask = self._mask(item, ())
-        return Loaded(item, pixels, pixels_key(pixels), mask, rejected=rejected)
+        return LoadedTile(item, pixels, pixels_key(pixels), mask, rejected=rejected)
 
     def _slide(self, file: Path, mpp: float | None) -> Slide:
         """Return a slide opened by this thread: handles are not shared."""

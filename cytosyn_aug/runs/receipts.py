@@ -1,4 +1,4 @@
-"""What finished units have on disk: their rows, in receipts and in the manifest, and their results.
+"""Receipts and manifest of a run: the rows of finished units on disk.
 
 A file of rows that is cut off or damaged says so, with what to do; so does a result that somebody
 removed. No torch here.
@@ -80,7 +80,7 @@ def manifest_damage(folder: Path) -> str:
 class Results:
     """Which files are below a folder, each folder in it looked at once.
 
-    Takes about 100 bytes a file, of the folders that were asked for.
+    Takes about 100 bytes per file, of the folders that were asked for.
     """
 
     def __init__(self, folder: Path) -> None:

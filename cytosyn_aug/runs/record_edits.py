@@ -10,11 +10,11 @@ import torch
 from cytosyn_aug.cache.diagnosis import THUMBNAIL, thumbnails
 from cytosyn_aug.cache.encodings import Contents
 from cytosyn_aug.model.generator import TileGenerator
-from cytosyn_aug.runs.edits import Edit, EditedBatch, stack_tiles
-from cytosyn_aug.runs.reading import Loaded
+from cytosyn_aug.runs.edits import BatchEdit, EditedBatch, stack_tiles
+from cytosyn_aug.runs.reading import LoadedTile
 
 
-def variants_to_records(generator: TileGenerator, edit: Edit, *, is_latent: bool) -> Edit:
+def variants_to_records(generator: TileGenerator, edit: BatchEdit, *, is_latent: bool) -> BatchEdit:
     """Return an edit that adds the fields of a cache of variants, but for images.
 
     Args:
@@ -23,7 +23,7 @@ def variants_to_records(generator: TileGenerator, edit: Edit, *, is_latent: bool
         is_latent: Whether the cache holds latents.
     """
 
-    def edit_with_fields(batch: Sequence[Loaded]) -> Iterator[EditedBatch]:
+    def edit_with_fields(batch: Sequence[LoadedTile]) -> Iterator[EditedBatch]:
         images = stack_tiles(batch)
         small = thumbnails(images)
         for edited in edit(batch):
@@ -36,7 +36,7 @@ def variants_to_records(generator: TileGenerator, edit: Edit, *, is_latent: bool
     return edit_with_fields
 
 
-def moments_edit(generator: TileGenerator, contents: Sequence[Contents]) -> Edit:
+def moments_edit(generator: TileGenerator, contents: Sequence[Contents]) -> BatchEdit:
     """Return the edit that leaves tiles alone and computes their moments or features.
 
     Args:
@@ -44,7 +44,7 @@ def moments_edit(generator: TileGenerator, contents: Sequence[Contents]) -> Edit
         contents: "moments", "features" or both.
     """
 
-    def edit(batch: Sequence[Loaded]) -> Iterator[EditedBatch]:
+    def edit(batch: Sequence[LoadedTile]) -> Iterator[EditedBatch]:
         images = stack_tiles(batch)
         fields = {THUMBNAIL.name: thumbnails(images)}
         if "moments" in contents:

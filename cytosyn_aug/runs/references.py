@@ -1,4 +1,4 @@
-"""References for a run: by name, from wherever they are given, and with an identity to record.
+"""References of a run: loaded or fitted, by name, with the digests that are recorded.
 
 A folder's identity is the content of the files that are fitted to, since fitting to them gives
 slightly different numbers on different machines, which must not make them different runs.

@@ -1,7 +1,7 @@
-"""The stain of the slide a tile comes from, from evenly spaced tiles of it.
+"""Stain of the slides that tiles come from, each measured on evenly spaced tiles.
 
 A slide's own statistics mix stain with composition less than a tile's, and change neighbouring
-tiles alike. They depend on the input only, so every process finds the same.
+tiles alike. They depend on the input only, so every process measures the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cytosyn_aug.io.image_files import ItemError
 from cytosyn_aug.io.tile_source import MAX_TILES
 from cytosyn_aug.runs.edits import stack_tiles
 from cytosyn_aug.runs.listing import Item, Listing
-from cytosyn_aug.runs.reading import Loaded
+from cytosyn_aug.runs.reading import LoadedTile
 from cytosyn_aug.stain.estimate import central_tiles
 
 _MAX_SLIDES = 256  # kept at a time; a run meets them one after the other
@@ -67,7 +67,7 @@ class SlideSources(Generic[Fitted]):
         fit: Callable[[Tensor], Fitted],
         tile: TileSpec,
         listing: Listing,
-        read: Callable[[Item], Loaded],
+        read: Callable[[Item], LoadedTile],
         mpp: float,
     ) -> None:
         self._fit_tiles, self._tile = fit, tile

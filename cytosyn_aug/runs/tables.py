@@ -1,4 +1,4 @@
-"""Tables of tiles: .csv or .parquet with a path a row, and any of label, slide, x, y, mask, mpp.
+"""Tables of tiles: one path per row, and any of label, slide, x, y, mask, mpp, .csv or .parquet.
 
 An empty cell says nothing: what a path says of slide, x and y is taken then. Other columns are left
 out, which a note says.
@@ -133,16 +133,16 @@ def _read_columns(file: Path, texts: tuple[str, ...] = _TEXTS) -> _Columns:
     Names of columns count without regard to case and to blanks around them.
     """
     try:
-        found, table = _read_parquet(file) if _is_parquet(file) else _read_csv(file)
+        columns, table = _read_parquet(file) if _is_parquet(file) else _read_csv(file)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
             f"{file} cannot be read as a table: {error}; write it anew, a .csv in UTF-8"
         ) from error
-    names = [_plain(name) for name in found]
+    names = [_plain(name) for name in columns]
     path = next((name for name in _PATH_COLUMNS if name in names), None)
     if path is None:
         raise ValueError(
-            f"{file} has columns {', '.join(found)}, expected one of {', '.join(_PATH_COLUMNS)}"
+            f"{file} has columns {', '.join(columns)}, expected one of {', '.join(_PATH_COLUMNS)}"
         )
     used = [name for name in (path, *texts, *_NUMBERS) if name in names]
     twice = sorted({name for name in used if names.count(name) > 1})
@@ -157,7 +157,7 @@ def _read_columns(file: Path, texts: tuple[str, ...] = _TEXTS) -> _Columns:
         except pa.ArrowException as error:
             raise ValueError(f"{file} has a bad cell in column {name}: {error}; mend it") from error
         cells["path" if name == path else name] = read
-    others = [name for name in found if _plain(name) not in ("", *used)]
+    others = [name for name in columns if _plain(name) not in ("", *used)]
     shown = ", ".join(others[:_MAX_SHOWN]) + ", ..." * (len(others) > _MAX_SHOWN)
     return _Columns(cells, (f"left out columns that have no meaning here: {shown}",) * bool(others))
 

@@ -119,7 +119,7 @@ def _tile(folder: Path, shard: str, key: str, kinds: dict[str, list[TarMember]])
             label = _text(folder / shard, kinds["cls"][-1])
         except (OSError, ValueError) as problem:
             error = error or f"has a label that is no short UTF-8 text: {problem}"
-    # Dots of keys that we wrote ourselves, see `cytosyn_aug.runs.outputs.TarOutput`.
+    # Dots of keys that we wrote ourselves, as `cytosyn_aug.runs.outputs.TarOutput` does.
     stem = key.replace("%2E", ".")
     slide, x, y = corner(f"{stem}.png")
     name = f"{shard}/{image.name}"

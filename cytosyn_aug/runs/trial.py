@@ -11,7 +11,7 @@ import numpy as np
 
 from cytosyn_aug.runs.folder import Unit
 from cytosyn_aug.runs.pipeline import TileWork, num_tiles
-from cytosyn_aug.runs.reading import Loaded
+from cytosyn_aug.runs.reading import LoadedTile
 
 
 def estimate_tiles(work: TileWork, units: Sequence[Unit]) -> dict[str, Any]:  # Any: JSON
@@ -29,7 +29,7 @@ def estimate_tiles(work: TileWork, units: Sequence[Unit]) -> dict[str, Any]:  # 
 
 def _try_batch(work: TileWork, units: Sequence[Unit]) -> tuple[float | None, float]:
     """Return tiles per second of the device, and bytes per result."""
-    batch: list[Loaded] = []
+    batch: list[LoadedTile] = []
     for tile in work.readable(units):
         if not batch or tile.pixels.shape == batch[0].pixels.shape:
             batch.append(tile)

@@ -20,7 +20,7 @@ from cytosyn_aug.runs.folder import open_run
 from cytosyn_aug.runs.listing import Item, make_listing
 from cytosyn_aug.runs.outputs import Destination
 from cytosyn_aug.runs.pipeline import TileWork
-from cytosyn_aug.runs.reading import Loaded
+from cytosyn_aug.runs.reading import LoadedTile
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Recorder:
         with self.lock:
             self.read.append(item.name)
             self.most_waiting = max(self.most_waiting, len(self.read) - len(self.edited))
-        return Loaded(item, np.zeros((self.side, self.side, 3), np.uint8), item.name)
+        return LoadedTile(item, np.zeros((self.side, self.side, 3), np.uint8), item.name)
 
     def edit(self, batch):
         time.sleep(0.002)
