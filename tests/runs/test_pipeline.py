@@ -129,9 +129,10 @@ class Slow(Recorder):
         return super().write(key, result)
 
 
-def test_the_device_does_not_wait_for_reading_and_writing(tmp_path):
+def test_the_device_does_not_wait_for_reading_and_writing(tmp_path, monkeypatch):
     """Also not between units: a batch of four takes 40 ms to read, or to write, by one thread."""
     names = [f"{k:03d}.png" for k in range(64)]
+    monkeypatch.setattr(pipeline, "_BATCHES_AHEAD", 16)  # of four tiles: 64, as with batches of 16
     recorder = Slow()
     run(work_of(recorder, names), tmp_path / "out", unit_tiles=8)
     pauses = [later[0] - earlier[1] for earlier, later in pairwise(recorder.spans)]
