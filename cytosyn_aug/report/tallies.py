@@ -200,7 +200,7 @@ def tile_name(source: str, x: int | None, y: int | None) -> str:
     Args:
         source: Its path, or that of its slide.
         x: Column of its corner, None if not known.
-        y: ManifestRow of its corner.
+        y: Row of pixels of its corner.
     """
     is_said = x is None or corner(source)[1:] == (x, y)
     return source if is_said else f"{source} at {x}, {y}"
