@@ -115,7 +115,7 @@ def build_stage(
 def write_latents(
     name: str, data: Path, inputs: StageInputs, folder: Path, device: torch.device
 ) -> int:
-    """Run the latents stage; see `training.stages.latents.write_views`."""
+    """Run the latents stage: encode views of all tiles once."""
     space = LatentSpace(load_vae(inputs).to(device), load_tile_encoder(inputs).to(device))
     tiles = open_split(data / "train")
     return write_views(space, tiles, find_latents_recipe(name), folder, identify(data))

@@ -39,7 +39,7 @@ class Plan:
         parameters: Trained parameters of each network.
         state_bytes: Weights, gradients, optimiser and moving average of a process, all float32.
         frozen_bytes: Weights of networks that are only run.
-        activation_bytes: What a pass keeps for its backward pass; see `training.costs`.
+        activation_bytes: What a pass keeps for its backward pass.
         checkpoint_bytes: One of the two checkpoints that a run keeps.
         flop_per_sample: Of a training step.
     """
@@ -214,16 +214,16 @@ def tile_flop(parts: ModelParts) -> dict[str, float]:
         pixels = torch.zeros(1, 3, size, size)
         latents = torch.zeros(1, config["in_channels"], size // 8, size // 8)
         time, condition = torch.zeros(1), torch.zeros(1, config["conditioning_dim"])
-    found = {
+    flop = {
         "encode": encode_flop(vae, pixels),
         "decode": decode_flop(vae, pixels),
         "forward": count_flop(transformer, latents, time, condition),
     }
     if parts.encoder is not None:
-        found["features"] = count_flop(copy.deepcopy(parts.encoder.vit).to("meta"), pixels)
+        flop["features"] = count_flop(copy.deepcopy(parts.encoder.vit).to("meta"), pixels)
     if parts.decoder is not None:
-        found["small_decode"] = count_flop(copy.deepcopy(parts.decoder).to("meta"), latents)
-    return found
+        flop["small_decode"] = count_flop(copy.deepcopy(parts.decoder).to("meta"), latents)
+    return flop
 
 
 def _count(network: nn.Module) -> int:

@@ -297,7 +297,7 @@ def xl_vae() -> VaeRecipe:
 def xl_repae() -> RepaeRecipe:
     """Return REPA-E as published: SiT-XL/2 and SD-VAE, 400,000 steps of 256 tiles, 8 GPUs.
 
-    Two passes a step, 16 tiles a GPU in each: 32 at once would not fit 80 GB (`--dry-run`). So
+    Two passes per step, 16 tiles per GPU in each: 32 at once would not fit 80 GB (`--dry-run`). So
     latents are whitened by the moments of 128 tiles.
     """
     return RepaeRecipe(

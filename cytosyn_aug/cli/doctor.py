@@ -93,13 +93,13 @@ def velocity_errors(
     for time in _TIMES:
         x_t = interpolate(latents, noise, time)
         t = torch.full((len(latents),), time + late, device=latents.device)
-        found = torch.cat(
+        features = torch.cat(
             [
                 generator.velocity(x, s, c)
                 for x, s, c in zip(*(y.split(4) for y in (x_t, t, cls)), strict=True)
             ]
         )
-        rows.append((found.float() - target).square().flatten(1).mean(1))
+        rows.append((features.float() - target).square().flatten(1).mean(1))
     return torch.stack(rows, 1)
 
 
@@ -201,8 +201,8 @@ def _sampler_checks(
     generator: TileGenerator, tiles: Tensor, cls: Tensor, steps: int
 ) -> Iterator[Check]:
     chosen = torch.tensor([0, len(tiles) // 2])
-    made = generator.sample(cls[chosen], steps=steps, sampler="euler_maruyama").cpu()
-    density = tissue_moments(made).mean
+    generated = generator.sample(cls[chosen], steps=steps, sampler="euler_maruyama").cpu()
+    density = tissue_moments(generated).mean
     red, green, blue = density.mean(0).tolist()
     yield Check(
         f"two tiles drawn by the reference sampler in {steps} steps absorb as H&E does",
@@ -211,7 +211,7 @@ def _sampler_checks(
         "mean tissue optical density of green between 0.05 and 2.5 and above red's and blue's, "
         f"here {red:.2f} and {blue:.2f}; else latents are decoded with other statistics",
     )
-    contrast = float(made.float().std((1, 2, 3)).min())
+    contrast = float(generated.float().std((1, 2, 3)).min())
     yield Check(
         "contrast of the drawn tiles",
         5 < contrast < 100,

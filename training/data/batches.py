@@ -84,12 +84,12 @@ def open_split(folder: Path, size_px: int = 224, max_bytes: int = 16 * 2**30) ->
     """Return one split, read into memory, or left in its shards if it is larger than `max_bytes`.
 
     Args:
-        folder: See `load_tiles`.
+        folder: One split; each sub-folder, or each shard, is a slide.
         size_px: Side that every tile must have.
         max_bytes: Most memory that decoded tiles may take in each process.
 
     Raises:
-        ValueError: See `load_tiles`.
+        ValueError: No tiles, a tile that is damaged or of another size, or an unfinished stage.
     """
     if _is_stage(folder):
         store = _checked_store(folder, size_px)
@@ -332,7 +332,7 @@ def crop_and_turn(images: Tensor, views: Tensor, crop_px: int) -> Tensor:
 
     Args:
         images: uint8 [B, 3, H, W].
-        views: int64 [B, 4]; see `draw_views`.
+        views: int64 [B, 4]: top, left, turns and flip of each.
         crop_px: Side of the crops.
 
     Returns:

@@ -133,13 +133,13 @@ def _join_parts(out: Path, units: Sequence[CutUnit]) -> None:
 
 def _failures(outcome: Outcome) -> Iterator[tuple[str, int, int, str]]:
     """Yield what could not be had, in the order of names; corner -1, -1 is a whole slide."""
-    found: list[tuple[str, int, int, str]] = []
-    found += [(name, -1, -1, reason) for name, reason in outcome.listing.failed]
+    rows: list[tuple[str, int, int, str]] = []
+    rows += [(name, -1, -1, reason) for name, reason in outcome.listing.failed]
     for name, scan in outcome.scans.items():
-        found += [(name, -1, -1, fault) for fault in (scan.error, scan.damage) if fault]
+        rows += [(name, -1, -1, fault) for fault in (scan.error, scan.damage) if fault]
     for name, receipt in outcome.receipts.items():
-        found += [(name, *failure) for failure in receipt.failures]
-    yield from sorted(found)
+        rows += [(name, *failure) for failure in receipt.failures]
+    yield from sorted(rows)
 
 
 def _slide_rows(outcome: Outcome) -> list[tuple[object, ...]]:

@@ -52,8 +52,9 @@ class TileRecipe:
 
     Attributes:
         tile: Size and scale.
-        grid: See `cytosyn_aug.io.slide.plan_reading`.
-        tissue: See `TissueConfig`; tiles that were cut elsewhere are measured, not rejected.
+        grid: "exact" cuts at the scale asked for, "deepzoom" as DeepZoom tools do.
+        tissue: Rules by which a tile shows tissue; tiles that were cut elsewhere are measured, not
+        rejected.
         sections: TCGA sections to take.
         num_tiles: Tiles of all splits together; None for all there are. Quotas count tiles with
             tissue; what a slide then lacks because tiles were blank or blurred, others do not give.
@@ -178,12 +179,12 @@ class Receipt:
 def scan(unit: ScanUnit) -> Scan:
     """Open a slide, find its tissue and count the tiles it could give."""
     try:
-        found = _scan_slide(unit)
+        scanned = _scan_slide(unit)
     except (ValueError, MemoryError) as error:
         return Scan(slide=unit.source.slide, error=str(error) or type(error).__name__)
-    text = json.dumps(asdict(found), indent=1)
-    write_atomically(scan_file(unit.folder, found.slide), text.encode())
-    return found
+    text = json.dumps(asdict(scanned), indent=1)
+    write_atomically(scan_file(unit.folder, scanned.slide), text.encode())
+    return scanned
 
 
 def cut(unit: CutUnit) -> Receipt:

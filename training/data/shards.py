@@ -1,7 +1,7 @@
 """Tiles on disk: tar shards of lossless WebP, and one table that says where each tile is.
 
     OUT/dataset.json          written last: what is here, and the digest of the table
-    OUT/tiles.parquet         one row a tile: where it comes from, where its bytes are
+    OUT/tiles.parquet         one row per tile: where it comes from, where its bytes are
     OUT/<split>/<slide>.tar   plain USTAR; members <slide>/<x>_<y>.webp
 
 The coordinates are the truth, the shards a copy that can be cut again. Every read checks the
@@ -92,8 +92,8 @@ class TileStore:
         chosen = None if split is None else pc.field("split") == split
         table = pq.read_table(self.folder / TABLE_NAME, columns=list(_READ_COLUMNS), filters=chosen)
         if not len(table):
-            found = ", ".join(description["splits"])
-            raise ValueError(f"{self.folder} has no tiles of split {split}, expected {found}")
+            names = ", ".join(description["splits"])
+            raise ValueError(f"{self.folder} has no tiles of split {split}, expected {names}")
         self.slides, self.slide_index = _coded(table["slide"])
         self._shards, self._shard_index = _coded(table["shard"])
         self._columns = {n: table[n].to_numpy() for n in _READ_COLUMNS[2:]}
@@ -117,7 +117,7 @@ class TileStore:
             raise ValueError(f"{self.folder / self.name(index)} is no WebP: {error}") from error
 
     def read_bytes(self, index: int) -> bytes:
-        """Return a tile as stored, after checking it; see `read`."""
+        """Return a tile as stored, after checking it."""
         offset, size, crc32 = (int(self._columns[n][index]) for n in ("offset", "size", "crc32"))
         try:
             shard = self._open(int(self._shard_index[index]))
@@ -181,7 +181,7 @@ def verify_tiles(folder: Path) -> Iterator[str]:
     """Read every table and tile of a finished stage; yield one sentence a fault.
 
     Raises:
-        ValueError: The table cannot be trusted; see `read_description`.
+        ValueError: The table is not the one that the description names.
     """
     store = TileStore(folder)
     for name, sha256 in read_description(folder)["files"].items():

@@ -107,10 +107,10 @@ def check_leakage(
             slides["content", identities[member.slide]].append(member.slide)
     leaks = []
     for (kind, key), names in sorted(slides.items()):
-        found = sorted({splits[name] for name in names})
-        if len(found) > 1:
+        named = sorted({splits[name] for name in names})
+        if len(named) > 1:
             what = f"patient {key}" if kind == "patient" else "one slide under several names"
-            leaks.append(f"{what} is in {' and '.join(found)}: {', '.join(sorted(names)[:4])}")
+            leaks.append(f"{what} is in {' and '.join(named)}: {', '.join(sorted(names)[:4])}")
     if leaks:
         raise ValueError(
             f"{len(leaks)} leaks between splits, such as {'; '.join(leaks[:5])}. "
@@ -122,16 +122,16 @@ def count_by_split(
     members: Iterable[Member], splits: Mapping[str, str]
 ) -> dict[str, dict[str, int]]:
     """Return the number of slides, patients and sites of each split."""
-    found: dict[str, list[Member]] = defaultdict(list)
+    groups: dict[str, list[Member]] = defaultdict(list)
     for member in members:
-        found[splits[member.slide]].append(member)
+        groups[splits[member.slide]].append(member)
     return {
         split: {
             "slides": len(rows),
             "patients": len(Counter(m.patient for m in rows)),
             "sites": len({(m.project, m.site) for m in rows}),
         }
-        for split, rows in sorted(found.items())
+        for split, rows in sorted(groups.items())
     }
 
 

@@ -49,9 +49,9 @@ def resume(
     state = read_newest(run_folder)
     if state is None:
         for target in (network, average):
-            found = target.load_state_dict(warm_start or {}, strict=False)
-            if found.unexpected_keys:
-                raise ValueError(f"this network has no {found.unexpected_keys} to start from")
+            mismatch = target.load_state_dict(warm_start or {}, strict=False)
+            if mismatch.unexpected_keys:
+                raise ValueError(f"this network has no {mismatch.unexpected_keys} to start from")
         return 0
     was = json.loads(state["recipe"])
     now = json.loads(json.dumps(recipe))

@@ -48,7 +48,7 @@ class LoopConfig:
     Attributes:
         num_steps: Optimiser steps of the whole run.
         learning_rate: Peak of AdamW's rate, after a linear warm-up of `warmup_steps`.
-        muon_rate: The same for Muon, which takes the hidden weights; see `training.engine.muon`.
+        muon_rate: The same for Muon, which takes the hidden weights.
         None
             leaves all weights to AdamW, as published recipes do.
         cooldown_steps: The last steps, over which the rate falls linearly to a twentieth.
@@ -133,7 +133,7 @@ def train(
             with their samples. An existing checkpoint is resumed.
         recipe: The whole resolved recipe; a checkpoint of another recipe is refused.
         minutes: Wall-clock budget; the run saves and returns when it is spent.
-        warm_start: Weights that a new run starts from; see `training.engine.weights`.
+        warm_start: Weights that a new run starts from.
 
     Returns:
         The number of steps done so far.

@@ -101,8 +101,8 @@ def load_stage(source: Path, stage: str, network: nn.Module, prefix: str = "") -
     """Load `stage_weights` into a network, strictly.
 
     Args:
-        source: See `stage_weights`.
-        stage: See `stage_weights`.
+        source: Run folder of the same stage, or a model folder.
+        stage: "vae", "encoder", "sit", "repae", "distil" or "decoder".
         network: Receives the weights.
         prefix: Only weights whose name starts so are loaded, without it.
 

@@ -97,11 +97,11 @@ def slide_distances(real: Tensor, fake: Tensor, slide_index: Tensor) -> dict[str
     """Return the median Frechet distance of fake to real per slide, and between real slides."""
     slides = slide_index.unique().tolist()
     fits, fakes = ([fit_normal(x[slide_index == s]) for s in slides] for x in (real, fake))
-    own = [frechet_distance(a, b) for a, b in zip(fakes, fits, strict=True)]
+    distances = [frechet_distance(a, b) for a, b in zip(fakes, fits, strict=True)]
     between = [frechet_distance(a, b) for a, b in combinations(fits, 2)]
     return {
-        "frechet_own": float(torch.tensor(own).median()),
-        "frechet_own_worst": max(own),
+        "frechet_own": float(torch.tensor(distances).median()),
+        "frechet_own_worst": max(distances),
         "frechet_between": float(torch.tensor(between).quantile(0.5)),
     }
 

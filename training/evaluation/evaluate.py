@@ -185,11 +185,11 @@ def _reproduce(generator: TileGenerator, images: Tensor) -> Tensor:
 
 def _regenerate(generator: TileGenerator, images: Tensor, sample: Sample, seed: int) -> Tensor:
     """Return a tile for each image, sampled from its features."""
-    made = []
+    generated = []
     for start in range(0, len(images), generator.batch_size):
         cls = generator.features(images[start : start + generator.batch_size]).cls
-        made.append(sample(cls, seed=seed + start).cpu())
-    return torch.cat(made)
+        generated.append(sample(cls, seed=seed + start).cpu())
+    return torch.cat(generated)
 
 
 def describe_sets(
@@ -220,10 +220,10 @@ def _codecs(data: Path, config: Evaluation) -> dict[str, dict[str, int]]:
     folders = {"held out": data / "val", "training": data / "train"}
     if config.unseen is not None:
         folders["unseen tiles of training slides"] = config.unseen
-    found = {name: count_codecs(folder) for name, folder in folders.items()}
-    real = [codec for counts in found.values() for codec in counts]
+    codecs = {name: count_codecs(folder) for name, folder in folders.items()}
+    real = [codec for counts in codecs.values() for codec in counts]
     check_codecs(dict.fromkeys(real), config.codec, config.mixed_codecs)
-    return found
+    return codecs
 
 
 def _training_tiles(

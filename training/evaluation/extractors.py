@@ -165,13 +165,13 @@ def load_extractor(
     if name in ("tiny", "own", "alexnet"):
         if source:
             raise ValueError(f"extractor {name} is packaged and takes no source, got {spec!r}")
-        made = _alexnet() if name == "alexnet" else _encoder(name, own)
+        network = _alexnet() if name == "alexnet" else _encoder(name, own)
     elif name == "inception":
-        made = _inception(source)
+        network = _inception(source)
     else:
-        made = _timm(name, source)
-    made.module.to(device)
-    return replace(made, kept=kept)
+        network = _timm(name, source)
+    network.module.to(device)
+    return replace(network, kept=kept)
 
 
 def weights_digest(module: nn.Module) -> str:
@@ -319,7 +319,8 @@ def _shape_arguments(tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Return what timm must be told about a vision transformer that only its tensors say."""
     if "pos_embed" not in tensors or "patch_embed.proj.weight" not in tensors:
         return {}
-    found: dict[str, Any] = {"dynamic_img_size": True}  # positions are interpolated to the tile's
+    # Positions are interpolated to the tile's.
+    arguments: dict[str, Any] = {"dynamic_img_size": True}
     num_positions, patch_px = (
         tensors["pos_embed"].shape[1],
         tensors["patch_embed.proj.weight"].shape[-1],
@@ -328,15 +329,15 @@ def _shape_arguments(tensors: dict[str, Tensor]) -> dict[str, Any]:
     for num_prefix in (0, 1, 1 + num_registers):  # positions may include those tokens
         side = math.isqrt(num_positions - num_prefix)
         if side * side == num_positions - num_prefix:
-            found["img_size"] = side * patch_px
+            arguments["img_size"] = side * patch_px
     wide, narrow = (tensors.get(f"blocks.0.mlp.fc{k}.weight") for k in (1, 2))
     if wide is not None and narrow is not None and wide.shape[0] == 2 * narrow.shape[1]:
         from timm.layers.mlp import SwiGLUPacked
 
-        found |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
+        arguments |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
     if "blocks.0.attn.qkv.weight" in tensors and "blocks.0.ls1.gamma" not in tensors:
-        found["init_values"] = None
-    return found
+        arguments["init_values"] = None
+    return arguments
 
 
 def _read(source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

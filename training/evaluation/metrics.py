@@ -1,4 +1,4 @@
-"""Distances between two sets of tiles, from their features alone: float64 [N, F], one row a tile.
+"""Distances between two sets of tiles, from their features alone: float64 [N, F], one row per tile.
 
 Frechet distance, kernel distance (KID), cosine fidelity and retrieval rank. This module refuses
 to know which network made the features and which set is generated.
@@ -62,7 +62,7 @@ def fit_normal(features: Tensor) -> NormalFit:
     """Return the normal fit to features [N, F]; merge those of parts for a stream.
 
     Raises:
-        ValueError: See `checked`.
+        ValueError: Not [N, F] with N >= 1, or a row that is not finite.
     """
     x = checked(features)
     mean = x.mean(0)
@@ -78,7 +78,7 @@ def checked(features: Tensor) -> Tensor:
     if features.ndim != 2 or not len(features):
         raise ValueError(
             f"got features of shape {list(features.shape)}, expected [N, F] with N >= 1; "
-            "give one row a tile"
+            "give one row per tile"
         )
     bad = (~features.isfinite()).any(1).nonzero().flatten().tolist()
     if bad:
@@ -96,8 +96,8 @@ def spreads(features: Tensor) -> Tensor:
     would otherwise outvote all others for a tile in which it is not. (Half of AlexNet's channels
     are dead in H&E, so a median would be zero.)
     """
-    found = checked(features).std(0)
-    return found.clamp_min(max(1e-9, 0.01 * float(found.square().mean().sqrt())))
+    deviations = checked(features).std(0)
+    return deviations.clamp_min(max(1e-9, 0.01 * float(deviations.square().mean().sqrt())))
 
 
 def frechet_distance(first: NormalFit, second: NormalFit) -> float:

@@ -1,4 +1,4 @@
-"""An evaluation as files: JSON for machines, Markdown for readers, one plot an extractor.
+"""An evaluation as files: JSON for machines, Markdown for readers, one plot per extractor.
 
 It refuses to compute: every number comes from `training.evaluation.scores` and
 `training.evaluation.card_numbers`.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _READING = """\
 How to read this. *Frechet* is in all dimensions (`-` with fewer tiles than dimensions, biased
-upwards below ten tiles a dimension); *projected* is in leading components of the training tiles,
+upwards below ten tiles per dimension); *projected* is in leading components of the training tiles,
 and comparable within one extractor and equal numbers of tiles. No distance means anything without
 the rows of real against real. *Cosine* is between a made tile and its source, *chance* between two
 different real tiles; an extractor that is also the model's condition flatters it. *Ratio* is the

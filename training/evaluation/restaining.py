@@ -161,12 +161,12 @@ def rival_method(name: Literal["macenko", "reinhard"]) -> Restain:
         for tile in content:
             try:
                 if name == "macenko":
-                    found = normaliser.normalize(tile, stains=False)[0]
+                    normalized = normaliser.normalize(tile, stains=False)[0]
                 else:
-                    found = normaliser.normalize(tile.float())
+                    normalized = normaliser.normalize(tile.float())
             except torch.linalg.LinAlgError:
-                found = tile.permute(1, 2, 0)
-            out.append(found.float().round().clamp(0, 255).to(torch.uint8).permute(2, 0, 1))
+                normalized = tile.permute(1, 2, 0)
+            out.append(normalized.float().round().clamp(0, 255).to(torch.uint8).permute(2, 0, 1))
         return torch.stack(out)
 
     return run
@@ -220,8 +220,8 @@ def known_answer(tiles: TileSet, method: Restain, per_slide: int = 2) -> float:
         for j in range(per_slide):
             change = stain_maps(1, step_generator(7, k, stream=10 + j), share=1.0)
             truth = change_stain(content, change.expand(8, 3, 3))
-            found = method(content, change_stain(reference, change.expand(16, 3, 3)))
-            for a, b, c in zip(content, found, truth, strict=True):
+            restained = method(content, change_stain(reference, change.expand(16, 3, 3)))
+            for a, b, c in zip(content, restained, truth, strict=True):
                 lab = [_lab(x) for x in (a, b, c)]
                 mask = lab[0][..., 0] < 88
                 if mask.sum() < 500:
@@ -240,8 +240,8 @@ def gap_closed(tiles: TileSet, method: Restain, num_pairs: int = 8) -> float:
         content = tiles.images[tiles.slide_index == content_slide][:8]
         reference = tiles.images[tiles.slide_index == reference_slide]
         target = _lab_tissue(reference[16:40])
-        found = method(content, reference[:16])
-        closed.append((_gap(_lab_tissue(content), target), _gap(_lab_tissue(found), target)))
+        restained = method(content, reference[:16])
+        closed.append((_gap(_lab_tissue(content), target), _gap(_lab_tissue(restained), target)))
     before, after = np.array(closed).mean(0)
     return float(1 - after / before)
 

@@ -87,11 +87,11 @@ class Scores:
         num_real: Tiles in the reference.
         num_fake: Tiles compared with it.
         frechet: Frechet distance in all dimensions; None with fewer tiles than dimensions. It is
-            biased upwards below about ten tiles a dimension.
+            biased upwards below about ten tiles per dimension.
         frechet_projected: The same in `num_components` leading components of real tiles.
         num_components: Components of `frechet_projected`.
         kernel: Unbiased squared MMD (KID).
-        precision: See `training.evaluation.neighbours.Manifolds`, like the next three.
+        precision: Share of generated tiles that lie among real ones.
         recall: Share of real tiles that generated ones surround.
         density: How crowded generated tiles are around real ones.
         coverage: Share of real tiles with a generated one nearby.
@@ -248,9 +248,9 @@ def judge(extractor: Extractor, sets: EvaluationSets, *, seed: int = 0) -> Judge
     number = max(1, min(len(unseen["real"]), len(known["real"])) // TILES_PER_COMPONENT)
     basis = principal_components(bank, number)
     reference, seen_reference = (ReferenceSet.of(s["real"], basis) for s in (unseen, known))
-    made = (GENERATED, ROUND_TRIPS)
-    scores = {k: score_features(reference, unseen[k], paired=True) for k in made}
-    gap = {k: (scores[k], score_features(seen_reference, known[k], paired=True)) for k in made}
+    tile_sets = (GENERATED, ROUND_TRIPS)
+    scores = {k: score_features(reference, unseen[k], paired=True) for k in tile_sets}
+    gap = {k: (scores[k], score_features(seen_reference, known[k], paired=True)) for k in tile_sets}
     floors = {"tiles of training slides": score_features(reference, known["real"])}
     floors |= half_floors(unseen["real"], sets.held_out.real.slide_index, basis)
     others = {
@@ -271,7 +271,7 @@ def judge(extractor: Extractor, sets: EvaluationSets, *, seed: int = 0) -> Judge
         gap=gap,
         nearness={k: nearness(d, held_out_distances) for k, (d, _) in nearest.items()},
         likelihood={k: likelihood.score(x) for k, x in others.items()},
-        cosines={k: cosine_similarity(unseen["real"], unseen[k]) for k in made},
+        cosines={k: cosine_similarity(unseen["real"], unseen[k]) for k in tile_sets},
         distances={"real, held out": held_out_distances} | {k: d for k, (d, _) in nearest.items()},
         nearest=nearest[GENERATED][1],
     )

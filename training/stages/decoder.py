@@ -31,13 +31,13 @@ class DecoderRecipe:
     """A small decoder's run: its shape, weights of the losses, the loop.
 
     Attributes:
-        widths: See `SmallDecoder`.
-        num_blocks: See `SmallDecoder`.
+        widths: Channels at 1/8, 1/4 and 1/2 of the resolution.
+        num_blocks: Residual blocks at each.
         teacher_weight: Weight of the distance to the autoencoder's decoder; the pixels' is 1.
         perceptual_weight: Weight of LPIPS to what the autoencoder's decoder makes.
         perceptual_stages: Feature maps of VGG that are compared, from the finest.
         texture_weight: Weight of `training.stages.perception.texture_distance` to the same.
-        stain_jitter: See `training.data.batches.stain_maps`.
+        stain_jitter: Size of random changes of stain; 0 for none.
     """
 
     loop: LoopConfig
@@ -110,11 +110,11 @@ class DecoderStage:
                 taught = self.vae.decode(latents).sample.float()  # type: ignore[union-attr]
                 # Not of the pixels: what the latents do not tell would come back as a lattice.
                 aims = self.perception(taught, r.perceptual_stages)
-            made = self.network(latents).float()
-            maps = self.perception(made, r.perceptual_stages)
+            decoded = self.network(latents).float()
+            maps = self.perception(decoded, r.perceptual_stages)
         parts = {
-            "l1": (made - pixels).abs().mean(),
-            "teacher": (made - taught).abs().mean(),
+            "l1": (decoded - pixels).abs().mean(),
+            "teacher": (decoded - taught).abs().mean(),
             "perceptual": self.perception.map_distance(maps, aims).mean(),
             "texture": texture_distance(maps, aims).mean(),
         }

@@ -49,7 +49,7 @@ class DistilRecipe:
 
     Attributes:
         decoupled_depth: Blocks of the student that see t; the others see r.
-        target: What teaches average velocities; see `training.stages.mean_flow`.
+        target: What teaches average velocities.
         guidance_max: Largest guidance scale taught.
         guidance_low: Lower end of the guidance interval in t (1 = noise).
         guidance_high: Upper end; 0.75 means none in the noisiest quarter.
@@ -103,8 +103,10 @@ def build_student(recipe: DistilRecipe, teacher: SiT) -> SiT:
         }
     )
     taught = {k: v for k, v in teacher.state_dict().items() if not k.startswith("projectors.")}
-    own = {k: v for k, v in student.state_dict().items() if k.startswith("guidance_embedder.")}
-    student.load_state_dict(taught | own)
+    embeddings = {
+        k: v for k, v in student.state_dict().items() if k.startswith("guidance_embedder.")
+    }
+    student.load_state_dict(taught | embeddings)
     return student
 
 
@@ -250,7 +252,7 @@ class DistilStage:
         assert isinstance(network, Distillation)
         batch = {k: v.to(self.device).float() for k, v in self.held_out.items()}
         draws = self._draws(len(batch["cls"]), step_generator(self.recipe.seed, 0, stream=3))
-        found = {f"val_{k}": float(v) for k, v in self._compute(network, batch, draws).items()}
+        scores = {f"val_{k}": float(v) for k, v in self._compute(network, batch, draws).items()}
         cls = self.space.encoder(self.shown.to(self.device)).cls
         draw = step_generator(self.recipe.seed, 0, stream=4)
         side, channels = (self.teacher.config[k] for k in ("input_size", "in_channels"))
@@ -258,14 +260,14 @@ class DistilStage:
         rows = [self.shown]
         for scale in sorted({1.0, (1 + self.recipe.guidance_max) / 2}):
             end, made, distances = self._distances(network.student, noise, cls, scale)
-            found |= {f"{k}_at_{scale:g}": v for k, v in distances.items()}
+            scores |= {f"{k}_at_{scale:g}": v for k, v in distances.items()}
             if scale == 1.0:
                 rows += [self.space.decode(self.teacher, latents) for latents in (*made, end)]
         sheet = torch.stack(rows).unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 2)
         write_sheet(
             folder / f"samples_{step:06d}.png", sheet, columns=sheet.shape[0] // len(rows) // 2
         )
-        return found
+        return scores
 
     def _distances(
         self, student: SiT, noise: Tensor, cls: Tensor, scale: float
@@ -279,16 +281,16 @@ class DistilStage:
         u = bind_student(student, cls, scale)
         with mixed_precision(self.device):
             end = adams_bashforth2(velocity, noise, polynomial_grid(_REFERENCE_STEPS))
-            made = [flow_map(u, noise, linear_grid(n)) for n in _REPORTED_FORWARDS]
+            generated = [flow_map(u, noise, linear_grid(n)) for n in _REPORTED_FORWARDS]
             solved = [
                 adams_bashforth2(velocity, noise, polynomial_grid(n)) for n in _REPORTED_FORWARDS
             ]
         distances = {
             f"{name}_{n}": float((latents - end).square().mean().sqrt())
-            for name, group in (("student", made), ("ab2", solved))
+            for name, group in (("student", generated), ("ab2", solved))
             for n, latents in zip(_REPORTED_FORWARDS, group, strict=True)
         }
-        return end, made, distances
+        return end, generated, distances
 
 
 def guided_velocity(

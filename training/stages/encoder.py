@@ -50,7 +50,7 @@ class EncoderRecipe:
     Attributes:
         num_views: Tiles the teacher looks at, once.
         num_components: Principal components kept of each teacher layer.
-        stain_jitter: See `training.data.batches.stain_maps`.
+        stain_jitter: Size of random changes of stain; 0 for none.
         cls_weight: Weight of the tile-level loss beside the patch-level one.
     """
 

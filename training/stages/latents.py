@@ -59,7 +59,7 @@ class LatentsRecipe:
         num_views: Views of the training tiles, each tile equally often.
         shard_size: Views a file; no more than there are tiles.
         has_patches: Keep patch tokens too, which the `sit` stage aligns to and `distil` ignores.
-        stain_jitter: See `training.data.batches.stain_maps`; half of the views are restained.
+        stain_jitter: Size of random changes of stain; 0 for none; half of the views are restained.
         seed: Of views and stains.
     """
 
@@ -102,7 +102,7 @@ def write_views(
         tiles: What the views are of.
         recipe: What is encoded.
         folder: Receives the shards, or holds some of the same set.
-        data: Identity of the data set; see `training.data.batches.identify`.
+        data: Identity of the data set.
 
     Returns:
         Shards that are not there yet, because other processes are still at work.
@@ -134,9 +134,9 @@ def write_views(
             print(f"latents: shard {number + 1} of {len(rows)}", file=sys.stderr)
     missing = sum(not _shard(folder, k).exists() for k in range(len(rows)))
     if not missing:
-        found = description | {"identity": identity, "shard_rows": rows}
-        found |= _statistics(folder, len(rows), recipe.num_views)
-        write_atomically(folder / DESCRIPTION_NAME, json.dumps(found, indent=1).encode())
+        content = description | {"identity": identity, "shard_rows": rows}
+        content |= _statistics(folder, len(rows), recipe.num_views)
+        write_atomically(folder / DESCRIPTION_NAME, json.dumps(content, indent=1).encode())
     return missing
 
 
@@ -168,10 +168,13 @@ def _statistics(folder: Path, num_shards: int, num_views: int) -> dict[str, list
             tokens = shard.get_slice("patches").get_shape()[1] if "patch_sum" in totals else 1
     count = num_views * pixels[0] * pixels[1]
     mean, square = totals["latent_sums"] / count
-    found = {"latent_mean": mean.tolist(), "latent_variance": (square - mean.square()).tolist()}
+    statistics = {
+        "latent_mean": mean.tolist(),
+        "latent_variance": (square - mean.square()).tolist(),
+    }
     if "patch_sum" in totals:
-        found["mean_patch"] = (totals["patch_sum"] / (num_views * tokens)).tolist()
-    return found
+        statistics["mean_patch"] = (totals["patch_sum"] / (num_views * tokens)).tolist()
+    return statistics
 
 
 class StoredViews:
@@ -227,13 +230,13 @@ class StoredViews:
     def take(self, index: Tensor, with_patches: bool = True) -> Views:
         """Return views by index [n], as `training.stages.latent_space.LatentSpace.encode` does."""
         names = ("mean", "std", "cls") + (("patches",) if with_patches else ())
-        found: dict[str, list[Tensor]] = {name: [] for name in names}
+        columns: dict[str, list[Tensor]] = {name: [] for name in names}
         for place in index.tolist():
             shard, row = self._locate(place)
             handle = self._open(shard)
             for name in names:
-                found[name].append(handle.get_slice(name)[row])
-        return {name: torch.stack(parts) for name, parts in found.items()}
+                columns[name].append(handle.get_slice(name)[row])
+        return {name: torch.stack(parts) for name, parts in columns.items()}
 
     def name(self, index: int) -> str:
         """Return the tile that a view is of, for messages; sets of before do not say."""

@@ -73,7 +73,7 @@ class RepaeRecipe:
         is_centred: Align to tokens without their common part; see
         `training.stages.latent_space.mean_token`.
         condition_dropout: Probability that a sample trains under the null condition.
-        stain_jitter: See `training.data.batches.stain_maps`.
+        stain_jitter: Size of random changes of stain; 0 for none.
     """
 
     loop: LoopConfig
@@ -342,7 +342,7 @@ def move_statistics(norm: nn.BatchNorm2d, moments: Tensor) -> None:
 
     Args:
         norm: Holds the running statistics and their momentum.
-        moments: See `batch_moments`.
+        moments: Mean and variance of each channel, float64 [2, C].
     """
     assert norm.running_mean is not None
     assert norm.running_var is not None

@@ -42,7 +42,7 @@ class VaeRecipe:
         perceptual_share: Fraction of each batch that the (costly) perceptual network sees.
         perceptual_stages: Feature maps of VGG that are compared, from the finest.
         texture_weight: Weight of `training.stages.perception.texture_distance`.
-        stain_jitter: See `training.data.batches.stain_maps`.
+        stain_jitter: Size of random changes of stain; 0 for none.
     """
 
     loop: LoopConfig
@@ -171,7 +171,7 @@ def draw_crops(
         num: Tiles of the whole batch; all are drawn for.
         rows: Which of them these are.
         crop_px: Side of the crops.
-        stain_jitter: See `training.data.batches.stain_maps`.
+        stain_jitter: Size of random changes of stain; 0 for none.
         draw: All draws come from it.
 
     Returns:
