@@ -111,7 +111,6 @@ class TileTransform(v2.Transform):
 
     # A compiled training step would otherwise be traced into it and compiled anew for every draw.
     @torch.compiler.disable
-    @isolated()
     def forward(self, *inputs: Any) -> Any:
         """Edit the images of a sample.
 
@@ -122,8 +121,8 @@ class TileTransform(v2.Transform):
             raise TypeError("got no sample; call the transform on an image, or a sample with one")
         sample = inputs if len(inputs) > 1 else inputs[0]
         flat, spec = tree_flatten(sample)
-        self.check_inputs(flat)
         is_image = self._needs_transform_list(flat)
+        self._check_parts(flat, is_image)
         images = [x for x, edits in zip(flat, is_image, strict=True) if edits]
         params = self.make_params(images, self.read_metadata(sample, images))
         done = [
@@ -140,7 +139,9 @@ class TileTransform(v2.Transform):
             ValueError: Masks, boxes or key points beside an edit that moves structure; or images
                 of one sample with different numbers of tiles, or none.
         """
-        is_image = self._needs_transform_list(flat_inputs)
+        self._check_parts(flat_inputs, self._needs_transform_list(flat_inputs))
+
+    def _check_parts(self, flat_inputs: list[Any], is_image: list[bool]) -> None:
         images = [x for x, edits in zip(flat_inputs, is_image, strict=True) if edits]
         if any(isinstance(x, tv_tensors.Video) for x in flat_inputs):
             raise TypeError(
