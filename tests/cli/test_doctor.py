@@ -27,6 +27,7 @@ def failures(generator, samples):
     return (c.name for c in examine(generator, samples, steps=STEPS) if c.passed is False)
 
 
+@pytest.mark.slow
 def test_tiny_passes(samples):
     checks = list(examine(TileGenerator.from_pretrained(), samples, steps=STEPS))
     assert verdict(checks) == "all checks passed"
@@ -140,6 +141,7 @@ def test_a_device_that_is_not_there_is_refused_before_loading(capsys):
         assert "does not find here" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_features_of_the_samples_may_come_from_elsewhere(samples, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "load_samples", lambda: samples)
     file = tmp_path / "cls.npy"

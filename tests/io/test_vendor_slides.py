@@ -121,6 +121,7 @@ def test_a_folder_of_all_vendors_becomes_tiles(folder, small, laboratories, tmp_
             assert all((tmp_path / out / file).is_file() for file in found.values())
 
 
+@pytest.mark.slow
 def test_whole_slides_of_all_vendors_keep_their_pixels_at_strength_0(
     folder, no_change, tmp_path, monkeypatch, capsys
 ):

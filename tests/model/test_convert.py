@@ -472,6 +472,7 @@ def refused(source, out, match, **changes):
     assert not list(out.parent.glob(".*"))
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_and_leaves_nothing(checkpoint, written, tmp_path):
     out = tmp_path / "out"
     refused(written(), out, "tile is 224 px, expected 64", tile=TileSpec())

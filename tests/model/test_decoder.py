@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from cytosyn_aug.model.decoder import SmallDecoder
@@ -24,6 +25,7 @@ def test_a_latent_reaches_its_own_neighbourhood_only():
     )
 
 
+@pytest.mark.slow
 def test_a_tile_costs_a_third_of_what_tinys_own_decoder_does():
     from torch.utils.flop_counter import FlopCounterMode
 

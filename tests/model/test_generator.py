@@ -142,6 +142,7 @@ def count_graphs(monkeypatch):
     return counter
 
 
+@pytest.mark.slow
 def test_compiled_networks_are_few_graphs_and_compute_the_same(student_folder, tiles, count_graphs):
     plain, compiled = (
         TileGenerator.from_pretrained(student_folder, batch_size=3) for _ in range(2)

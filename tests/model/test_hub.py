@@ -241,6 +241,7 @@ def test_of_an_encoder_only_its_root_arrives(hub):
     assert (kind, files_in(folder)) == ("found", set(wanted))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("revision", ["v2", COMMITS["v2"]])
 def test_a_revision_is_another_snapshot(hub, revision):
     (_, first), (_, second) = hub.find(), hub.find(revision=revision)
@@ -269,6 +270,7 @@ def test_a_gated_repository_opens_for_a_token_with_access(hub, gates):
     assert hub.find(environment={"HF_TOKEN": MEMBER})[0] == "found"
 
 
+@pytest.mark.slow
 def test_a_refused_cytosyn_says_that_features_do_without_h0_mini(hub):
     hub.gates = "files"
     answer = hub.find("Owkin-Bioptimus/CytoSyn")
@@ -340,6 +342,7 @@ def test_without_a_network_a_broken_download_is_refused(hub):
     assert_told(hub.find(), "ConnectionError", "only partly in the cache", "connect")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [SHARDS[1], "vae/model.safetensors"])
 def test_without_a_network_and_listing_lost_weights_are_named(hub, lost):
     hub.files = SHARDED

@@ -48,6 +48,7 @@ def test_every_stored_type_loads(tmp_path, dtype, num_shards):
     assert_same_weights(load_model(folder), original, **tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_networks_take_the_wanted_type_and_statistics_stay_float32(tmp_path, dtype):
     folder = write_released(tmp_path / "m", parts_with_statistics(), dtype=torch.float32)

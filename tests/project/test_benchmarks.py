@@ -37,6 +37,7 @@ def test_normalisers_are_measured_beside_torchstain(run):
     assert min(ratios.values()) > 0
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_beside_the_bare_generator(run):
     out = run("runs", "--tiles", "8", "--repeats", "1")
     assert "ratio of processor time" in out

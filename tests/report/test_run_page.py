@@ -108,6 +108,7 @@ def test_names_with_odd_characters_are_text(tmp_path, small, laboratories):
     assert "augment: <i>out & more" in everything
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["png", "webp", "tar", "images"])
 def test_results_of_every_form_are_shown(tree, tmp_path, small, laboratories, format):
     out = tmp_path / "out"

@@ -79,6 +79,7 @@ def test_tiles_are_the_same_places_before_and_after(made, slide):
         assert data.after.mean()[axis] == pytest.approx(wanted.mean()[axis], abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_region_is_compared_with_its_part_of_the_slide(slide, tmp_path):
     recipe = replace(LOSSLESS, region=(2 * SIDE + 32, SIDE + 48, 4 * SIDE, 4 * SIDE))
     reference = DensityReference.fit(TARGET)

@@ -95,6 +95,7 @@ def test_a_bar_tells_tiles_rate_and_what_is_left(tree, tmp_path, small, laborato
     assert re.search(r"100%.* 10/10 \[\d\d:\d\d<00:00, +[\d.]+(tile/s|s/tile)\]", last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["png", "tar", "latents"])
 def test_dry_run_tells_the_bytes_of_what_is_written(
     tmp_path, small, laboratories, monkeypatch, format
@@ -246,6 +247,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_one_run_and_do_each_unit_once(
     tree, tmp_path, model_folder, laboratories
 ):
@@ -487,6 +489,7 @@ def test_what_has_no_name_of_its_own_leaves_the_results_of_others(
         assert len(list(out.rglob("*.png"))) == 2
 
 
+@pytest.mark.slow
 def test_exit_codes_and_messages(tree, tmp_path, model_folder, laboratories, capsys):
     out = tmp_path / "out"
     words = command(tree, out, model_folder, laboratories)

@@ -171,6 +171,7 @@ def test_killed_between_a_slide_and_its_receipt_it_goes_on(
     assert (out / "normal" / "c.ome.tif").read_bytes() == same.read_bytes()
 
 
+@pytest.mark.slow
 def test_what_is_found_on_a_slide_is_in_its_row(reference, tmp_path):
     """Damage, glass, and a slide that was fine before and cannot be read now."""
     folder, out = tmp_path / "in", tmp_path / "out"
@@ -287,6 +288,7 @@ def test_links_that_lead_out_are_refused(slides, reference, tmp_path, shard):
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
+@pytest.mark.slow
 def test_the_model_is_part_of_the_run(slides, small, tmp_path):
     lab = StainReference.fit(small, 255 - synthetic_tiles(6, seed=7) // 2)
     out, same = tmp_path / "out", tmp_path / "same"

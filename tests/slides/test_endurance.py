@@ -47,6 +47,7 @@ def test_memory_does_not_grow_with_the_slide(tmp_path):
     assert peak(40) - peak(8) < 4 * block  # of 32 more, and of three more levels
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
 def test_a_run_killed_at_any_moment_and_started_again_writes_the_same(tmp_path):
     y, x = np.mgrid[:1500, :1500]

@@ -114,6 +114,7 @@ def test_every_colour_becomes_one_colour_wherever_it_is(made):
     assert len(np.unique(before << 24 | after)) == number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["cytosyn", "macenko", "reinhard", "transport"])
 def test_tissue_is_changed_as_the_transform_changes_it(slide, generator, method, tmp_path):
     target, own = (
@@ -371,6 +372,7 @@ def test_existing_files_are_safe(slide, reference, source, made, tmp_path):
     assert report.num_bytes == (tmp_path / "a.tif").stat().st_size
 
 
+@pytest.mark.slow
 def test_a_slide_that_is_not_there_is_a_usage_error(slide, tmp_path, capsys):
     words = ["--reference", str(slide), "--method", "macenko", "--quiet"]
     assert main(["normalize-slide", "gone.svs", str(tmp_path / "c.tif"), *words]) == 2

@@ -34,6 +34,7 @@ def end_to_end():
     return plan("xl", "repae")
 
 
+@pytest.mark.slow
 def test_the_end_to_end_run_has_the_published_networks(end_to_end):
     found = end_to_end
     assert found.parameters["transformer"] == 682_906_128
@@ -50,6 +51,7 @@ def test_the_end_to_end_run_fits_its_gpus_in_two_passes_and_not_in_one(end_to_en
     assert found.gpu_bytes + 0.9 * found.activation_bytes > 80e9
 
 
+@pytest.mark.slow
 def test_a_step_of_the_stage_itself_keeps_what_is_planned(monkeypatch):
     """Tiny and in float32, since there is no autocast on meta: all networks and their passes."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
@@ -69,6 +71,7 @@ def test_a_step_of_the_stage_itself_keeps_what_is_planned(monkeypatch):
     assert found == pytest.approx(fixed + 3 * each, rel=0.03)
 
 
+@pytest.mark.slow
 def test_a_published_step_runs_on_the_meta_device_and_costs_what_is_planned(
     monkeypatch, end_to_end
 ):
@@ -85,6 +88,7 @@ def test_a_published_step_runs_on_the_meta_device_and_costs_what_is_planned(
     assert counter.get_total_flops() == pytest.approx(planned, rel=0.03)
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_recipe_and_cost_and_touches_nothing(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert main(["repae", "--recipe", "xl", "--dry-run"]) == 0

@@ -96,6 +96,7 @@ def test_no_variant_is_used_more_often_than_said_within_a_batch_either(generator
     assert bank.counts == ReplayCounts(num_made=4, num_reused=3, num_kept=0, num_failed=0)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=10)
 @given(st.integers(1, 5), st.floats(0, 1), st.integers(0, 2**31))
 def test_tiles_that_are_not_drawn_come_back_and_the_counts_add_up(reuse, p, seed):

@@ -563,6 +563,7 @@ def test_a_gpu_in_a_forked_worker_gets_one_message_that_names_both_ways(model_fo
         next(iter(loader))
 
 
+@pytest.mark.slow
 def test_every_use_of_a_gpu_in_a_forked_worker_gets_that_message(model_folder, tiles):
     """In one worker, because ending one takes five seconds."""
     generator = TileGenerator.from_pretrained(model_folder)

@@ -88,6 +88,7 @@ def check_it_is_as_never_bad(folder, out):
     assert tree(out) == tree(out.parent / "undisturbed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spoil", "message"), BAD_FILES)
 def test_a_bad_file_is_named_costs_itself_and_is_taken_once_replaced(
     folder, tmp_path, spoil, message
@@ -101,6 +102,7 @@ def test_a_bad_file_is_named_costs_itself_and_is_taken_once_replaced(
     check_it_is_as_never_bad(folder, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("facts", "message"), BAD_SCALES)
 def test_a_bad_scale_is_named_costs_its_slide_and_is_mended_in_a_table(
     folder, synthetic_slide, tmp_path, facts, message

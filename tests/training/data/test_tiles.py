@@ -99,6 +99,7 @@ def test_the_table_is_enough_to_cut_every_tile_again(slides, tmp_path):
         assert decode_tile(store.read_bytes(index)).tobytes() == tile.tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_the_bytes_do_not_depend_on_the_number_of_processes(slides, tmp_path, num_workers):
     cut(slides, tmp_path / "here")
@@ -140,6 +141,7 @@ os.fsync, os.rename, os.replace = killing(os.fsync), killing(os.rename), killing
 """
 
 
+@pytest.mark.slow
 def test_killed_over_and_over_it_reaches_the_same_bytes(slides, tmp_path):
     """Each run dies at its thirteenth flush or rename; publishing alone is twelve."""
     cut(slides, tmp_path / "undisturbed")
@@ -188,6 +190,7 @@ def is_running(process):
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found in /proc")
 def test_processes_end_with_a_killed_parent_and_a_rerun_completes(synthetic_slide, tmp_path):
     for k in range(3):

@@ -36,6 +36,7 @@ def test_tiny_is_the_packaged_encoders_cls(tiny, tiles):
     torch.testing.assert_close(tiny.features(tiles), expected, **ROUNDING)
 
 
+@pytest.mark.slow
 def test_alexnet_is_the_mean_of_its_five_maps(tiles):
     with torch.no_grad():
         maps = PerceptualNetwork("alex")(images_to_pixels(tiles))
@@ -98,6 +99,7 @@ def test_the_picture_that_vouches_for_a_network_passes_it_once():
     assert seen == [BATCH_SIZE]
 
 
+@pytest.mark.slow
 def test_inception_is_torchvisions_with_its_own_preprocessing(tmp_path, tiles):
     torch.manual_seed(0)
     network = inception_v3(weights=None, init_weights=False, transform_input=True).eval()
@@ -174,6 +176,7 @@ MILLIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MILLIONS)
 def test_published_arguments_give_the_published_number_of_parameters(name):
     published = extractors._PUBLISHED[name]

@@ -46,6 +46,7 @@ def test_images_are_known_by_shape_and_bytes():
     assert images_digest(images.mT.contiguous().mT) == images_digest(images)
 
 
+@pytest.mark.slow
 def test_kept_features_are_those_of_the_network(tmp_path, monkeypatch):
     """Split among files without a change, and found without the network the second time."""
     monkeypatch.setattr("training.evaluation.extractors.TILES_PER_FILE", 16)

@@ -94,6 +94,7 @@ def test_half_of_a_batch_is_at_r_equal_t_and_the_rest_jumps_towards_data(make_st
     assert bool(((draws.guidance >= 1) & (draws.guidance <= 3)).all())
 
 
+@pytest.mark.slow
 def test_a_resumed_distillation_is_bit_equal_to_an_undisturbed_one(make_stage, tmp_path):
     recipe = recipe_dict(smoke_distil())
     loop = smoke_distil().loop

@@ -100,6 +100,7 @@ class Mlp(nn.Module):
         return self.layers(torch.cat([x, t[:, None], r[:, None]], 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_one_jump_of_a_distilled_network_beats_one_step_of_euler(name):
     """A small network, taught half velocities and half jumps as in the distil stage."""

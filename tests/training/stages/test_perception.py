@@ -20,6 +20,7 @@ def wheel(monkeypatch):
     return importlib.import_module("stlpips_pytorch.stlpips")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vgg", "alex"])
 def test_distances_are_the_wheels(wheel, name):
     torch.manual_seed(0)
