@@ -22,11 +22,15 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
+
+if TYPE_CHECKING:
+    from cytosyn_aug import StainReference, TileGenerator
 
 ROOT = Path(__file__).parent.parent
 # What differs between two runs of the same code.
@@ -84,14 +88,12 @@ def transforms(folder: Path) -> Iterator[tuple[str, str]]:
         name: ca.StainReference.fit(generator, tiles, laboratory=name)
         for name, tiles in laboratories.items()
     }
-    for name, reference in references.items():
-        reference.save(folder / f"{name}.json")
-        yield f"reference/{name}", digest((folder / f"{name}.json").read_text())
     macenko = ca.MacenkoReference.fit(laboratories["CMU"])
     reinhard = ca.ReinhardReference.fit(laboratories["CMU"])
     density = ca.DensityReference.fit(laboratories["CMU"])
-    for name, classical in (("macenko", macenko), ("reinhard", reinhard), ("density", density)):
-        classical.save(folder / f"{name}.json")
+    classical = {"macenko": macenko, "reinhard": reinhard, "density": density}
+    for name, reference in {**references, **classical}.items():
+        reference.save(folder / f"{name}.json")
         yield f"reference/{name}", digest((folder / f"{name}.json").read_text())
     tiles = torch.cat([laboratories["Helsinki"][:3], laboratories["TIAToolbox"][:3]])
     several, cmu = list(references.values()), references["CMU"]
@@ -107,17 +109,26 @@ def transforms(folder: Path) -> Iterator[tuple[str, str]]:
         "DensityTransport": (density, {}),
     }
     for name, (*positional, keywords) in arguments.items():
-        yield from _digest_transform(
-            name, getattr(ca, name.split("/")[0]), positional, keywords, tiles
-        )
+        kind = getattr(ca, name.split("/")[0])
+        yield from _digest_transform(name, kind, positional, keywords, tiles)
     torch.manual_seed(0)
     for k, view in enumerate(ca.StainViews(generator, several, views=2)(tiles)):
         yield f"StainViews/{k}", digest(torch.as_tensor(view))
+    yield from _digest_caches(generator, cmu, tiles, folder)
+    yield from _digest_samples(generator, tiles)
+    yield from _digest_albumentations(generator, several, macenko, tiles)
+
+
+def _digest_caches(
+    generator: "TileGenerator", reference: "StainReference", tiles: torch.Tensor, folder: Path
+) -> Iterator[tuple[str, str]]:
+    import cytosyn_aug as ca
+
+    edits = [
+        ca.StainNormalize(generator, reference=reference),
+        ca.ConditionedResample(generator, p=1.0),
+    ]
     for contents in ("images", "latents"):
-        edits = [
-            ca.StainNormalize(generator, reference=cmu),
-            ca.ConditionedResample(generator, p=1.0),
-        ]
         spec = ca.variants_spec(generator, contents, edits, seed=3)
         with ca.LatentCache.open(folder / contents, spec) as cache:
             ca.fill_variants(generator, tiles, cache, edits)
@@ -128,23 +139,18 @@ def transforms(folder: Path) -> Iterator[tuple[str, str]]:
                 yield "CachedVariants", digest(torch.as_tensor(cached))
             else:
                 yield "CachedVariants/latents", digest(str(type(cached).__name__))
-    with ca.LatentCache.open(
-        folder / "moments", ca.encodings_spec(generator, ["moments"])
-    ) as cache:
+    spec = ca.encodings_spec(generator, ["moments"])
+    with ca.LatentCache.open(folder / "moments", spec) as cache:
         yield "encode_cached", digest(ca.encode_cached(generator, tiles, cache).mean)
+
+
+def _digest_samples(generator: "TileGenerator", tiles: torch.Tensor) -> Iterator[tuple[str, str]]:
     torch.manual_seed(0)
     yield "sample", digest(generator.sample(per_condition=3, seed=5))
-    features = generator.features(tiles)
-    yield "features", digest(features.cls)
-    yield (
-        "sample/sde",
-        digest(
-            generator.sample(
-                features.cls[:1], steps=4, sampler="euler_maruyama", guidance_scale=1.5, seed=5
-            )
-        ),
-    )
-    yield from _digest_albumentations(generator, several, macenko, tiles)
+    cls = generator.features(tiles).cls
+    yield "features", digest(cls)
+    settings = {"steps": 4, "sampler": "euler_maruyama", "guidance_scale": 1.5, "seed": 5}
+    yield "sample/sde", digest(generator.sample(cls[:1], **settings))
 
 
 def _digest_transform(
