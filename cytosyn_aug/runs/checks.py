@@ -40,8 +40,9 @@ def check_augment(
     is_fixed = recipe.preserve == "color" and recipe.strength[0] == recipe.strength[1]
     if is_fixed and recipe.variants > num_references:
         raise ValueError(
-            f"{recipe.variants} variants with {num_references} references of one strength would "
-            "repeat themselves; give more references, a range of strengths, or fewer variants"
+            f"{recipe.variants} variants per tile need as many references where strength is one "
+            f"number, or they would be alike; got {num_references}. Give more references, a range "
+            "of strengths, or fewer variants"
         )
 
 

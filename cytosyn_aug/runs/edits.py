@@ -26,6 +26,7 @@ from cytosyn_aug.stain.density import is_tissue
 from cytosyn_aug.stain.estimate import (
     central_tiles,
     check_scale,
+    covers_tile,
     estimate_stain,
     reference_statistics,
 )
@@ -198,14 +199,14 @@ def size_check(
         mpp: Scale of the tiles in microns per pixel.
         is_exact: Whether tiles must have the model's size, or may be larger.
     """
-    size, scale = generator.tile.size_px, mpp / generator.tile.mpp
+    size = generator.tile.size_px
 
     def check(height: int, width: int) -> None:
         if is_exact and (height, width) != (size, size):
             raise ItemError(
                 f"is {width}x{height} px, expected {generator.tile.describe()}; re-tile it"
             )
-        if min(round(height * scale), round(width * scale)) < size:
+        if not covers_tile(height, width, mpp, generator.tile):
             raise ItemError(
                 f"is {width}x{height} px at {mpp:g} microns/pixel, expected at least "
                 f"{generator.tile.describe()}; re-tile it larger or correct --mpp"

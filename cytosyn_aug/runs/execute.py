@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from cytosyn_aug.autocast import isolated
 from cytosyn_aug.io.image_files import check_strictness
 from cytosyn_aug.runs.folder import RUN_NAME, RunFolder, Unit, check_free, open_run
 from cytosyn_aug.runs.listing import Listing
@@ -54,6 +55,7 @@ class Summary(NamedTuple):
     estimate: dict[str, Any] | None = None  # Any: JSON
 
 
+@isolated()
 def do_run(run: Run, work: Work) -> Summary:
     """Do a run, or what is left of it, or only say what it would be.
 

@@ -154,7 +154,7 @@ def list_slides(source: Path, tile: TileSpec, mpp: float | None = None) -> Listi
 
 
 def list_whole_slides(source: Path | str, *, mpp: float | None = None) -> Listing:
-    """List slides, one item a slide: its path from `root`, its size in bytes, and no x and y.
+    """List slides, one item per slide: its path from `root`, its size in bytes, and no x and y.
 
     Args:
         source: Slide, folder of slides (labelled as tiles are), or table with one path per row

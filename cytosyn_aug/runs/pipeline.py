@@ -36,7 +36,7 @@ _MAX_BATCH_PIXELS = 16 * 1024 * 1024
 _MAX_WAITING_BYTES = 256 * 1024 * 1024
 _BATCHES_AHEAD = 4  # of decoded tiles
 _PENDING_WRITES = 8  # batches
-Row = dict[str, Any]  # one of `cytosyn_aug.runs.folder.ROW_SCHEMA`; Any: cells
+Row = dict[str, Any]  # one of `cytosyn_aug.runs.receipts.ROW_SCHEMA`; Any: cells
 
 
 @dataclass(frozen=True, kw_only=True)

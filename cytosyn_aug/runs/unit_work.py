@@ -1,7 +1,7 @@
 """A run, and what one process does of it: its units, on its own copy of the model.
 
 The process of a command does them one after the other; a worker elsewhere is sent the run as a
-pickle, in which the model is a handle (`cytosyn_aug.model.origin`), and loads the weights itself.
+pickle, in which the model is a handle (`cytosyn_aug.model.loading`), and loads the weights itself.
 """
 
 from __future__ import annotations

@@ -53,6 +53,11 @@ def check_scale(mpp: float, tile: TileSpec) -> None:
         )
 
 
+def covers_tile(height_px: int, width_px: int, mpp: float, tile: TileSpec) -> bool:
+    """Return whether an image of this size and scale covers the model's tile."""
+    return min(_sides_at(height_px, width_px, mpp, tile)) >= tile.size_px
+
+
 def check_extent(height_px: int, width_px: int, mpp: float, tile: TileSpec) -> None:
     """Raise ValueError for images that cover less than the model's tile.
 
@@ -62,7 +67,7 @@ def check_extent(height_px: int, width_px: int, mpp: float, tile: TileSpec) -> N
         mpp: Scale of the images in microns per pixel.
         tile: The model's tiles.
     """
-    if min(_sides_at(height_px, width_px, mpp, tile)) < tile.size_px:
+    if not covers_tile(height_px, width_px, mpp, tile):
         raise ValueError(
             f"image is {width_px}x{height_px} px at {mpp:g} microns/pixel, the model "
             f"expects at least {tile.describe()}; re-tile larger or correct mpp. "

@@ -1,12 +1,14 @@
-"""Restaining, as one pure function of tiles; the loop, data sets and training all call it.
+"""Restaining, as one pure function of tiles, and its two halves.
 
     estimate_stain   the stain of tiles, or of the slide that they come from: nine statistics each
     recolour         from there to the statistics of a target, by one smooth change of colour
     restain          both, for images of any size
 
-A slide is recoloured by the same `recolour`, tabulated for all colours. The change is an affine map
-of optical density, applied to the original pixels and faded out over glass and black, so nothing
-can move. A result depends on pixels, targets, strength, recipe and weights only.
+The transform and training's comparison call `restain`. Who restains a tile to several targets
+(views, the variants of a data set) estimates once and calls `recolour` for each, and a slide
+tabulates `recolour` for all colours; so all of them agree to the grey level. The change is an
+affine map of optical density, applied to the original pixels and faded out over glass and black, so
+nothing can move. A result depends on pixels, targets, strength, recipe and weights only.
 """
 
 from __future__ import annotations
@@ -86,6 +88,8 @@ def restain(
     return recolour(images, estimate, targets, strength)
 
 
+@isolated()
+@torch.no_grad()
 def recolour(
     images: Tensor, estimate: StainEstimate, targets: Tensor, strength: Tensor
 ) -> Restained:

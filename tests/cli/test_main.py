@@ -31,7 +31,7 @@ NORMALIZE = "normalize IN OUT --reference LAB"
 SAMPLE = "sample OUT --n 1"
 # Command lines that contradict themselves or name what is not there, and what is said of them.
 CONTRADICTIONS = {
-    f"{AUGMENT} --variants 2": "2 variants with 1 references of one strength would repeat",
+    f"{AUGMENT} --variants 2": "2 variants per tile need as many references",
     f"{AUGMENT} --variants 0": "variants is 0, expected at least 1",
     f"{AUGMENT} --strength 0.8 0.2": "strength is 0.8 to 0.2",
     f"{AUGMENT} --strength 0 0.5 1": "strength has 3 values, expected one, or least and largest",

@@ -122,6 +122,20 @@ def test_a_tile_that_the_encoder_fails_on_keeps_its_values_and_no_other_changes(
     assert torch.equal(got.images[::2], expected.images[::2])
 
 
+def test_a_run_under_autocast_writes_what_it_writes_without(small, laboratories, tmp_path):
+    for k, tile in enumerate(synthetic_tiles(2, seed=11)):
+        save_tile(tmp_path / "in" / f"{k}.png", tile)
+    written = []
+    for name, is_enabled in (("plain", False), ("autocast", True)):
+        out, settings = tmp_path / name, {"references": laboratories[:1], "work": QUIET}
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_enabled):
+            offline.augment(tmp_path / "in", out, small, **settings)
+        written.append([read(out / row["output"]) for row in rows(out)])
+    assert len(written[0]) == 2
+    for plain, under_autocast in zip(*written, strict=True):
+        assert torch.equal(plain, under_autocast)
+
+
 def test_callers_autocast_and_gradients_change_nothing(small, reference):
     tiles = synthetic_tiles(2, seed=10)
     expected = restained(small, tiles, reference).images
