@@ -68,7 +68,7 @@ class Run(NamedTuple):
 
 
 def heun(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
-    """Integrate dx/dt = v with Heun's method, two velocities a step."""
+    """Integrate dx/dt = v with Heun's method, two velocities per step."""
     for now, following in pairwise(times):
         v = velocity(x, now)
         ahead = velocity(x + (following - now) * v, following)

@@ -22,7 +22,7 @@ from cytosyn_aug.demo import load_laboratories
 
 
 def main() -> None:
-    """Print CPU time a tile of every method, and the ratios to torchstain's."""
+    """Print CPU time per tile of every method, and the ratios to torchstain's."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, default=16)
@@ -41,7 +41,7 @@ def main() -> None:
     median = {k: statistics.median(v[1:]) / len(tiles) for k, v in seconds.items()}  # 1st: warm-up
     print(f"{len(tiles)} tiles of {tiles.shape[3]} px, 1 thread, {platform.machine()}, "
           f"torch {torch.__version__}, {arguments.rounds} interleaved rounds")  # fmt: skip
-    print(f"{'method':36} {'ms a tile':>10} {'tiles a CPU-second':>20} {'over torchstain':>17}")
+    print(f"{'method':36} {'ms per tile':>10} {'tiles per CPU-second':>20} {'over torchstain':>17}")
     for name, value in median.items():
         base = median[f"torchstain {'Reinhard' if 'Reinhard' in name else 'Macenko'}"]
         print(f"{name:36} {value * 1e3:10.2f} {1 / value:20.0f} {base / value:17.2f}")

@@ -46,7 +46,7 @@ def main() -> None:
         wall, processor = measure(ways, tiles, args.rounds)
     print(f"{generator.digest}, batches of {len(tiles)}, {args.dtype}, {args.threads} threads, "
           f"{platform.machine()}, torch {torch.__version__}, medians of {args.rounds} "
-          "interleaved rounds\n\n| | tiles/s | tiles a CPU-second |\n|---|---|---|")  # fmt: skip
+          "interleaved rounds\n\n| | tiles/s | tiles per CPU-second |\n|---|---|---|")  # fmt: skip
     for name in ways:
         print(f"| {name} | {len(tiles) / wall[name]:.1f} | {len(tiles) / processor[name]:.1f} |")
 
@@ -75,7 +75,7 @@ def make_ways(
 def measure(
     ways: dict[str, Callable[[Tensor], object]], tiles: Tensor, rounds: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return median seconds a batch by name: of wall, and of processor time."""
+    """Return median seconds per batch by name: of wall, and of processor time."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
         for name, way in ways.items():

@@ -106,7 +106,7 @@ def load(folder: Path, generator: TileGenerator) -> list[list[LoadedTile]]:
 
 
 def paused(edit: BatchEdit, batch: list[LoadedTile], pause_s: float) -> BatchEdit:
-    """Return an edit that waits for so long a tile and then gives the results of one batch."""
+    """Return an edit that waits for so long per tile and then gives the results of one batch."""
     found = list(edit(batch))
 
     def wait(tiles: Sequence[LoadedTile]) -> Iterator[EditedBatch]:

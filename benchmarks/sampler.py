@@ -187,7 +187,7 @@ def measure(bench: Bench, repeats: int, is_compiled: bool) -> int:
 def print_comparison(report: Path, repeats: int) -> None:
     """Print forwards, Frechet distance and time of a comparison of samplers; time all anew.
 
-    The rows of a comparison may come from several sessions, and their times do not compare.
+    The rows of a comparison may come from several runs, and their times do not compare.
 
     Raises:
         ValueError: The comparison is of another model than the embedded one.
@@ -217,7 +217,7 @@ def print_comparison(report: Path, repeats: int) -> None:
             began = time.perf_counter()
             run.draw(range(len(tiles)), condition)
             times.append(time.perf_counter() - began)
-    print(f"\n| sampler | forwards | Frechet | ms a tile, of {len(tiles)} |\n|---|---|---|---|")
+    print(f"\n| sampler | forwards | Frechet | ms per tile, of {len(tiles)} |\n|---|---|---|---|")
     for run, times in zip(timed, seconds, strict=True):
         each = 1000 * statistics.median(times) / len(tiles)
         distance = frechet[run.sampler, run.forwards]

@@ -102,7 +102,7 @@ def compare_with_openslide(file: Path, repeats: int) -> None:
     print(f"  ours, with checks {statistics.median(ours):6.1f}")
     spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
     print(f"  ratio             {statistics.median(ratios):6.3f}   ({spread} in {repeats} repeats)")
-    print(f"  encoding          {1000 * statistics.median(encoding):6.2f} ms a tile on top")
+    print(f"  encoding          {1000 * statistics.median(encoding):6.2f} ms per tile on top")
 
 
 def compare_processes(file: Path, repeats: int, num_workers: int, copies: int) -> None:

@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 def main() -> None:
-    """Print one row a step."""
+    """Print one row per step."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiles", type=int, default=100_000)
     parser.add_argument("--unit-tiles", type=int, default=256)
@@ -55,8 +55,8 @@ def main() -> None:
             left = timed("the same, when all is done", "unit", len(units), lambda: run.to_do(units))
             assert not left
         size = (folder / "out" / MANIFEST_NAME).stat().st_size
-        print(f"\nmanifest: {size / args.tiles:.0f} bytes a tile")
-        print(f"listing: {listing.table.nbytes / args.tiles:.0f} bytes of memory a tile", end="")
+        print(f"\nmanifest: {size / args.tiles:.0f} bytes per tile")
+        print(f"listing: {listing.table.nbytes / args.tiles:.0f} bytes of memory per tile", end="")
         tracemalloc.start()
         list_tree(folder / "in")
         print(f", {tracemalloc.get_traced_memory()[1] / args.tiles:.0f} of Python's while made")

@@ -493,7 +493,7 @@ class DensityTransport(ClassicalImageTransform[DensityReference]):
 
 
 def _inner_p(p: Probability, mode: DrawScope = "tile") -> Probability:
-    """Return p for the inner transform: one draw a slide, and a label, only that knows."""
+    """Return p for the inner transform: one draw per slide, and a label, only that knows."""
     return p if isinstance(p, Mapping) or mode == "slide" else 1.0
 
 

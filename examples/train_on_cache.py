@@ -134,7 +134,7 @@ def replay(task: Task, epochs: int) -> nn.Module:
         f"a step took {step.seconds / step.num_calls * 1000:.0f} ms, by the formula "
         f"{expected * 1000:.0f} ms with so many uses and "
         f"{bank.seconds_per_step(BATCH_SIZE, *each) * 1000:.0f} ms in the long run; making "
-        f"{each[0] * 1000:.0f} ms, decoding {each[1] * 1000:.0f} ms a tile"
+        f"{each[0] * 1000:.0f} ms, decoding {each[1] * 1000:.0f} ms per tile"
     )
     return classifier
 

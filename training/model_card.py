@@ -91,7 +91,7 @@ def parts_text(parts: ModelParts) -> list[str]:
     for name, network in _networks(parts).items():
         count = sum(p.numel() for p in network.parameters())
         rows.append((f"`{name}/`", type(network).__name__, f"{count:,}", _flop_text(name, costs)))
-    return markdown_table(("part", "class", "parameters", "GFLOP a tile"), rows)
+    return markdown_table(("part", "class", "parameters", "GFLOP per tile"), rows)
 
 
 def _parts_section(parts: ModelParts) -> str:

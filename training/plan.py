@@ -33,8 +33,8 @@ class Plan:
 
     Attributes:
         num_steps: Optimiser steps.
-        batch_size: Samples a step.
-        num_gpus: Processes that share it, one a GPU.
+        batch_size: Samples per step.
+        num_gpus: Processes that share it, one per GPU.
         num_passes: Micro-batches that each splits its part into.
         parameters: Trained parameters of each network.
         state_bytes: Weights, gradients, optimiser and moving average of a process, all float32.
@@ -70,7 +70,7 @@ class Plan:
             f"trained      {sizes}\n"
             f"batch        {self.num_gpus} GPUs x {self.num_passes} passes of "
             f"{self.batch_size // (self.num_gpus * self.num_passes)}\n"
-            f"memory       {self.gpu_bytes / 1e9:.2f} GB a GPU: {self.state_bytes / 1e9:.2f} of "
+            f"memory       {self.gpu_bytes / 1e9:.2f} GB per GPU: {self.state_bytes / 1e9:.2f} of "
             f"state, {self.frozen_bytes / 1e9:.2f} of frozen weights, "
             f"{self.activation_bytes / 1e9:.2f} of activations;\n"
             "             workspace of kernels and fragmentation come on top\n"
@@ -134,8 +134,8 @@ class LatentsPlan:
         return (
             f"views        {self.num_views:,} of {self.num_bytes / self.num_views:,.0f} bytes\n"
             f"disk         {self.num_bytes / 1e9:,.2f} GB\n"
-            f"compute      {self.flop_per_view / 1e9:.1f} GFLOP a view: {hours:,.1f} H100-hours at "
-            f"{_SHARE:.0%} of {_H100_FLOPS / 1e12:.0f} TFLOP/s"
+            f"compute      {self.flop_per_view / 1e9:.1f} GFLOP per view: {hours:,.1f} H100-hours "
+            f"at {_SHARE:.0%} of {_H100_FLOPS / 1e12:.0f} TFLOP/s"
         )
 
 

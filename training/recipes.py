@@ -228,7 +228,7 @@ def tiny_distil() -> DistilRecipe:
 
 
 def tiny_decoder() -> DecoderRecipe:
-    """Return the small decoder of `tiny`: 3.8 GFLOP a tile where the autoencoder's takes 13.5.
+    """Return the small decoder of `tiny`: 3.8 GFLOP per tile where the autoencoder's takes 13.5.
 
     Must lose no more than 1 dB to it.
     """
@@ -258,7 +258,7 @@ def xl_tile() -> TileRecipe:
     """Return the tiles of an XL model: 40 M of TCGA's 11,766 diagnostic slides, about 3.2 TB.
 
     Sites contribute by their number of slides and stay in one split where their project has
-    enough of them. At 100 tiles/s a process, 64 processes need about two hours, if reading 13 TB
+    enough of them. At 100 tiles/s per process, 64 processes need about two hours, if reading 13 TB
     does not take longer. One training tile in a thousand is kept apart for `evaluate --unseen`.
     """
     return TileRecipe(num_tiles=40_000_000, unseen_share=0.001)
@@ -383,7 +383,7 @@ def xl_distil() -> DistilRecipe:
 
 
 def xl_decoder() -> DecoderRecipe:
-    """Return the small decoder of SD-VAE: 20.5 GFLOP a tile where its own takes 476."""
+    """Return the small decoder of SD-VAE: 20.5 GFLOP per tile where its own takes 476."""
     return replace(
         tiny_decoder(),
         loop=replace(xl_vae().loop, learning_rate=3e-4),

@@ -195,7 +195,7 @@ class ReplayBank:
         """Return what a step costs, at this epoch's p, once all tiles were seen; see the module.
 
         Args:
-            batch_size: Tiles a step.
+            batch_size: Tiles per step.
             make: Seconds that the edit of one tile takes.
             decode: Seconds that decoding one tile takes.
         """

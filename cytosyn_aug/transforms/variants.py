@@ -50,7 +50,7 @@ def variants_spec(
 
     Args:
         generator: The model.
-        payload: "latents" (6 KB a record for CytoSyn) are decoded after collation, "images"
+        payload: "latents" (6 KB per record for CytoSyn) are decoded after collation, "images"
             (150 KB, pixels) in no time.
         edits: What `fill_variants` will be given, one per variant. All settings of transforms are
             written down, references and models by digest; only `p` is not, see there.

@@ -10,15 +10,19 @@ import torch
 from cytosyn_aug.model.solvers import (
     adams_bashforth2,
     bind_student,
+    denoised,
     euler,
     euler_maruyama,
     flow_map,
     guide,
+    interpolate,
     linear_grid,
+    noised,
     polynomial_grid,
     reference_grid,
     sample_noise,
     shifted_grid,
+    velocity_target,
 )
 
 F64 = torch.float64
@@ -240,3 +244,17 @@ def test_the_grid_of_a_students_jumps_is_the_shifted_one():
     assert shifted_grid(4, 0.5) == pytest.approx([t / 2 for t in shifted_grid(4)])
     assert shifted_grid(3, shift=1.0) == pytest.approx(linear_grid(3))
     assert shifted_grid(1) == [1, 0]
+
+
+def test_the_path_starts_at_data_and_ends_at_noise():
+    x, eps = torch.randn(2, 4), torch.randn(2, 4)
+    assert torch.equal(interpolate(x, eps, 0.0), x)
+    assert torch.equal(interpolate(x, eps, 1.0), eps)
+
+
+def test_the_target_velocity_leads_back_to_both_ends():
+    x, eps = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)[:, None]
+    x_t, v = interpolate(x, eps, t), velocity_target(x, eps)
+    torch.testing.assert_close(denoised(x_t, v, t), x)
+    torch.testing.assert_close(noised(x_t, v, t), eps)

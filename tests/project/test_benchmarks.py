@@ -44,7 +44,7 @@ def test_a_run_is_measured_beside_the_bare_generator(run):
 
 
 def test_units_are_measured(run):
-    assert "bytes of memory a tile" in run("units", "--tiles", "512")
+    assert "bytes of memory per tile" in run("units", "--tiles", "512")
 
 
 @pytest.mark.slow

@@ -240,7 +240,7 @@ class Batches:
 
     Attributes:
         num_items: Size of the data set, at least `size`.
-        size: Items a step, over all processes.
+        size: Items per step, over all processes.
         seed: Seed of the run.
         name: What an item is called, for messages.
 

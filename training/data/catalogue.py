@@ -143,7 +143,7 @@ def _failures(outcome: Outcome) -> Iterator[tuple[str, int, int, str]]:
 
 
 def _slide_rows(outcome: Outcome) -> list[tuple[object, ...]]:
-    """Return one row a slide, those that were refused or failed included, by `_SLIDE_COLUMNS`."""
+    """Return one row per slide, those that were refused or failed included, by `_SLIDE_COLUMNS`."""
     quotas = {unit.source.slide: unit.quota for unit in outcome.units}
     rows = [_slide_row(outcome, source, quotas) for source in outcome.listing.sources]
     blank = ("",) * (len(_SLIDE_COLUMNS) - 3)

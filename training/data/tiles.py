@@ -2,7 +2,7 @@
 
     OUT/dataset.json, tiles.parquet, <split>/<slide>.tar    see `training.data.shards`
     OUT/unseen/          tiles of training slides that are kept apart, a split like the others
-    OUT/slides.csv       one row a slide: scale and its source, split, counts, or why it is absent
+    OUT/slides.csv       one row per slide: scale and its source, split, counts, or why it is absent
     OUT/failures.csv     one row for each slide or tile that could not be had
     OUT/masks/           tissue masks
     OUT/provenance/      slides.csv and tiles.csv that came with given tiles, as they are

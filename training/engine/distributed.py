@@ -4,8 +4,8 @@ Every process draws the random numbers of the whole batch and computes its own r
 the same, up to rounding, on any number of processes, and bit-equal when it is repeated on as many.
 
 Gradients are averaged once after the backward pass. DistributedDataParallel would overlap that
-with the backward pass, but allows each network to run once a step; REPA-E runs its transformer
-twice, the first time with weights that get no gradient. For SiT-XL the sum moves 3 GB a step,
+with the backward pass, but allows each network to run once per step; REPA-E runs its transformer
+twice, the first time with weights that get no gradient. For SiT-XL the sum moves 3 GB per step,
 which a node's links do in a few hundredths of a second, of steps that take one or more.
 
 It refuses to know what is trained. Start it with torchrun, which sets the environment.
@@ -34,7 +34,7 @@ class World(NamedTuple):
 def join_world() -> tuple[World, torch.device]:
     """Join the processes that torchrun started, or stand alone; return place and device.
 
-    NCCL with one GPU a process where there are GPUs, gloo on the CPU.
+    NCCL with one GPU per process where there are GPUs, gloo on the CPU.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     has_gpu = torch.cuda.is_available()
