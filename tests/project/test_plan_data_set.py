@@ -101,6 +101,7 @@ def test_the_commands_of_the_page_are_understood(capsys):
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="without bash the job script is not run")
+@pytest.mark.slow
 def test_the_job_script_of_the_page_completes_a_run(tree, tmp_path, model_folder, laboratories):
     text = PAGE.read_text()
     (script,) = re.findall(r"^```bash\n(#!/bin/bash.*?)^```", text, re.MULTILINE | re.DOTALL)

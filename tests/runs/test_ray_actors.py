@@ -33,6 +33,7 @@ from tests.runs.test_execute import command
 from tests.support.offline_runs import QUIET, augment, digest, rows
 from tests.support.synthetic import synthetic_tiles, write_slide
 
+pytestmark = pytest.mark.slow  # where Ray is installed, minutes
 MARK = "CYTOSYN_AUG_TEST_MARK"
 SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "180"}  # when busy
 RAY = ["--engine", "ray", "--actors", "2", "--quiet"]
