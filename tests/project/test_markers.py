@@ -17,8 +17,9 @@ def left_out() -> set[str]:
 
 
 def chosen(script: str) -> set[str]:
-    """Return the markers that the commands of a script choose, each by `or`."""
-    expressions = re.findall(r'pytest[^\n]*-m "?([\w ]+)"?', script)
+    """Return the markers by which the commands of a script choose from all tests, each by `or`."""
+    whole = [line for line in script.splitlines() if "pytest " in line and "tests/" not in line]
+    expressions = re.findall(r'-m "?([\w ]+)"?', "\n".join(whole))
     words = {word.strip() for e in expressions for word in e.split(" or ")}
     return {word for word in words if not word.startswith("not ")}
 
